@@ -1,0 +1,50 @@
+"""Two backends, one set of primitives. A backend is a module with
+
+token_logps, token_logps_backward           rows of given logits (one read; one read and one write)
+candidate_logps, list_stage                 a few numbers per candidate
+Tiles                                       tiles of logits formed from hidden x weight (schedules.py walks them)
+
+`torch` serves every device and dtype; `triton` serves GPUs (and CPU tensors in Triton's interpreter, for tests).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+NAMES = ("torch", "triton")
+
+
+def get(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __name__)
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pick(backend: str | None, x: torch.Tensor) -> str:
+    """The backend to use for tensors like x; the caller's choice if it can serve them."""
+    if backend is None:
+        return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "torch"
+    if backend not in NAMES:
+        raise ValueError(f"backend must be None or one of {NAMES}, got {backend!r}")
+    if backend == "triton":
+        if not has_triton():
+            raise ValueError("backend='triton' needs the package triton, which is not installed; backend='torch' works everywhere")
+        if not (x.is_cuda or interpreting()):
+            raise ValueError(
+                f"backend='triton' needs tensors on a GPU, got {x.device}; on a CPU use backend='torch' "
+                "(or TRITON_INTERPRET=1 in the environment to run the kernels in Triton's interpreter)"
+            )
+        if x.dtype == torch.float64:
+            raise TypeError("backend='triton' computes in float32, got float64; use backend='torch'")
+    return backend

@@ -1,0 +1,116 @@
+"""The headline ops: the listwise ranking loss of a policy over candidate lists, from logits or from hidden x weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import layout, ops
+from .logps import counted
+from .objectives import Objective, resolve
+from .outputs import ListwiseLossOutput
+
+
+def fused_listwise_loss(
+    logits: Tensor,
+    labels: Tensor,
+    relevance: Tensor,
+    *,
+    list_sizes: int | Sequence[int] | Tensor,
+    cu_seqlens: Tensor | None = None,
+    objective: str | Objective = "contrastive",
+    ref_logps: Tensor | None = None,
+    beta: float = 0.1,
+    length_normalized: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_stats: bool = False,
+    inplace_backward: bool = False,
+    backend: Literal["torch", "triton"] | None = None,
+) -> ListwiseLossOutput:
+    """LarPO's loss from logits: objective(g; relevance) per list with g_s = beta * (L_s - Lref_s), forward and backward.
+
+    One read of the logits forward; one read and one write backward; no float32 copy of them ever exists.
+
+    Args:
+        logits: [S, T, V] padded, or [N, V] packed with cu_seqlens. float32, bfloat16, float16 or float64; any view
+            with unit stride on V. Left intact unless inplace_backward.
+        labels: [S, T] or [N], integer, aligned with the logits (already shifted); ignore_index where not counted
+            (prompt, padding).
+        relevance: [S] reward of each candidate, higher is better.
+        list_sizes: candidates per list: an int m (S = lists * m), or sizes (sequence or int tensor) that sum to S.
+        cu_seqlens: [S+1] integer token borders of packed candidates, from 0 to N.
+        objective: "pairwise", "contrastive", "listmle", "lambdarank", "listnet", or an objective object.
+        ref_logps: [S] log-likelihood of each candidate under the reference policy (see `sequence_logps`); None for a
+            reference-free loss. With length_normalized it must be normalised too.
+        beta: scale of the implicit reward, > 0.
+        length_normalized: L_s is the mean over a candidate's tokens instead of the sum (the paper sums).
+        reduction: over lists; the terms inside a list are summed.
+        others: as in `token_logps`.
+
+    Returns:
+        ListwiseLossOutput(loss, logps, scores, entropy, top1): loss differentiable in logits; logps and scores [S]
+        detached; entropy and top1 of the labels' shape with return_stats, else None.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it should be, before anything is computed. On a
+        GPU values are not inspected (that would stop the host): a label out of range or lists that do not cover the
+        candidates give NaN.
+
+    Source: "LLM Alignment as Retriever Optimization", arXiv 2502.03699, table 1 and algorithm 1.
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = torch.randn(4, 5, 100, requires_grad=True)  # 2 prompts x 2 candidates, 5 tokens each
+    >>> labels = torch.randint(100, (4, 5))
+    >>> out = fused_listwise_loss(logits, labels, torch.tensor([1.0, 0.0, 0.2, 0.9]), list_sizes=2, objective="listmle")
+    >>> out.loss.backward()
+    >>> tuple(out.scores.shape), tuple(logits.grad.shape)
+    ((4,), (4, 5, 100))
+    """
+    tokens = layout.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
+    layout.check_options(logit_scale=logit_scale, softcap=softcap)
+    lists = _Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
+    token_outputs = ops.token_logps(
+        tokens,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        stats=return_stats,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    return lists.loss(token_outputs, counted(labels, ignore_index, length_normalized), labels.shape, return_stats, backend)
+
+
+class _Lists:
+    """The list side of a fused loss: checked when made, computed once the token log-probs are there."""
+
+    def __init__(self, tokens, relevance, list_sizes, ref_logps, objective, beta, reduction):
+        layout.check_options(beta=beta, reduction=reduction)
+        n = tokens.num_candidates
+        self.objective, self.beta, self.reduction = resolve(objective), beta, reduction
+        self.cu_tokens = tokens.cu_tokens
+        self.cu_lists = layout.lists(list_sizes, n, tokens.values.device)
+        self.relevance = layout.relevance(relevance, self.cu_lists, tokens.values, n)
+        self.ref_logps = layout.ref_logps(ref_logps, n, tokens.values)
+
+    def loss(self, token_outputs, counted, shape, return_stats, backend) -> ListwiseLossOutput:
+        token_logps, entropy, top1 = token_outputs
+        loss, logps, scores = ops.list_stage(
+            token_logps,
+            counted,
+            self.cu_tokens,
+            self.cu_lists,
+            self.relevance,
+            self.ref_logps,
+            self.objective,
+            beta=self.beta,
+            backend=backend,
+        )
+        stats = (entropy.view(shape), top1.view(shape)) if return_stats else (None, None)
+        return ListwiseLossOutput(ops.reduce(loss, self.reduction), logps, scores, *stats)

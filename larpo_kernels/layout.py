@@ -1,0 +1,226 @@
+"""Tokens -> candidates -> lists: what the caller handed over, checked once at the door and brought to one form.
+
+Two borders describe every layout, padded or packed, equal or ragged:
+
+    cu_tokens [S+1]   candidate s owns the tokens cu_tokens[s] : cu_tokens[s+1] of the flat token axis
+    cu_lists  [L+1]   list l owns the candidates cu_lists[l] : cu_lists[l+1]
+
+Checks of shape and dtype cost nothing and always run. Checks of values (labels in range, borders in order, no NaN in
+relevance) read the tensors: they run where that is free, on a CPU outside torch.compile. On a GPU they would stop the
+host, so the kernels clamp every border and answer a label that is out of range with NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Tokens(NamedTuple):
+    """Logits or hidden states with their labels, in one form."""
+
+    values: torch.Tensor  # [S, T, V or H]; packed input has S = 1 here
+    labels: torch.Tensor  # [S, T], any integer dtype
+    cu_tokens: torch.Tensor | None  # [candidates + 1], None if nothing was said about candidates (token_logps)
+
+    @property
+    def num_candidates(self) -> int:
+        return self.cu_tokens.shape[0] - 1
+
+
+def shape(x: torch.Tensor) -> str:
+    return "[" + ", ".join(str(int(n)) for n in x.shape) + "]"
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether looking at the values of x is free."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_integer(x: torch.Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _tensor(name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def _same_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, {other_name} is on {other.device}: both must be on one device")
+
+
+def check_floats(name: str, x: Any, dims: Sequence[int], what: str) -> None:
+    _tensor(name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() not in dims:
+        raise ValueError(f"{name} must be {what}, got shape {shape(x)}")
+
+
+def tokens(
+    values: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    name: str,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    need_candidates: bool = True,
+) -> Tokens:
+    """Checks logits (or hidden states) with labels and borders, and returns them in one form without a copy.
+
+    vocab_size: the range of the labels; by default the last axis of `values`.
+    """
+    last = "V" if name == "logits" else "H"
+    check_floats(name, values, (2, 3), f"[S, T, {last}] (padded) or [N, {last}] (packed)")
+    _tensor("labels", labels)
+    if not is_integer(labels):
+        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    if labels.shape != values.shape[:-1]:
+        raise ValueError(f"labels must have the shape {shape(values[..., 0])} of {name} without its last axis, got {shape(labels)}")
+    _same_device("labels", labels, name, values)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    vocab_size = values.shape[-1] if vocab_size is None else vocab_size
+    if vocab_size == 0 or values.shape[-1] == 0:
+        raise ValueError(f"{name} must have a last axis of at least 1, got shape {shape(values)}")
+    if readable(labels) and labels.numel():
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+        if wrong.any():
+            where = tuple(int(i) for i in wrong.nonzero()[0])
+            raise ValueError(
+                f"labels must lie in [0, {vocab_size}) or be ignore_index={ignore_index}, "
+                f"got {int(labels[where])} at position {where} ({int(wrong.sum())} out of range)"
+            )
+    if values.dim() == 3:
+        if cu_seqlens is not None:
+            raise ValueError(f"cu_seqlens belongs to packed {name} [N, {last}]; got it with padded {name} {shape(values)}")
+        s, t = labels.shape
+        cu = torch.arange(s + 1, device=values.device) * t if need_candidates else None
+        return Tokens(values, labels, cu)
+    if need_candidates:
+        cu_seqlens = _borders(cu_seqlens, values.shape[0], name, values)
+    return Tokens(values[None], labels[None], cu_seqlens)
+
+
+def _borders(cu_seqlens: Any, n: int, name: str, values: torch.Tensor) -> torch.Tensor:
+    if cu_seqlens is None:
+        raise ValueError(f"cu_seqlens is needed with packed {name} {shape(values)}: [S+1] token borders from 0 to {n}")
+    _tensor("cu_seqlens", cu_seqlens)
+    if not is_integer(cu_seqlens):
+        raise TypeError(f"cu_seqlens must have an integer dtype, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be [S+1], got shape {shape(cu_seqlens)}")
+    _same_device("cu_seqlens", cu_seqlens, name, values)
+    if readable(cu_seqlens):
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != n:
+            raise ValueError(
+                f"cu_seqlens must start at 0 and end at {n}, the number of packed tokens; "
+                f"it goes from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+            )
+        falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+        if falls.numel():
+            i = int(falls[0])
+            raise ValueError(
+                f"cu_seqlens must not decrease, got {int(cu_seqlens[i])} then {int(cu_seqlens[i + 1])} at position {i + 1}"
+            )
+    return cu_seqlens.long()
+
+
+def lists(list_sizes: int | Sequence[int] | torch.Tensor, num_candidates: int, device: torch.device) -> torch.Tensor:
+    """Borders of the lists on the candidate axis, [L+1] int64, from an int, a sequence or a tensor of sizes."""
+    if isinstance(list_sizes, bool) or not isinstance(list_sizes, int | Sequence | torch.Tensor) or isinstance(list_sizes, str):
+        raise TypeError(f"list_sizes must be an int, a sequence of ints or an int tensor, got {type(list_sizes).__name__}")
+    if isinstance(list_sizes, int):
+        if list_sizes < 1:
+            raise ValueError(f"list_sizes must be >= 1, got {list_sizes}")
+        if num_candidates % list_sizes:
+            raise ValueError(f"list_sizes={list_sizes} must divide the number of candidates, which is {num_candidates}")
+        return torch.arange(num_candidates // list_sizes + 1, device=device) * list_sizes
+    if isinstance(list_sizes, torch.Tensor):
+        if not is_integer(list_sizes):
+            raise TypeError(f"list_sizes must have an integer dtype, got {list_sizes.dtype}")
+        if list_sizes.dim() != 1:
+            raise ValueError(f"list_sizes must be an int or [lists], got shape {shape(list_sizes)}")
+        if readable(list_sizes):
+            _check_sizes(list_sizes.tolist(), num_candidates)
+        sizes = list_sizes.to(device=device, dtype=torch.int64)
+    else:
+        if not all(isinstance(m, int) and not isinstance(m, bool) for m in list_sizes):
+            raise TypeError(f"list_sizes must hold ints, got {list(list_sizes)!r}")
+        _check_sizes(list_sizes, num_candidates)
+        sizes = torch.tensor(list(list_sizes), dtype=torch.int64, device=device)
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def _check_sizes(sizes: Sequence[int], num_candidates: int) -> None:
+    if any(m < 1 for m in sizes):
+        raise ValueError(f"list_sizes must all be >= 1, got {min(sizes)}")
+    if sum(sizes) != num_candidates:
+        raise ValueError(f"list_sizes must sum to the number of candidates, {num_candidates}; they sum to {sum(sizes)}")
+
+
+def check_scores(scores: torch.Tensor) -> None:
+    check_floats("scores", scores, (1,), "[S], one per candidate")
+
+
+def _per_candidate(name: str, x: Any, num_candidates: int, like: torch.Tensor, like_name: str) -> torch.Tensor:
+    _tensor(name, x)
+    if x.is_complex():
+        raise TypeError(f"{name} must be real, got {x.dtype}")
+    if tuple(x.shape) != (num_candidates,):
+        raise ValueError(f"{name} must be [{int(num_candidates)}], one value per candidate, got shape {shape(x)}")
+    _same_device(name, x, like_name, like)
+    x = x.detach()
+    if readable(x) and x.is_floating_point() and x.isnan().any():
+        raise ValueError(f"{name} must not be NaN, got NaN at position {int(x.isnan().nonzero()[0])}")
+    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def relevance(x: Any, cu_lists: torch.Tensor, like: torch.Tensor, num_candidates: int | None = None) -> torch.Tensor:
+    """Relevance [S] as floats; NaN where the lists do not cover the candidates and only the device can know."""
+    n = like.shape[0] if num_candidates is None else num_candidates
+    x = _per_candidate("relevance", x, n, like, "the data")
+    if not readable(cu_lists):
+        x = torch.where(cu_lists[-1] == n, x, torch.nan)
+    return x
+
+
+def ref_logps(x: Any, num_candidates: int, like: torch.Tensor) -> torch.Tensor | None:
+    return None if x is None else _per_candidate("ref_logps", x, num_candidates, like, "the data")
+
+
+def check_options(*, beta: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, reduction: str = "mean"):
+    """The scalar options that every op shares."""
+    positive("beta", beta)
+    _number("logit_scale", logit_scale)
+    if softcap is not None:
+        positive("softcap", softcap)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def _number(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a float, got {type(x).__name__}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+
+
+def positive(name: str, x: Any) -> None:
+    _number(name, x)
+    if x <= 0:
+        raise ValueError(f"{name} must be > 0, got {x}")
+
+
+def owners(cu: torch.Tensor, n: int) -> torch.Tensor:
+    """For each of n items the index of the segment that owns it; borders cu [segments + 1]. Never out of range."""
+    at = torch.searchsorted(cu[1:].contiguous(), torch.arange(n, device=cu.device, dtype=cu.dtype), right=True)
+    return at.clamp_(max=max(cu.shape[0] - 2, 0))

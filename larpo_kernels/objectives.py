@@ -1,0 +1,132 @@
+"""Ranking losses over the scores of one list: what each is, and `listwise_loss`, the op that computes them.
+
+All of them read a list of m candidates with scores g_1..g_m (differentiable) and relevance r_1..r_m (it only orders
+the list, except in ListNet and the DCG weights). Write 1..m for the order of falling relevance, equal relevance kept
+in input order. Two families cover everything, and both backends implement just these two:
+
+    suffixes   sum_i a_i [ logsumexp_{j >= i} g_j - g_i ]              Contrastive, ListMLE, ListNet
+    pairs      sum_{i before j} w_ij log(1 + exp(g_j - g_i))           Pairwise, LambdaRank
+
+With m = 2, Pairwise, Contrastive, ListMLE and LambdaRank are the same number: the DPO loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from . import layout, ops
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """Best against worst: -log sigmoid(g_1 - g_m). DPO (arXiv 2305.18290, eq. 7) when m = 2."""
+
+    name: ClassVar[str] = "pairwise"
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Best against all: -log softmax(g)_1 (LarPO, arXiv 2502.03699, table 1)."""
+
+    name: ClassVar[str] = "contrastive"
+
+
+@dataclass(frozen=True)
+class ListMLE:
+    """Plackett-Luce likelihood of the whole order: -sum_i log [e^g_i / sum_{j >= i} e^g_j] (LarPO, table 1)."""
+
+    name: ClassVar[str] = "listmle"
+
+
+@dataclass(frozen=True)
+class LambdaRank:
+    """All pairs, summed: -sum w_ij log sigmoid(g_i - g_j) over r_i > r_j; tied candidates form no pair.
+
+    weighting None is the paper's form (w = 1). "dcg" and "dcg2" weight a pair by what swapping it would change in
+    NDCG, with gains 2^r - 1 and ranks by the current scores, constants in the gradient; they are rax's
+    `dcg_lambdaweight` / `dcg2_lambdaweight` with normalize=True, divided by the list size (rax multiplies by it).
+    They want graded relevance (0, 1, 2, ...), not raw rewards: gains are exponential.
+
+    k: cut-off of the DCG, as rax's `topn`; None for no cut-off.
+    """
+
+    weighting: Literal["dcg", "dcg2"] | None = None
+    k: int | None = None
+    name: ClassVar[str] = "lambdarank"
+
+    def __post_init__(self):
+        if self.weighting not in (None, "dcg", "dcg2"):
+            raise ValueError(f"LambdaRank weighting must be None, 'dcg' or 'dcg2', got {self.weighting!r}")
+        if self.k is not None and (not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1):
+            raise ValueError(f"LambdaRank k must be None or an int >= 1, got {self.k!r}")
+        if self.k is not None and self.weighting is None:
+            raise ValueError("LambdaRank k is a cut-off of the DCG: give weighting='dcg' or 'dcg2' with it")
+
+
+@dataclass(frozen=True)
+class ListNet:
+    """Cross entropy between softmax(r / temperature) and softmax(g) (Cao et al. 2007, top-one probabilities)."""
+
+    temperature: float = 1.0
+    name: ClassVar[str] = "listnet"
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"ListNet temperature must be a finite float > 0, got {self.temperature!r}")
+
+
+Objective = Pairwise | Contrastive | ListMLE | LambdaRank | ListNet
+OBJECTIVES: dict[str, type] = {c.name: c for c in (Pairwise, Contrastive, ListMLE, LambdaRank, ListNet)}
+
+
+def resolve(objective: str | Objective) -> Objective:
+    """An objective from its name, or the object itself."""
+    if isinstance(objective, tuple(OBJECTIVES.values())):
+        return objective
+    if isinstance(objective, str) and objective in OBJECTIVES:
+        return OBJECTIVES[objective]()
+    raise ValueError(f"objective must be one of {sorted(OBJECTIVES)} or an objective object, got {objective!r}")
+
+
+def listwise_loss(
+    scores: torch.Tensor,
+    relevance: torch.Tensor,
+    *,
+    list_sizes: int | Sequence[int] | torch.Tensor,
+    objective: str | Objective = "contrastive",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    backend: Literal["torch", "triton"] | None = None,
+) -> torch.Tensor:
+    """Ranking loss of each list of candidates, differentiable in `scores`.
+
+    Args:
+        scores: [S] floating point, one score per candidate, lists one after the other.
+        relevance: [S], higher is better, any real dtype. It only orders the list (ListNet and DCG weights use values).
+        list_sizes: candidates per list: an int m (S = lists * m), or sizes (sequence or int tensor) that sum to S.
+        objective: a name from `OBJECTIVES` or an objective object such as `LambdaRank(weighting="dcg", k=5)`.
+        reduction: "mean" or "sum" over lists, or "none" for [lists]. Terms inside a list are always summed.
+        backend: "torch", "triton" or None for the best one on this device.
+
+    Returns:
+        A scalar, or [lists] for reduction "none"; float64 for float64 scores, else float32.
+        A list of one candidate contributes 0 and counts in the mean.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it should be.
+
+    >>> scores = torch.tensor([0.0, 0.0, 1.0, 3.0])
+    >>> relevance = torch.tensor([1.0, 0.0, 5.0, 2.0])
+    >>> [round(x, 4) for x in listwise_loss(scores, relevance, list_sizes=2, reduction="none").tolist()]
+    [0.6931, 2.1269]
+    """
+    objective = resolve(objective)
+    layout.check_scores(scores)
+    lists = layout.lists(list_sizes, scores.shape[0], scores.device)
+    relevance = layout.relevance(relevance, lists, scores)
+    loss, _, _ = ops.list_stage(scores, None, None, lists, relevance, None, objective, beta=1.0, backend=backend)
+    return ops.reduce(loss, reduction)

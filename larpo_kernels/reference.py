@@ -1,0 +1,140 @@
+"""The specification: each op in a few lines of eager PyTorch, in any dtype, float64 included.
+
+Nothing here is fast or lean; tests and benchmarks hold everything else against it. Half-precision logits are raised to
+float32 before the softmax, as careful trainers do; the GEMM of the linear ops runs in the dtype of its operands.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .objectives import Contrastive, LambdaRank, ListMLE, ListNet, Pairwise, resolve
+from .outputs import ListwiseLossOutput, TokenLogps
+
+
+def token_logps(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=None, return_stats=False):
+    """l_t = z[t, y_t] - logsumexp(z[t]), z = scale * logits, soft-capped; 0 where ignored. Shape of labels."""
+    keep = labels != ignore_index
+    z = logits[keep]
+    z = (z if z.dtype == torch.float64 else z.float()) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    y = labels[keep].long()[:, None]
+    logps = z.log_softmax(-1).gather(1, y)[:, 0]
+    scatter = lambda x: torch.zeros(labels.shape, dtype=x.dtype, device=x.device).masked_scatter(keep, x)  # noqa: E731
+    if not return_stats:
+        return scatter(logps)
+    z = z.detach()
+    entropy = torch.special.entr(z.softmax(-1)).sum(-1)
+    top1 = (z.gather(1, y)[:, 0] >= z.amax(-1)).to(logps.dtype)
+    return TokenLogps(scatter(logps), scatter(entropy), scatter(top1))
+
+
+def sequence_logps(logits, labels, *, cu_seqlens=None, length_normalized=False, ignore_index=-100, **options):
+    """L_s = sum of l_t over the tokens of candidate s (their mean if length_normalized; 0 if it has none). [S]"""
+    return _per_candidate(
+        token_logps(logits, labels, ignore_index=ignore_index, **options), labels != ignore_index, cu_seqlens, length_normalized
+    )
+
+
+def _per_candidate(logps, keep, cu_seqlens, length_normalized):
+    if cu_seqlens is None:
+        total, count = logps.sum(1), keep.sum(1)
+    else:
+        lengths = cu_seqlens.diff().tolist()
+        total = torch.stack([x.sum() for x in logps.split(lengths)] or [logps.sum()])[: len(lengths)]
+        count = torch.tensor([int(x.sum()) for x in keep.split(lengths)], device=logps.device)
+    return total / count.clamp(min=1) if length_normalized else total
+
+
+def listwise_loss(scores, relevance, *, list_sizes, objective="contrastive", reduction="mean"):
+    """One loss per list, then mean / sum / none over lists."""
+    objective = resolve(objective)
+    if isinstance(list_sizes, int):
+        list_sizes = [list_sizes] * (scores.shape[0] // list_sizes)
+    sizes = [int(m) for m in list_sizes]
+    losses = [list_loss(objective, g, r) for g, r in zip(scores.split(sizes), relevance.split(sizes), strict=True)]
+    loss = torch.stack(losses) if losses else scores[:0]
+    if reduction == "none":
+        return loss
+    return loss.sum() / (max(len(losses), 1) if reduction == "mean" else 1)
+
+
+def list_loss(objective, g, r):
+    """The loss of one list: scores g [m], relevance r [m]."""
+    if isinstance(objective, LambdaRank):
+        weight = lambda_weights(objective, g.detach(), r.to(g.dtype))
+        pairs = r[:, None] > r[None, :]
+        return (weight * -F.logsigmoid(g[:, None] - g[None, :]))[pairs].sum()
+    order = r.argsort(descending=True, stable=True)
+    g, r = g[order], r[order]
+    match objective:
+        case Pairwise():
+            return -F.logsigmoid(g[0] - g[-1]) if len(g) > 1 else g.sum() * 0
+        case Contrastive():
+            return -g.log_softmax(0)[0]
+        case ListMLE():
+            return sum(g[i:].logsumexp(0) - g[i] for i in range(len(g)))
+        case ListNet(temperature=temperature):
+            return -((r.to(g.dtype) / temperature).softmax(0) * g.log_softmax(0)).sum()
+
+
+def lambda_weights(objective, g, r):
+    """w_ij of LambdaRank: |gain_i - gain_j| / ideal DCG, times what the two ranks (by score, from 1) are apart in discount."""
+    m, k = len(g), objective.k or len(g)
+    if objective.weighting is None:
+        return torch.ones(m, m, dtype=g.dtype, device=g.device)
+    discount = lambda rank: 1 / torch.log2(1 + rank)  # noqa: E731
+    position = torch.arange(1, m + 1, dtype=g.dtype, device=g.device)
+    gain = 2**r - 1
+    ideal = (gain.sort(descending=True).values * discount(position))[:k].sum()
+    gain = gain / torch.where(ideal == 0, 1, ideal)
+    rank = torch.empty_like(g).index_copy(0, g.argsort(descending=True, stable=True), position)
+    if objective.weighting == "dcg":
+        d = torch.where(rank <= k, discount(rank), 0)
+        change = (d[:, None] - d[None, :]).abs()
+    else:
+        apart = (rank[:, None] - rank[None, :]).abs()
+        lower = torch.maximum(rank[:, None], rank[None, :])
+        change = torch.where(apart > 0, (discount(apart) - discount(apart + 1)).abs(), 0)
+        change = change * torch.where(lower > k, 1 / (1 - discount(lower)), 1)
+    return (gain[:, None] - gain[None, :]).abs() * change
+
+
+def fused_listwise_loss(
+    logits,
+    labels,
+    relevance,
+    *,
+    list_sizes,
+    cu_seqlens=None,
+    objective="contrastive",
+    ref_logps=None,
+    beta=0.1,
+    length_normalized=False,
+    ignore_index=-100,
+    logit_scale=1.0,
+    softcap=None,
+    reduction="mean",
+    return_stats=False,
+):
+    """objective( beta * (L_s - Lref_s) ; relevance ), the LarPO loss from logits."""
+    tokens = token_logps(logits, labels, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, return_stats=True)
+    logps = _per_candidate(tokens.logps, labels != ignore_index, cu_seqlens, length_normalized)
+    scores = beta * (logps if ref_logps is None else logps - ref_logps.detach())
+    loss = listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective, reduction=reduction)
+    stats = (tokens.entropy, tokens.top1) if return_stats else (None, None)
+    return ListwiseLossOutput(loss, logps.detach(), scores.detach(), *stats)
+
+
+def linear_token_logps(hidden, weight, labels, *, bias=None, **options):
+    return token_logps(F.linear(hidden, weight, bias), labels, **options)
+
+
+def linear_sequence_logps(hidden, weight, labels, *, bias=None, **options):
+    return sequence_logps(F.linear(hidden, weight, bias), labels, **options)
+
+
+def fused_linear_listwise_loss(hidden, weight, labels, relevance, *, bias=None, **options):
+    return fused_listwise_loss(F.linear(hidden, weight, bias), labels, relevance, **options)
