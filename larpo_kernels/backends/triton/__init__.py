@@ -1,0 +1,6 @@
+"""The primitives as Triton launches: GPUs, and CPU tensors in Triton's interpreter."""
+
+from .lists import candidate_logps, list_stage
+from .rows import token_logps, token_logps_backward
+
+__all__ = ["candidate_logps", "list_stage", "token_logps", "token_logps_backward"]

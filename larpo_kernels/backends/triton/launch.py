@@ -1,0 +1,51 @@
+"""Launch parameters, one table. Every entry says where it came from; nothing is tuned at import or at the first call.
+
+`origin` is "derived" (from register counts and load widths of cross-compiled code) until a card has been measured; a
+measured entry names card and date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    row_block: int  # columns per step of the row kernels
+    row_warps: int
+    split_rows: int  # below this many rows, several programs share a row
+    tile_rows: int  # vocabulary rows per step of the tile kernel
+    tile_tokens: int  # tokens per program of the tile kernel
+    tile_warps: int
+    origin: str
+
+
+TABLE = {
+    "sm_80": Launch(4096, 8, 2 * 108, 16, 256, 4, "derived"),
+    "sm_90": Launch(4096, 8, 2 * 132, 16, 256, 4, "derived"),
+    "sm_100": Launch(4096, 8, 2 * 148, 16, 256, 4, "derived"),
+    "gfx942": Launch(4096, 8, 2 * 304, 16, 256, 4, "derived"),
+}
+INTERPRETER = Launch(64, 1, 4, 8, 16, 1, "small, so that tests cross every boundary")
+
+
+def for_tensor(x: torch.Tensor) -> Launch:
+    return for_device(x.device.index) if x.is_cuda else INTERPRETER
+
+
+@cache
+def for_device(index: int | None) -> Launch:
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        return TABLE.get(name, TABLE["gfx942"])
+    major, _ = torch.cuda.get_device_capability(index)
+    return TABLE["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
+
+
+def on_device(x: torch.Tensor):
+    """Kernels start on the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,57 @@
+"""Launches of kernels/lists.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels import lists
+from .launch import on_device
+
+TOKENS = 1024  # token log-probs per step: 4 KB, one load per thread and vector at 4 warps
+PAIRS = 32  # candidates per side of a tile of pairs: 8 pairs a thread; most lists are one tile
+
+
+def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    s = cu_tokens.shape[0] - 1
+    out, share = logps.new_empty(s), logps.new_empty(s)
+    if s:
+        with on_device(logps):
+            lists.candidate_logps[(s,)](
+                logps, _int8(counted, logps), cu_tokens, out, share, logps.shape[0], MEAN=counted is not None, TOKENS=TOKENS
+            )
+    return out, share
+
+
+def list_stage(
+    logps: Tensor,
+    counted: Tensor | None,
+    cu_tokens: Tensor | None,
+    cu_lists: Tensor,
+    relevance: Tensor,
+    ref_logps: Tensor | None,
+    beta: float,
+    objective: str,
+    weighting: str,
+    k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logps = logps.float()
+    num_lists, s = cu_lists.shape[0] - 1, relevance.shape[0]
+    loss = logps.new_zeros(num_lists)
+    candidates, scores, c = logps.new_zeros(s), logps.new_zeros(s), logps.new_zeros(s)
+    work = logps.new_empty(2 * s)
+    if num_lists:
+        with on_device(logps):
+            lists.list_stage[(num_lists,)](
+                logps, _int8(counted, logps), cu_lists if cu_tokens is None else cu_tokens, cu_lists, relevance,
+                relevance if ref_logps is None else ref_logps, loss, candidates, scores, c, work,
+                logps.shape[0], s, beta, temperature, k,
+                TOKEN_IS_CANDIDATE=cu_tokens is None, MEAN=counted is not None, HAS_REF=ref_logps is not None,
+                OBJECTIVE=objective, WEIGHTING=weighting, TOKENS=TOKENS, M=PAIRS,
+            )  # fmt: skip
+    return loss, candidates, scores, c
+
+
+def _int8(counted: Tensor | None, like: Tensor) -> Tensor:
+    return like if counted is None else counted.view(torch.int8)

@@ -1,0 +1,258 @@
+"""The list side: token log-probs -> candidates -> scores -> loss of each list and its gradient. One program per list.
+
+A list of m candidates is visited in tiles of M x M pairs, so any m works and nothing of size m x m exists. Orders are
+ranks counted by comparison, never sorted: candidate i stands before j if its value is larger, or equal and earlier in
+the input. No atomics, fixed order of every sum.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import LOG2E, sigmoid, softplus
+
+
+@triton.jit
+def candidate_sum(logps_ptr, counted_ptr, start, stop, MEAN: tl.constexpr, TOKENS: tl.constexpr):
+    """-> L of the candidate that owns tokens start:stop, and dL/dl of each of its tokens."""
+    total = tl.zeros([TOKENS], tl.float32)
+    count = tl.zeros([TOKENS], tl.int32)
+    for t in range(start, stop, TOKENS):
+        at = t + tl.arange(0, TOKENS)
+        total += tl.load(logps_ptr + at, mask=at < stop, other=0.0)
+        if MEAN:
+            count += tl.load(counted_ptr + at, mask=at < stop, other=0).to(tl.int32)
+    logp = tl.sum(total)
+    share = 1.0
+    if MEAN:
+        share = 1.0 / tl.maximum(tl.sum(count), 1).to(tl.float32)
+        logp = logp * share
+    return logp, share
+
+
+@triton.jit
+def candidate_logps(
+    logps_ptr,  # [N] float32, 0 where ignored
+    counted_ptr,  # [N] int8, with MEAN
+    cu_tokens_ptr,  # [S+1] int64
+    out_ptr,  # [S] float32
+    share_ptr,  # [S] float32
+    N,
+    MEAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program per candidate."""
+    s = tl.program_id(0)
+    start = clamp(tl.load(cu_tokens_ptr + s), N)
+    stop = clamp(tl.load(cu_tokens_ptr + s + 1), N)
+    logp, share = candidate_sum(logps_ptr, counted_ptr, start, stop, MEAN, TOKENS)
+    tl.store(out_ptr + s, logp)
+    tl.store(share_ptr + s, share)
+
+
+@triton.jit
+def clamp(border, n):
+    """Borders are data: none may lead outside, whatever it says."""
+    return tl.minimum(tl.maximum(border, 0), n)
+
+
+@triton.jit
+def discount(rank):
+    return 1.0 / tl.log2(1.0 + rank)
+
+
+@triton.jit
+def before(a_i, a_j, i, j):
+    """Whether i stands before j in falling order of a, ties in input order."""
+    return (a_i > a_j) | ((a_i == a_j) & (i < j))
+
+
+@triton.jit
+def at_or_after(a_i, a_j, i, j):
+    """Whether i is j or stands after it in that order."""
+    return (a_i < a_j) | ((a_i == a_j) & (i >= j))
+
+
+@triton.jit
+def pair_weight(gain_i, gain_j, rank_i, rank_j, cut, WEIGHTING: tl.constexpr):
+    """LambdaRank's w_ij, symmetric: the change in (unnormalised) DCG if i and j swapped their ranks by score."""
+    if WEIGHTING == "dcg":
+        d_i = tl.where(rank_i <= cut, discount(rank_i), 0.0)
+        d_j = tl.where(rank_j <= cut, discount(rank_j), 0.0)
+        change = tl.abs(d_i - d_j)
+    else:
+        apart = tl.maximum(tl.abs(rank_i - rank_j), 1.0)  # only i = j is 0 apart, and that is no pair
+        lower = tl.maximum(rank_i, rank_j)
+        change = discount(apart) - discount(apart + 1.0)
+        change *= tl.where(lower > cut, 1.0 / (1.0 - discount(tl.maximum(lower, 2.0))), 1.0)
+    return tl.abs(gain_i - gain_j) * change
+
+
+@triton.jit
+def list_stage(
+    logps_ptr,  # [N] float32, 0 where ignored
+    counted_ptr,  # [N] int8, with MEAN
+    cu_tokens_ptr,  # [S+1] int64, unless TOKEN_IS_CANDIDATE
+    cu_lists_ptr,  # [L+1] int64
+    relevance_ptr,  # [S] float32
+    ref_ptr,  # [S] float32, with HAS_REF
+    loss_ptr,  # [L] float32
+    candidate_ptr,  # [S] float32: L
+    scores_ptr,  # [S] float32: g
+    c_ptr,  # [S] float32: d loss / d l of each token of the candidate
+    work_ptr,  # [2, S] float32, this program's own between its phases
+    N,
+    S,
+    beta,
+    temperature,
+    k,  # cut-off of the DCG, 0 for none
+    TOKEN_IS_CANDIDATE: tl.constexpr,
+    MEAN: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    WEIGHTING: tl.constexpr,
+    TOKENS: tl.constexpr,
+    M: tl.constexpr,
+):
+    lst = tl.program_id(0)
+    start = clamp(tl.load(cu_lists_ptr + lst), S)
+    stop = clamp(tl.load(cu_lists_ptr + lst + 1), S)
+
+    # 1. candidates and scores; c holds the share of a token until phase 3
+    for s in range(start, stop):
+        if TOKEN_IS_CANDIDATE:
+            logp = tl.load(logps_ptr + s)
+            share = 1.0
+        else:
+            first = clamp(tl.load(cu_tokens_ptr + s), N)
+            last = clamp(tl.load(cu_tokens_ptr + s + 1), N)
+            logp, share = candidate_sum(logps_ptr, counted_ptr, first, last, MEAN, TOKENS)
+        tl.store(candidate_ptr + s, logp)
+        tl.store(c_ptr + s, share)
+        if HAS_REF:
+            logp -= tl.load(ref_ptr + s)
+        tl.store(scores_ptr + s, beta * logp)
+    tl.debug_barrier()
+
+    # 2. what phase 3 needs of every candidate j: level_j and part_j
+    #    suffixes: logsumexp from j on, and a_j;   pairs: rank by score (LambdaRank) or by relevance (Pairwise)
+    cut = tl.where(k == 0, stop - start, k).to(tl.float32)
+    ideal = 0.0
+    unknown = 0  # candidates whose relevance is NaN
+    target_level = 0.0  # log-sum-exp of relevance / temperature
+    if OBJECTIVE == "listnet":
+        target_level = list_logsumexp(relevance_ptr, start, stop, 1.0 / temperature, M)
+    for i0 in range(start, stop, M):
+        i = i0 + tl.arange(0, M)
+        g_i = tl.load(scores_ptr + i, mask=i < stop, other=-float("inf"))
+        r_i = tl.load(relevance_ptr + i, mask=i < stop, other=0.0)
+        unknown += tl.sum((r_i != r_i).to(tl.int32))
+        peak = g_i
+        total = tl.zeros([M], tl.float32)
+        ahead = tl.zeros([M], tl.int32)  # candidates before i by relevance
+        ahead_by_score = tl.zeros([M], tl.int32)
+        for j0 in range(start, stop, M):
+            j = j0 + tl.arange(0, M)
+            g_j = tl.load(scores_ptr + j, mask=j < stop, other=-float("inf"))
+            r_j = tl.load(relevance_ptr + j, mask=j < stop, other=0.0)
+            real = (j < stop)[None, :]
+            j_first = real & before(r_j[None, :], r_i[:, None], j[None, :], i[:, None])
+            ahead += tl.sum(j_first.to(tl.int32), 1)
+            if OBJECTIVE == "lambdarank":
+                higher = real & before(g_j[None, :], g_i[:, None], j[None, :], i[:, None])
+                ahead_by_score += tl.sum(higher.to(tl.int32), 1)
+            if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
+                in_suffix = real
+                if OBJECTIVE != "listnet":
+                    in_suffix = real & at_or_after(r_j[None, :], r_i[:, None], j[None, :], i[:, None])
+                g = tl.where(in_suffix, g_j[None, :], -float("inf"))
+                new_peak = tl.maximum(peak, tl.max(g, 1))
+                base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+                total = total * tl.exp2((peak - base) * LOG2E) + tl.sum(tl.exp2((g - base[:, None]) * LOG2E), 1)
+                peak = new_peak
+        if OBJECTIVE == "lambdarank":
+            level = 1.0 + ahead_by_score.to(tl.float32)
+            position = 1.0 + ahead.to(tl.float32)
+            gain = tl.exp2(r_i) - 1.0
+            ideal += tl.sum(tl.where((i < stop) & (position <= cut), gain * discount(position), 0.0))
+            part = gain
+        elif OBJECTIVE == "pairwise":
+            level = ahead.to(tl.float32)
+            part = level
+        else:
+            level = peak + tl.log(total)
+            if OBJECTIVE == "listmle":
+                part = tl.full([M], 1.0, tl.float32)
+            elif OBJECTIVE == "contrastive":
+                part = (ahead == 0).to(tl.float32)
+            else:
+                part = tl.exp2((r_i / temperature - target_level) * LOG2E)
+        tl.store(work_ptr + i, level, mask=i < stop)
+        tl.store(work_ptr + S + i, part, mask=i < stop)
+    tl.debug_barrier()
+
+    # 3. loss and gradient
+    ideal = tl.where(ideal == 0.0, 1.0, ideal)
+    loss = 0.0
+    for i0 in range(start, stop, M):
+        i = i0 + tl.arange(0, M)
+        g_i = tl.load(scores_ptr + i, mask=i < stop, other=0.0)
+        r_i = tl.load(relevance_ptr + i, mask=i < stop, other=0.0)
+        level_i = tl.load(work_ptr + i, mask=i < stop, other=1.0)
+        part_i = tl.load(work_ptr + S + i, mask=i < stop, other=0.0)
+        d = tl.zeros([M], tl.float32)
+        if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
+            loss += tl.sum(tl.where((i < stop) & (part_i > 0), part_i * (level_i - g_i), 0.0))
+            d -= part_i
+        for j0 in range(start, stop, M):
+            j = j0 + tl.arange(0, M)
+            g_j = tl.load(scores_ptr + j, mask=j < stop, other=0.0)
+            r_j = tl.load(relevance_ptr + j, mask=j < stop, other=0.0)
+            level_j = tl.load(work_ptr + j, mask=j < stop, other=1.0)
+            part_j = tl.load(work_ptr + S + j, mask=j < stop, other=0.0)
+            real = (i < stop)[:, None] & (j < stop)[None, :]
+            if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
+                in_suffix = real  # i is one of the candidates that j's log-sum-exp runs over
+                if OBJECTIVE != "listnet":
+                    in_suffix = real & at_or_after(r_i[:, None], r_j[None, :], i[:, None], j[None, :])
+                p = part_j[None, :] * tl.exp2((g_i[:, None] - level_j[None, :]) * LOG2E)
+                d += tl.sum(tl.where(in_suffix & (part_j > 0)[None, :], p, 0.0), 1)
+            else:
+                gap = g_j[None, :] - g_i[:, None]
+                if OBJECTIVE == "pairwise":
+                    last = (stop - start - 1).to(tl.float32)
+                    two = real & (i[:, None] != j[None, :])
+                    i_wins = two & (level_i == 0.0)[:, None] & (level_j == last)[None, :]
+                    j_wins = two & (level_j == 0.0)[None, :] & (level_i == last)[:, None]
+                    w = tl.full([M, M], 1.0, tl.float32)
+                else:
+                    i_wins = real & (r_i[:, None] > r_j[None, :])
+                    j_wins = real & (r_i[:, None] < r_j[None, :])
+                    w = tl.full([M, M], 1.0, tl.float32)
+                    if WEIGHTING != "none":
+                        w = pair_weight(
+                            part_i[:, None], part_j[None, :], level_i[:, None], level_j[None, :], cut, WEIGHTING
+                        )
+                        w /= ideal
+                loss += tl.sum(tl.where(i_wins, w * softplus(gap), 0.0))
+                d -= tl.sum(tl.where(i_wins, w * sigmoid(gap), 0.0), 1)
+                d += tl.sum(tl.where(j_wins, w * sigmoid(-gap), 0.0), 1)
+        share = tl.load(c_ptr + i, mask=i < stop, other=0.0)
+        c = tl.where(unknown > 0, float("nan"), beta * share * d)
+        tl.store(c_ptr + i, c, mask=i < stop)
+    tl.store(loss_ptr + lst, tl.where(unknown > 0, float("nan"), loss))
+
+
+@triton.jit
+def list_logsumexp(x_ptr, start, stop, factor, M: tl.constexpr):
+    """log sum exp(factor * x) over x[start:stop]."""
+    peak = tl.full([M], -float("inf"), tl.float32)
+    for j0 in range(start, stop, M):
+        j = j0 + tl.arange(0, M)
+        peak = tl.maximum(peak, tl.load(x_ptr + j, mask=j < stop, other=-float("inf")) * factor)
+    top = tl.max(peak)
+    total = tl.zeros([M], tl.float32)
+    for j0 in range(start, stop, M):
+        j = j0 + tl.arange(0, M)
+        x = tl.load(x_ptr + j, mask=j < stop, other=-float("inf")) * factor
+        total += tl.exp2((x - top) * LOG2E)
+    return top + tl.log(tl.sum(total))

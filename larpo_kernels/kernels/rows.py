@@ -1,0 +1,234 @@
+"""Rows of given logits: target logit and log-sum-exp in one read; gradient in one read and one write.
+
+A row is one token's V logits. With k the target's logit, E = exp(z - k) without the target and s = sum E:
+
+    l = -log1p(s)          d l / dz = -exp(z - k + l), 1 - exp(l) at the target
+
+One exp per element and no running maximum. s can only overflow where l < -88; such a row (a scalar test, so a whole
+program takes the branch) is read again relative to its maximum.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import LOG2E, log1p, one_minus_exp, tanh
+
+
+@triton.jit
+def read_logits(ptr, at, mask, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """z at offsets `at`, float32; -inf where masked out."""
+    z = tl.load(ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
+    if SCALE:
+        z = tl.where(mask, z * scale, -float("inf"))
+    if SOFTCAP:
+        z = tl.where(mask, softcap * tanh(z / softcap), -float("inf"))
+    return z
+
+
+@triton.jit
+def token_logps_forward(
+    logits_ptr,  # [S, T, V], strides in elements, unit stride on V
+    labels_ptr,  # [S, T]
+    logps_ptr,  # [S * T] float32
+    entropy_ptr,  # [S * T] float32, with STATS
+    top1_ptr,  # [S * T] float32, with STATS
+    partial_ptr,  # [S * T, SPLITS, 4] float32, with SPLITS > 1
+    T,
+    V,
+    stride_s,
+    stride_t,
+    labels_stride_s,
+    labels_stride_t,
+    ignore_index,
+    scale,
+    softcap,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs per row; above 1 they leave partial sums for merge_splits
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    s, t = row // T, row % T
+    label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
+    row_ptr = logits_ptr + s * stride_s + t * stride_t
+    if label == ignore_index:
+        if SPLITS == 1:
+            store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
+        return
+    valid = (label >= 0) & (label < V)
+    k = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
+    span = tl.cdiv(tl.cdiv(V, SPLITS), BLOCK) * BLOCK
+    start = split * span
+    stop = tl.minimum(start + span, V)
+
+    total = tl.zeros([BLOCK], tl.float32)  # of exp(z - k), target left out
+    weighted = tl.zeros([BLOCK], tl.float32)  # of exp(z - k) (z - k)
+    above = tl.full([BLOCK], -float("inf"), tl.float32)  # largest z - k, target left out
+    for v in range(start, stop, BLOCK):
+        cols = v + tl.arange(0, BLOCK)
+        x = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP) - k
+        x = tl.where(cols == label, -float("inf"), x)
+        e = tl.exp2(x * LOG2E)
+        total += e
+        if STATS:
+            weighted += tl.where(e > 0, e * x, 0.0)
+            above = tl.maximum(above, x)
+    shift = 0.0
+    sum_e = tl.sum(total)
+    sum_ex = tl.sum(weighted)
+    top = tl.max(above)
+    if not (sum_e < float("inf")):  # overflow, a target at -inf, or NaN: relative to the largest logit instead
+        best = tl.full([BLOCK], -float("inf"), tl.float32)
+        for v in range(start, stop, BLOCK):
+            cols = v + tl.arange(0, BLOCK)
+            x = read_logits(row_ptr, cols, (cols < stop) & (cols != label), scale, softcap, SCALE, SOFTCAP)
+            best = tl.maximum(best, x)
+        peak = tl.max(best)
+        base = tl.where(peak == -float("inf"), 0.0, peak)
+        total = tl.zeros([BLOCK], tl.float32)
+        weighted = tl.zeros([BLOCK], tl.float32)
+        for v in range(start, stop, BLOCK):
+            cols = v + tl.arange(0, BLOCK)
+            mask = (cols < stop) & (cols != label)
+            x = read_logits(row_ptr, cols, mask, scale, softcap, SCALE, SOFTCAP) - base
+            e = tl.exp2(x * LOG2E)
+            total += e
+            if STATS:
+                weighted += tl.where(e > 0, e * x, 0.0)
+        sum_e = tl.sum(total)
+        sum_ex = tl.sum(weighted)
+        shift = tl.where(k == -float("inf"), base, base - k)
+    if SPLITS > 1:
+        at = partial_ptr + (row * SPLITS + split) * 4
+        tl.store(at, sum_e)
+        tl.store(at + 1, shift)
+        tl.store(at + 2, sum_ex)
+        tl.store(at + 3, top)
+    else:
+        store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS)
+
+
+@triton.jit
+def store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS: tl.constexpr):
+    tl.store(logps_ptr + row, 0.0)
+    if STATS:
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(top1_ptr + row, 0.0)
+
+
+@triton.jit
+def store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS: tl.constexpr):
+    """From sums relative to `shift` above the target (above 0 if the target is at -inf) to the row's results."""
+    at_target = tl.where(k == -float("inf"), 0.0, tl.exp2(-shift * LOG2E))  # the target's own exp on that scale
+    whole = sum_e + at_target
+    l = tl.where(shift == 0.0, -log1p(sum_e), -shift - tl.log(whole))
+    l = tl.where(k == -float("inf"), tl.where(sum_e >= 0, -float("inf"), sum_e), l)
+    nan = float("nan")
+    tl.store(logps_ptr + row, tl.where(valid, l, nan))
+    if STATS:
+        mean = (sum_ex + tl.where(at_target > 0, -shift * at_target, 0.0)) / whole
+        tl.store(entropy_ptr + row, tl.where(valid, tl.log(whole) - mean, nan))
+        tl.store(top1_ptr + row, tl.where(valid, tl.where(top <= 0, 1.0, 0.0), nan))
+
+
+@triton.jit
+def merge_splits(
+    logits_ptr,
+    labels_ptr,
+    logps_ptr,
+    entropy_ptr,
+    top1_ptr,
+    partial_ptr,
+    T,
+    V,
+    stride_s,
+    stride_t,
+    labels_stride_s,
+    labels_stride_t,
+    ignore_index,
+    scale,
+    softcap,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Adds the partial sums of a row in a fixed order."""
+    row = tl.program_id(0).to(tl.int64)
+    s, t = row // T, row % T
+    label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
+    if label == ignore_index:
+        store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
+        return
+    valid = (label >= 0) & (label < V)
+    k = read_logits(logits_ptr + s * stride_s + t * stride_t, label, valid, scale, softcap, SCALE, SOFTCAP)
+    at = partial_ptr + (row * SPLITS + tl.arange(0, SPLITS)) * 4
+    sums = tl.load(at)
+    shifts = tl.load(at + 1)
+    shifts = tl.where(sums == 0.0, -float("inf"), shifts)  # an empty part sets no level
+    level = tl.max(shifts)
+    level = tl.where(level == -float("inf"), 0.0, level)
+    level = tl.where(k == -float("inf"), level, tl.maximum(level, 0.0))
+    factor = tl.exp2((shifts - level) * LOG2E)
+    sum_e = tl.sum(tl.where(sums == 0.0, 0.0, sums * factor))
+    top = tl.max(tl.load(at + 3))
+    sum_ex = 0.0
+    if STATS:  # x is relative to each part's own shift
+        moved = tl.load(at + 2) + sums * tl.where(sums == 0.0, 0.0, shifts - level)
+        sum_ex = tl.sum(tl.where(sums == 0.0, 0.0, moved * factor))
+    store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS)
+
+
+@triton.jit
+def token_logps_backward(
+    grad_ptr,  # [S, T], any strides
+    logits_ptr,
+    labels_ptr,
+    logps_ptr,  # [S * T] float32
+    out_ptr,  # [S, T, V], unit stride on V; may be the logits
+    T,
+    V,
+    grad_stride_s,
+    grad_stride_t,
+    stride_s,
+    stride_t,
+    labels_stride_s,
+    labels_stride_t,
+    out_stride_s,
+    out_stride_t,
+    ignore_index,
+    scale,
+    softcap,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """d logits of one row; an ignored row is zeroed without being read, a row whose target is at -inf likewise."""
+    row = tl.program_id(0).to(tl.int64)
+    s, t = row // T, row % T
+    label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
+    row_ptr = logits_ptr + s * stride_s + t * stride_t
+    out_row_ptr = out_ptr + s * out_stride_s + t * out_stride_t
+    l = tl.load(logps_ptr + row)
+    if (label == ignore_index) | (l == -float("inf")):
+        zero = tl.zeros([BLOCK], tl.float32).to(out_ptr.dtype.element_ty)
+        for v in range(0, V, BLOCK):
+            cols = v + tl.arange(0, BLOCK)
+            tl.store(out_row_ptr + cols, zero, mask=cols < V)
+        return
+    c = tl.load(grad_ptr + s * grad_stride_s + t * grad_stride_t).to(tl.float32)
+    k = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
+    at_target = c * one_minus_exp(l)
+    if SCALE:
+        c *= scale
+        at_target *= scale
+    for v in range(0, V, BLOCK):
+        cols = v + tl.arange(0, BLOCK)
+        z = read_logits(row_ptr, cols, cols < V, scale, softcap, SCALE, SOFTCAP)
+        g = -c * tl.exp2(((z - k) + l) * LOG2E)
+        g = tl.where(cols == label, at_target, g)
+        if SOFTCAP:
+            g *= 1 - (z / softcap) * (z / softcap)
+        tl.store(out_row_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)
