@@ -1,10 +1,11 @@
 """Listwise ranking losses over a language model's candidates, fused from logits or hidden states down to one number."""
 
 from . import reference
-from .fused_listwise_loss import fused_listwise_loss
-from .logps import sequence_logps, token_logps
+from .fused_listwise_loss import fused_linear_listwise_loss, fused_listwise_loss
+from .logps import linear_sequence_logps, linear_token_logps, plan, sequence_logps, token_logps
 from .objectives import Contrastive, LambdaRank, ListMLE, ListNet, Pairwise, listwise_loss
 from .outputs import ListwiseLossOutput, TokenLogps
+from .schedules import Plan
 
 __all__ = [
     "Contrastive",
@@ -14,8 +15,13 @@ __all__ = [
     "ListwiseLossOutput",
     "Pairwise",
     "TokenLogps",
+    "Plan",
+    "fused_linear_listwise_loss",
     "fused_listwise_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "listwise_loss",
+    "plan",
     "reference",
     "sequence_logps",
     "token_logps",

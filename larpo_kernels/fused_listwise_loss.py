@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import layout, ops
-from .logps import counted
+from .logps import LinearTokens, counted
 from .objectives import Objective, resolve
 from .outputs import ListwiseLossOutput
 
@@ -84,6 +84,59 @@ def fused_listwise_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
+    return lists.loss(token_outputs, counted(labels, ignore_index, length_normalized), labels.shape, return_stats, backend)
+
+
+def fused_linear_listwise_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    relevance: Tensor,
+    *,
+    list_sizes: int | Sequence[int] | Tensor,
+    bias: Tensor | None = None,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: str | Objective = "contrastive",
+    ref_logps: Tensor | None = None,
+    beta: float = 0.1,
+    length_normalized: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_stats: bool = False,
+    backend: Literal["torch", "triton"] | None = None,
+) -> ListwiseLossOutput:
+    """LarPO's loss straight from hidden states and the head: `fused_listwise_loss` of logits that never exist.
+
+    In bfloat16 it is also closer to float64 than the loss of materialised logits: every token is centred on its target
+    before anything is rounded.
+
+    Args:
+        hidden: [S, T, H] padded, or [N, H] packed with cu_seqlens; what the head is applied to.
+        weight: [V, H], the head as `torch.nn.Linear` stores it. bias: [V] or None.
+        schedule, memory_budget: how much is kept for the backward; see `linear_token_logps` and `plan`.
+        others: as in `fused_listwise_loss`.
+
+    Returns:
+        As `fused_listwise_loss`; loss is differentiable in hidden, weight and bias. What does not require grad costs
+        neither a GEMM nor a buffer.
+
+    >>> _ = torch.manual_seed(0)
+    >>> hidden, weight = torch.randn(4, 5, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+    >>> labels = torch.randint(100, (4, 5))
+    >>> out = fused_linear_listwise_loss(hidden, weight, labels, torch.tensor([1.0, 0.0, 0.2, 0.9]), list_sizes=2)
+    >>> out.loss.backward()
+    >>> tuple(weight.grad.shape)
+    (100, 16)
+    """
+    head = LinearTokens(
+        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend
+    )
+    lists = _Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
+    token_outputs = head.token_logps(return_stats)
     return lists.loss(token_outputs, counted(labels, ignore_index, length_normalized), labels.shape, return_stats, backend)
 
 

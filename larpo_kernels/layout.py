@@ -110,6 +110,34 @@ def tokens(
     return Tokens(values[None], labels[None], cu_seqlens)
 
 
+def check_head(hidden: Any, weight: Any, bias: Any) -> None:
+    """Hidden states against the head that is applied to them."""
+    check_floats("hidden", hidden, (2, 3), "[S, T, H] (padded) or [N, H] (packed)")
+    _tensor("weight", weight)
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if hasattr(x, "device_mesh"):
+            raise TypeError(
+                f"{name} is a DTensor, sharded over {x.device_mesh}: pass a whole tensor, {name}.full_tensor(), or compute "
+                "the loss inside the wrapped model's forward, where FSDP has gathered it"
+            )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"weight is empty, shape {shape(weight)}: a ZeRO-3 or FSDP shard that was not gathered? Gather it first "
+            "(deepspeed.zero.GatheredParameters, or the loss inside the wrapped model's forward)"
+        )
+    check_floats("weight", weight, (2,), "[V, H]")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be [V, H] with H = {hidden.shape[-1]}, the last axis of hidden {shape(hidden)}; got {shape(weight)}"
+        )
+    _same_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        check_floats("bias", bias, (1,), "[V]")
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias must be [{weight.shape[0]}], one value per row of weight, got shape {shape(bias)}")
+        _same_device("bias", bias, "hidden", hidden)
+
+
 def _borders(cu_seqlens: Any, n: int, name: str, values: torch.Tensor) -> torch.Tensor:
     if cu_seqlens is None:
         raise ValueError(f"cu_seqlens is needed with packed {name} {shape(values)}: [S+1] token borders from 0 to {n}")

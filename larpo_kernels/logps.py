@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import layout, ops
+from . import layout, ops, schedules
 from .outputs import TokenLogps
 
 
@@ -108,6 +108,117 @@ def sequence_logps(
         backend=backend,
     )
     return ops.candidate_logps(logps, counted(labels, ignore_index, length_normalized), tokens.cu_tokens, backend)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_stats: bool = False,
+    backend: Literal["torch", "triton"] | None = None,
+) -> Tensor | TokenLogps:
+    """`token_logps` of logits = hidden @ weight^T + bias that never exist: a walk over tiles (see `plan`).
+
+    Ignored tokens (prompt, padding) are dropped before the GEMM. Under torch.compile and while a CUDA graph is
+    captured shapes must not depend on labels: there every token is walked, and ignored ones get weight 0. On a GPU
+    dropping them waits for the device once; pack the tokens that count beforehand to avoid both.
+
+    Args:
+        hidden: [S, T, H] or [N, H], what the head is applied to (after the final norm).
+        weight: [V, H], the head as `torch.nn.Linear` stores it; tied embeddings work. It may have a wider dtype than
+            hidden: tiles of it are cast one at a time. Under autocast tiles are computed in the autocast dtype.
+        labels: [S, T] or [N], aligned with hidden (already shifted).
+        bias: [V] or None.
+        schedule: "auto", "score_only", "frozen_head", "list_hold" or "recompute"; `plan` tells what auto picks and why.
+        memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
+        others: as in `token_logps`.
+
+    Returns:
+        As `token_logps`. Gradients come in the dtype of what they belong to, summed up in float32.
+    """
+    head = LinearTokens(hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, logit_scale, softcap, backend, candidates=False)
+    return _token_output(head.token_logps(return_stats), labels, return_stats)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    length_normalized: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    backend: Literal["torch", "triton"] | None = None,
+) -> Tensor:
+    """`sequence_logps` straight from hidden states and the head: [S], differentiable in hidden, weight and bias.
+
+    Arguments as in `linear_token_logps` and `sequence_logps`. Under torch.no_grad() it scores (one GEMM), for example
+    the reference policy.
+
+    >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(10, 8)
+    >>> labels = torch.tensor([[1, 2, 3], [4, -100, -100]])
+    >>> linear_sequence_logps(hidden, weight, labels)
+    tensor([-6.9078, -2.3026])
+    """
+    head = LinearTokens(
+        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
+    )  # fmt: skip
+    mean_over = counted(labels, ignore_index, length_normalized)
+    return ops.candidate_logps(head.token_logps(False)[0], mean_over, head.tokens.cu_tokens, backend)
+
+
+def plan(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    ignore_index: int = -100,
+) -> schedules.Plan:
+    """The schedule that the linear ops would take for these tensors, why, and what it costs in GEMMs and bytes.
+
+    >>> hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(1000, 32)
+    >>> print(plan(hidden, weight, torch.zeros(64, dtype=torch.int64)))  # doctest: +ELLIPSIS
+    frozen_head: 2 GEMMs, ... MiB extra (only hidden requires grad)
+    """
+    return LinearTokens(hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, 1.0, None, None, candidates=False).plan
+
+
+class LinearTokens:
+    """The vocabulary side of the linear ops: checked and planned when made, walked on demand."""
+
+    def __init__(
+        self, hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
+        candidates=True,
+    ):  # fmt: skip
+        layout.check_head(hidden, weight, bias)
+        self.tokens = layout.tokens(
+            hidden, labels, cu_seqlens, name="hidden", vocab_size=weight.shape[0], ignore_index=ignore_index,
+            need_candidates=candidates,
+        )  # fmt: skip
+        layout.check_options(logit_scale=logit_scale, softcap=softcap)
+        self.weight, self.bias = weight, bias
+        self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=backend)
+        self.plan = schedules.plan_for(hidden, weight, bias, labels, ignore_index, schedule, memory_budget)
+
+    def token_logps(self, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """logps, entropy, top1 over the flat token axis."""
+        hidden, labels = self.tokens.values.flatten(0, 1), self.tokens.labels.reshape(-1)
+        return ops.linear_logps(hidden, self.weight, self.bias, labels, self.plan, stats=stats, **self.options)
 
 
 def counted(labels: Tensor, ignore_index: int, length_normalized: bool) -> Tensor | None:

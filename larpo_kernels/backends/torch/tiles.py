@@ -1,0 +1,217 @@
+"""Tiles of a head's logits in plain PyTorch: vocabulary-major, centred on the target, turned into E in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOM = 1e30  # s stays below it, so that E^T W and E (r h) stay finite too
+STEP = 256  # rows at a time where something needs a float32 copy: small enough to stay in the cache
+GROUPS = 16  # partial column sums of a bfloat16 tile, so that rounding each of them to bfloat16 does not matter
+
+
+class Sums(NamedTuple):
+    """Sums over vocabulary rows, one number per token; x = z - k, the target left out."""
+
+    e: Tensor  # of exp(x)
+    ex: Tensor | None  # of x exp(x), with stats
+    above: Tensor | None  # the largest x, with stats
+
+
+@dataclass
+class Raised:
+    """Some tokens got a larger k: what was summed relative to the old one is scaled by exp(old - new)."""
+
+    tokens: Tensor
+    factor: Tensor
+
+    def rescale(self, x: Tensor) -> None:
+        """x [tokens, ...], in place."""
+        if x.numel():
+            x[self.tokens] = (x[self.tokens] * self.factor[:, None]).to(x.dtype)
+
+
+class Tiles:
+    """The tiles of one block of tokens, formed one after the other; sums over the vocabulary add up inside."""
+
+    def __init__(self, head, hidden: Tensor, labels: Tensor, *, centre=None, level=None, stats=False):
+        self.head, self.hidden, self.labels, self.stats = head, hidden, labels, stats
+        self._targets = _Targets(labels)
+        if centre is not None:
+            self.centre = centre
+            return
+        self.target = self._target_logits()
+        self.centre = self._exact(torch.where(self.target.isfinite(), self.target, 0))  # -inf is no centre
+        zero = torch.zeros_like(self.target)
+        self.sums = Sums(zero, zero, torch.full_like(zero, -torch.inf)) if stats else Sums(zero, None, None)
+
+    def _exact(self, k: Tensor) -> Tensor:
+        """k as the GEMM can subtract it: exact in the dtype of the tile."""
+        return k.to(self.head.dtype).to(self.head.sums)
+
+    def _target_logits(self) -> Tensor:
+        """z[t, y_t], by a dot in float32."""
+        head = self.head
+        z = torch.empty(self.labels.shape[0], dtype=head.sums, device=self.hidden.device)
+        for at in _slices(z.shape[0]):
+            z[at] = (self.hidden[at].to(head.sums) * head.weight[self.labels[at]].to(head.dtype).to(head.sums)).sum(1)
+        if head.bias is not None:
+            z += head.bias[self.labels]
+        z *= head.scale
+        return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
+
+    def form(self, a: int, weight: Tensor, out: Tensor, for_grad: bool) -> Raised | None:
+        """E of vocabulary rows a.. into out [rows, tokens], target left out, and into the sums.
+
+        for_grad: E times the slope of the soft cap, as the gradient wants it; the sums are of E alone.
+        """
+        new = self._e(a, weight, out, for_grad, self.stats)
+        raised = None
+        if not bool((self.sums.e + new.e < ROOM).all()):
+            raised, new = self._raise(a, weight, out, for_grad, new)
+        s = self.sums
+        above = torch.maximum(s.above, new.above) if self.stats else None
+        self.sums = Sums(s.e + new.e, s.ex + new.ex if self.stats else None, above)
+        return raised
+
+    def form_again(self, a: int, weight: Tensor, out: Tensor) -> None:
+        """E of vocabulary rows a.. for the backward; the target's entry is left 0."""
+        self._e(a, weight, out, True, False)
+
+    def _e(self, a, weight, out, for_grad, stats) -> Sums:
+        softcap, centre = self.head.softcap, self.centre
+        self._logits(a, weight, out)
+        rows, columns = self._targets.within(a, a + out.shape[0])
+        if softcap is None and not stats:
+            out.exp_()[rows, columns] = 0
+            return Sums(_column_sums(out), None, None)
+        s, sx, above = torch.zeros_like(centre), torch.zeros_like(centre), torch.full_like(centre, -torch.inf)
+        for at in _slices(out.shape[0]):
+            x, slope = out[at].to(self.head.sums), None
+            if softcap is not None:
+                t = x.div(softcap).tanh_()
+                x = t.mul(softcap).sub_(centre)
+                slope = t.square_().neg_().add_(1)
+            here = (rows >= at.start) & (rows < at.stop)
+            x[rows[here] - at.start, columns[here]] = -torch.inf
+            e = x.exp()
+            s += e.sum(0)
+            if stats:
+                above = torch.maximum(above, x.amax(0))
+                sx += torch.where(e > 0, x, 0).mul_(e).sum(0)
+            out[at] = e.mul_(slope) if slope is not None and for_grad else e
+        return Sums(s, sx if stats else None, above if stats else None)
+
+    def _logits(self, a: int, weight: Tensor, out: Tensor) -> None:
+        """z - centre of vocabulary rows a.. ; with a soft cap what goes into it, not centred."""
+        head, hidden, centre = self.head, self.hidden.t(), self.centre
+        bias = None if head.bias is None else head.bias[a : a + out.shape[0], None].to(head.sums) * head.scale
+        if head.softcap is None and out.dtype == torch.bfloat16:  # centred before it is rounded
+            torch.addmm(centre.neg().to(head.dtype), weight, hidden, alpha=head.scale, out=out)
+            if bias is not None:
+                out += bias.to(out.dtype)
+            return
+        torch.mm(weight, hidden, out=out)
+        if head.scale != 1:
+            out *= head.scale
+        if bias is not None:
+            out += bias
+        if head.softcap is None:
+            out -= centre
+
+    def _raise(self, a, weight, out, for_grad, new) -> tuple[Raised, Sums]:
+        """Redoes the tile with k at the largest logit where a sum grew too large.
+
+        All columns, though few need it: a GEMM of another shape would round the others otherwise than the backward will.
+        """
+        s = self.sums
+        high = ~(s.e + new.e < ROOM)
+        self._logits(a, weight, out)
+        top = out.amax(0).to(self.head.sums)
+        if self.head.softcap is not None:
+            top = top.div_(self.head.softcap).tanh_().mul_(self.head.softcap).sub_(self.centre)
+        old, self.centre = self.centre, self._exact(torch.where(high, self.centre + top.clamp_(min=0), self.centre))
+        new = self._e(a, weight, out, for_grad, self.stats)
+        up = self.centre - old
+        factor = up.neg().exp()
+        moved = Sums(s.e * factor, (s.ex - up * s.e) * factor, s.above - up) if self.stats else Sums(s.e * factor, None, None)
+        self.sums = moved
+        tokens = high.nonzero()[:, 0]
+        return Raised(tokens, factor[tokens]), new
+
+    def finish(self) -> dict[str, Tensor]:
+        """Results per token once every tile was formed, by their names in walk.Kept."""
+        s, offset = self.sums, self.target - self.centre  # about 0; far below it where k was raised
+        at_target = offset.exp()
+        total = at_target + s.e
+        logps = -torch.log1p(s.e / at_target)
+        logps = torch.where(logps.isfinite(), logps, offset - total.log())
+        out = {"logps": logps, "total": total, "centre": self.centre, "level": torch.zeros_like(total)}
+        if self.stats:
+            mean = (s.ex + torch.where(at_target > 0, offset, 0) * at_target) / total
+            out |= {"entropy": total.log() - mean, "top1": (s.above <= offset).to(total.dtype)}
+        return out
+
+    def put_target(self, e: Tensor, a: int, logps: Tensor, total: Tensor) -> None:
+        """Writes -s, times the slope of the soft cap, at the targets that lie in rows a.. of e."""
+        rows, columns = self._targets.within(a, a + e.shape[0])
+        e[rows, columns] = (total * logps.expm1() * self._slope(logps))[columns].to(e.dtype)
+
+    def _slope(self, like: Tensor) -> Tensor:
+        """Derivative of the soft cap at each target."""
+        if self.head.softcap is None:
+            return torch.ones_like(like)
+        return 1 - (self._target() / self.head.softcap).square()
+
+    def _target(self) -> Tensor:
+        if not hasattr(self, "target"):
+            self.target = self._target_logits()
+        return self.target
+
+    def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
+        """acc += x @ y in the dtype of acc, which is wider than that of x and y or the same."""
+        if acc.dtype == x.dtype:
+            acc.addmm_(x, y)
+        else:
+            acc += x @ y
+
+    def unit_grad(self, acc: Tensor, logps: Tensor, total: Tensor) -> Tensor:
+        """d l / d hidden from acc = E^T W [tokens, H], written over it."""
+        head = self.head
+        for at in _slices(acc.shape[0]):
+            push = (-logps[at].expm1() * self._slope(logps)[at])[:, None]
+            pull = head.weight[self.labels[at]].to(head.sums).mul_(push)
+            acc[at] = pull.sub_(acc[at].div_(total[at][:, None])).mul_(head.scale)
+        acc[logps == -torch.inf] = 0
+        return acc
+
+
+class _Targets:
+    """Where the labels of some tokens lie in the vocabulary: which of them a tile holds, without looking at all."""
+
+    def __init__(self, labels: Tensor):
+        self.labels, self.order = labels.sort(stable=True)
+
+    def within(self, a: int, b: int) -> tuple[Tensor, Tensor]:
+        """Rows (counted from a) and columns of the targets in vocabulary rows a:b."""
+        ends = torch.tensor([a, b], dtype=self.labels.dtype, device=self.labels.device)
+        first, last = torch.searchsorted(self.labels, ends).tolist()
+        return self.labels[first:last] - a, self.order[first:last]
+
+
+def _column_sums(e: Tensor) -> Tensor:
+    """Sums over rows in float32: by a small GEMM in bfloat16, whose own sum over rows is 40 times slower."""
+    if e.dtype != torch.bfloat16:
+        return e.sum(0)
+    n = e.shape[0]
+    groups = torch.eye(GROUPS, dtype=e.dtype, device=e.device).repeat_interleave(-(-n // GROUPS), 1)[:, :n]
+    return (groups @ e).float().sum(0)
+
+
+def _slices(n: int) -> Iterator[slice]:
+    for a in range(0, n, STEP):
+        yield slice(a, min(a + STEP, n))

@@ -1,0 +1,176 @@
+"""Schedules: what the walk over hidden x weight (walk.py) keeps for the backward, what it costs, and which to take.
+
+    score_only    nothing                                                              1 GEMM
+    frozen_head   E^T W, summed up at once: the gradient of hidden up to c             2 GEMMs
+    list_hold     E, in half precision where the operands are: backward is GEMMs only  3 GEMMs
+    recompute     k and s; backward forms E again                                      4 GEMMs
+
+E of some of the vocabulary may be held and the rest formed again: `auto` does so when the budget allows only a part.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from . import layout
+
+SCHEDULES = ("auto", "score_only", "frozen_head", "list_hold", "recompute")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule and what it costs. `print(plan(...))` shows it in one line."""
+
+    schedule: str
+    reason: str
+    gemms: float  # GEMMs of tokens x hidden x vocabulary, forward and backward together
+    extra_bytes: int  # memory beyond the inputs, their gradients and one number per token
+    held_rows: int = 0  # vocabulary rows whose E is held for the backward
+
+    def __str__(self) -> str:
+        held = f", E of {self.held_rows} vocabulary rows held" if self.held_rows else ""
+        return f"{self.schedule}: {self.gemms:.2g} GEMMs, {self.extra_bytes / 2**20:.1f} MiB extra{held} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def parameters(self) -> bool:
+        return self.weight or self.bias
+
+
+def make_plan(
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    needs: Needs,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    device: torch.device,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+) -> Plan:
+    """Picks a schedule by what needs a gradient, sizes and budget; checks one that the caller picked.
+
+    dtype: of the tiles; stored: of E where it is held.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
+        raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
+    tokens, rows = tile_shape(num_tokens, hidden_size, vocab_size, dtype, device)
+    tile = dtype.itemsize * (tokens * rows + tokens * hidden_size)
+    block = 4 * tokens * hidden_size  # d hidden of a block of tokens
+    if needs.weight and tokens < num_tokens:
+        tile += 4 * vocab_size * hidden_size  # d weight is summed over blocks of tokens in float32
+    unit = 4 * num_tokens * hidden_size
+    tile += block if needs.parameters else 0
+    held = vocab_size * num_tokens * stored.itemsize
+    wanted = sum((needs.hidden, needs.weight))
+
+    if schedule == "score_only" and (needs.hidden or needs.parameters):
+        raise ValueError("schedule='score_only' keeps nothing for a backward, but a gradient is needed: detach, or use 'auto'")
+    if schedule == "frozen_head" and needs.parameters:
+        raise ValueError("schedule='frozen_head' gives no gradient to weight or bias, but one requires grad: use 'auto'")
+    if not (needs.hidden or needs.parameters):
+        return Plan("score_only", "nothing requires grad", 1, tile)
+    if schedule == "list_hold":
+        return Plan("list_hold", "asked for", 1 + wanted, tile + held, vocab_size)
+    if schedule == "recompute":
+        return Plan("recompute", "asked for", 2 + wanted, tile)
+    if not needs.parameters:
+        return Plan("frozen_head", "only hidden requires grad", 2, tile + unit)
+    budget, source = (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
+    room = budget - tile
+    source = f"{source} = {budget / 2**20:.0f} MiB"
+    if room >= held:
+        return Plan("list_hold", f"all E fits {source}", 1 + wanted, tile + held, vocab_size)
+    part = max(room, 0) // (num_tokens * stored.itemsize) // rows * rows
+    share = part / vocab_size
+    reason = f"E would take {held / 2**20:.0f} MiB, {source}"
+    return Plan("recompute", reason, 2 + wanted - share, tile + part * num_tokens * stored.itemsize, part)
+
+
+def plan_for(hidden, weight, bias, labels, ignore_index, schedule, memory_budget) -> Plan:
+    """`make_plan` for the tensors of a call: what requires grad, how many tokens count."""
+    enabled = torch.is_grad_enabled()
+    wants = lambda x: enabled and x is not None and x.requires_grad  # noqa: E731
+    needs = Needs(wants(hidden), wants(weight), wants(bias))
+    if torch.compiler.is_compiling() and schedule == "auto":
+        # free memory and the number of tokens belong to a run, not to a compiled graph
+        schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
+    counts = layout.readable(labels)
+    num_tokens = int((labels != ignore_index).sum()) if counts else labels.numel()
+    compute = compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
+    return make_plan(
+        num_tokens, hidden.shape[-1], weight.shape[0], needs, compute, stored_dtype(compute, hidden.dtype), hidden.device,
+        schedule, memory_budget,
+    )  # fmt: skip
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that an allocation could get now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 1 << 30
+
+
+@functools.cache
+def native_bf16(device_type: str) -> bool:
+    """Whether bf16 GEMMs run on bf16 hardware. Elsewhere they are many times slower than float32 ones."""
+    if device_type != "cpu":
+        return True
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def compute_dtype(hidden: torch.dtype, weight: torch.dtype, device_type: str) -> torch.dtype:
+    """Dtype of the GEMM operands and tiles: bfloat16 where asked for and native, float64 where given, else float32.
+
+    Tiles of the weight are brought to it one at a time. float16 computes in float32: E spans more than its range.
+    """
+    if torch.float64 in (hidden, weight):
+        return torch.float64
+    asked = {hidden, weight}
+    if torch.is_autocast_enabled(device_type):
+        asked.add(torch.get_autocast_dtype(device_type))
+    return torch.bfloat16 if torch.bfloat16 in asked and native_bf16(device_type) else torch.float32
+
+
+def stored_dtype(compute: torch.dtype, hidden: torch.dtype) -> torch.dtype:
+    """Dtype in which E is held: half precision if the hidden states are bfloat16 (E outgrows float16's range)."""
+    return torch.bfloat16 if hidden == torch.bfloat16 else compute
+
+
+CPU_TILE_BYTES = 8 << 20
+GPU_TILE_BYTES = 1 << 30
+MAX_TOKENS = 4096  # per block of tokens; below, every slice of d weight is one GEMM over all tokens
+
+
+def tile_shape(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Tokens and vocabulary rows of a tile.
+
+    On a CPU thin slices of the vocabulary that stay in the cache. On a GPU as much of the vocabulary as fits, so that
+    d hidden is one GEMM over it and nothing is added up in memory.
+    """
+    budget = GPU_TILE_BYTES if device.type == "cuda" else CPU_TILE_BYTES
+    tokens = max(1, min(num_tokens, MAX_TOKENS))
+    rows = max(budget // (tokens * dtype.itemsize) // 64 * 64, 256)
+    return tokens, min(rows, vocab_size)

@@ -1,0 +1,165 @@
+"""The walk over hidden x weight: forward and back, once for every schedule and every backend.
+
+It visits tiles of the logits, vocabulary-major: rows a:b of the weight times a block of tokens, [b - a, tokens]. Every
+token is centred on its target before anything is rounded (k its target logit, s the sum over the other tokens):
+
+    E = exp(z - k), target left out     l = -log1p(s / e0)     d l / dz = -(E, with -s at the target) / (e0 + s)
+
+with e0 = exp(z_y - k), about 1. Partial sums simply add up over tiles. The upstream gradient c and 1 / (e0 + s) are one
+number per token and never touch the vocabulary: with r = -c / (e0 + s),
+
+    d weight = E (r h)          d hidden = r (E^T W)
+
+Where s would overflow (a target some 70 nats below the largest logit), k is raised and what was summed is rescaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .schedules import tile_shape
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head as the tiles read it: z = scale * (h W^T + bias), then the soft cap."""
+
+    weight: Tensor  # [V, H], the caller's dtype
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype  # of the GEMM operands and tiles
+
+    def rows(self, a: int, b: int) -> Tensor:
+        return self.weight[a:b].to(self.dtype)
+
+    @property
+    def sums(self) -> torch.dtype:
+        """Dtype of everything that is one number per token, and of accumulators."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+class Kept(NamedTuple):
+    """What the forward walk leaves: results per token, and what the backward needs. All over the n tokens that count."""
+
+    logps: Tensor  # [n]
+    entropy: Tensor  # [n], empty without stats
+    top1: Tensor  # [n], empty without stats
+    total: Tensor  # [n] e0 + s
+    centre: Tensor  # [n] what the GEMM subtracts
+    level: Tensor  # [n] what is subtracted on top, 0 but for rare tokens
+    unit_grad: Tensor  # [n, H] in the dtype of sums: d l / d hidden, frozen_head only
+    held: Tensor  # [held_rows, n] E with -s at the target
+
+
+def _blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
+    for a in range(0, n, size):
+        yield a, min(a + size, n)
+
+
+def forward(
+    head: Head, hidden: Tensor, labels: Tensor, *, held_rows: int, held_dtype: torch.dtype, one_pass: bool, stats: bool, backend: str
+) -> Kept:
+    """hidden [n, H] and labels [n] of the tokens that count."""
+    (n, h), v = hidden.shape, head.weight.shape[0]
+    per_token = lambda n: hidden.new_empty(n, dtype=head.sums)  # noqa: E731
+    kept = Kept(
+        logps=per_token(n),
+        entropy=per_token(n if stats else 0),
+        top1=per_token(n if stats else 0),
+        total=per_token(n),
+        centre=per_token(n),
+        level=per_token(n),
+        unit_grad=hidden.new_zeros((n, h) if one_pass else (0, h), dtype=head.sums),
+        held=hidden.new_empty((held_rows, n), dtype=held_dtype),
+    )
+    tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
+    scratch = hidden.new_empty(rows * tokens, dtype=head.dtype)
+    for t0, t1 in _blocks(n, tokens):
+        tiles = backends.get(backend).Tiles(head, hidden[t0:t1].to(head.dtype), labels[t0:t1], stats=stats)
+        held = kept.held[:, t0:t1]
+        acc = kept.unit_grad[t0:t1] if one_pass else None
+        for a, b in _blocks(v, rows):
+            keep = b <= held_rows
+            e = held[a:b] if keep and held_dtype == head.dtype else scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
+            weight = head.rows(a, b)
+            raised = tiles.form(a, weight, e, for_grad=one_pass or keep)
+            if raised is not None:
+                raised.rescale(held[:a].t())
+            if acc is not None:
+                if raised is not None:
+                    raised.rescale(acc)
+                tiles.add_product(acc, e.t(), weight)
+            if keep and e.dtype != held_dtype:
+                held[a:b] = e
+        ends = tiles.finish()
+        for name, x in ends.items():
+            getattr(kept, name)[t0:t1] = x
+        tiles.put_target(held, 0, ends["logps"], ends["total"])
+        if acc is not None:
+            tiles.unit_grad(acc, ends["logps"], ends["total"])
+    return kept
+
+
+def backward(
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    grad: Tensor,  # [n] upstream gradient of each token's log-prob
+    kept: Kept,
+    *,
+    d_hidden: Tensor | None,  # [n, H], written
+    d_weight: Tensor | None,  # [V, H], written
+    d_bias: Tensor | None,  # [V], written
+    backend: str,
+) -> None:
+    """The gradients that are wanted, from E held or formed again."""
+    (n, h), v = hidden.shape, head.weight.shape[0]
+    tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
+    scratch = hidden.new_empty(rows * tokens, dtype=head.dtype)
+    once = n <= tokens  # then a slice of d weight is one GEMM, and nothing is added up
+    sum_weight = None if d_weight is None else d_weight if once else d_weight.new_zeros(d_weight.shape, dtype=head.sums)
+    sum_bias = None if d_bias is None else d_bias.new_zeros(v, dtype=head.sums)
+    for t0, t1 in _blocks(n, tokens):
+        at = slice(t0, t1)
+        logps, total = kept.logps[at], kept.total[at]
+        tiles = backends.get(backend).Tiles(
+            head, hidden[at].to(head.dtype), labels[at], centre=kept.centre[at], level=kept.level[at]
+        )
+        r = torch.where(logps == -torch.inf, 0, -head.scale * grad[at].to(head.sums) / total)[:, None]
+        rh = (tiles.hidden.to(head.sums) * r).to(head.dtype) if d_weight is not None else None
+        acc = tiles.hidden.new_zeros(tiles.hidden.shape, dtype=head.sums) if d_hidden is not None else None
+        for a, b in _blocks(v, rows):
+            weight = head.rows(a, b)
+            if b <= kept.held.shape[0]:
+                e = kept.held[a:b, at].to(head.dtype)
+            else:
+                e = scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
+                tiles.form_again(a, weight, e)
+                tiles.put_target(e, a, logps, total)
+            if acc is not None:
+                tiles.add_product(acc, e.t(), weight)
+            if sum_weight is not None and once:
+                sum_weight[a:b] = e @ rh
+            elif sum_weight is not None:
+                tiles.add_product(sum_weight[a:b], e, rh)
+            if sum_bias is not None:
+                sum_bias[a:b] += (e @ r.to(e.dtype))[:, 0]
+        if acc is not None:
+            d_hidden[at] = acc.mul_(r)
+    if d_weight is not None and not once:
+        d_weight.copy_(sum_weight)
+    if d_bias is not None:
+        d_bias.copy_(sum_bias)
+
+
+def scale_rows(unit_grad: Tensor, grad: Tensor, out: Tensor) -> None:
+    """out = unit_grad [n, H] times grad [n], rounded once; a token without a direction keeps 0, whatever its grad."""
+    for a, b in _blocks(out.shape[0], 1024):
+        out[a:b] = unit_grad[a:b] * grad[a:b, None].to(unit_grad.dtype)
