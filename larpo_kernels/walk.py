@@ -101,7 +101,7 @@ def forward(
         ends = tiles.finish()
         for name, x in ends.items():
             getattr(kept, name)[t0:t1] = x
-        tiles.put_target(held, 0, ends["logps"], ends["total"])
+        tiles.put_target(held, 0, tiles.at_target(ends["logps"], ends["total"]))
         if acc is not None:
             tiles.unit_grad(acc, ends["logps"], ends["total"])
     return kept
@@ -132,6 +132,7 @@ def backward(
         tiles = backends.get(backend).Tiles(
             head, hidden[at].to(head.dtype), labels[at], centre=kept.centre[at], level=kept.level[at]
         )
+        at_target = tiles.at_target(logps, total)
         r = torch.where(logps == -torch.inf, 0, -head.scale * grad[at].to(head.sums) / total)[:, None]
         rh = (tiles.hidden.to(head.sums) * r).to(head.dtype) if d_weight is not None else None
         acc = tiles.hidden.new_zeros(tiles.hidden.shape, dtype=head.sums) if d_hidden is not None else None
@@ -141,14 +142,11 @@ def backward(
                 e = kept.held[a:b, at].to(head.dtype)
             else:
                 e = scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
-                tiles.form_again(a, weight, e)
-                tiles.put_target(e, a, logps, total)
+                tiles.form_again(a, weight, e, at_target)
             if acc is not None:
                 tiles.add_product(acc, e.t(), weight)
-            if sum_weight is not None and once:
-                sum_weight[a:b] = e @ rh
-            elif sum_weight is not None:
-                tiles.add_product(sum_weight[a:b], e, rh)
+            if sum_weight is not None:
+                _product(tiles, sum_weight[a:b], e, rh, add=not once)
             if sum_bias is not None:
                 sum_bias[a:b] += (e @ r.to(e.dtype))[:, 0]
         if acc is not None:
@@ -157,6 +155,16 @@ def backward(
         d_weight.copy_(sum_weight)
     if d_bias is not None:
         d_bias.copy_(sum_bias)
+
+
+def _product(tiles, out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
+    """out (+)= x @ y, without a copy where the dtypes allow."""
+    if add:
+        tiles.add_product(out, x, y)
+    elif out.dtype == x.dtype:
+        torch.mm(x, y, out=out)
+    else:
+        out.copy_(x @ y)
 
 
 def scale_rows(unit_grad: Tensor, grad: Tensor, out: Tensor) -> None:

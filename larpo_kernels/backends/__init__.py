@@ -4,7 +4,7 @@ token_logps, token_logps_backward           rows of given logits (one read; one 
 candidate_logps, list_stage                 a few numbers per candidate
 Tiles                                       tiles of logits formed from hidden x weight (schedules.py walks them)
 
-`torch` serves every device and dtype; `triton` serves GPUs (and CPU tensors in Triton's interpreter, for tests).
+`pytorch` (backend="torch") serves every device and dtype; `triton` serves GPUs (and CPU tensors in Triton's interpreter, for tests).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from types import ModuleType
 
 import torch
 
-NAMES = ("torch", "triton")
+MODULES = {"torch": ".pytorch", "triton": ".triton"}  # a subpackage named torch would hide torch here
 
 
 def get(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __name__)
+    return importlib.import_module(MODULES[name], __name__)
 
 
 def has_triton() -> bool:
@@ -35,8 +35,8 @@ def pick(backend: str | None, x: torch.Tensor) -> str:
     """The backend to use for tensors like x; the caller's choice if it can serve them."""
     if backend is None:
         return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "torch"
-    if backend not in NAMES:
-        raise ValueError(f"backend must be None or one of {NAMES}, got {backend!r}")
+    if backend not in MODULES:
+        raise ValueError(f"backend must be None or one of {list(MODULES)}, got {backend!r}")
     if backend == "triton":
         if not has_triton():
             raise ValueError("backend='triton' needs the package triton, which is not installed; backend='torch' works everywhere")

@@ -16,13 +16,15 @@ from .math import LOG2E, log1p, one_minus_exp, tanh
 
 @triton.jit
 def read_logits(ptr, at, mask, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """z at offsets `at`, float32; -inf where masked out."""
+    """z at offsets `at`, float32, -inf where masked out, and the slope of the soft cap there."""
     z = tl.load(ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
+    slope = 1.0
     if SCALE:
         z = tl.where(mask, z * scale, -float("inf"))
     if SOFTCAP:
-        z = tl.where(mask, softcap * tanh(z / softcap), -float("inf"))
-    return z
+        bent, slope = tanh(z / softcap)
+        z = tl.where(mask, softcap * bent, -float("inf"))
+    return z, slope
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def token_logps_forward(
             store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
         return
     valid = (label >= 0) & (label < V)
-    k = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
+    k, _ = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
     span = tl.cdiv(tl.cdiv(V, SPLITS), BLOCK) * BLOCK
     start = split * span
     stop = tl.minimum(start + span, V)
@@ -68,7 +70,8 @@ def token_logps_forward(
     above = tl.full([BLOCK], -float("inf"), tl.float32)  # largest z - k, target left out
     for v in range(start, stop, BLOCK):
         cols = v + tl.arange(0, BLOCK)
-        x = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP) - k
+        x, _ = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
+        x -= k
         x = tl.where(cols == label, -float("inf"), x)
         e = tl.exp2(x * LOG2E)
         total += e
@@ -83,7 +86,7 @@ def token_logps_forward(
         best = tl.full([BLOCK], -float("inf"), tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
-            x = read_logits(row_ptr, cols, (cols < stop) & (cols != label), scale, softcap, SCALE, SOFTCAP)
+            x, _ = read_logits(row_ptr, cols, (cols < stop) & (cols != label), scale, softcap, SCALE, SOFTCAP)
             best = tl.maximum(best, x)
         peak = tl.max(best)
         base = tl.where(peak == -float("inf"), 0.0, peak)
@@ -92,7 +95,8 @@ def token_logps_forward(
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
             mask = (cols < stop) & (cols != label)
-            x = read_logits(row_ptr, cols, mask, scale, softcap, SCALE, SOFTCAP) - base
+            x, _ = read_logits(row_ptr, cols, mask, scale, softcap, SCALE, SOFTCAP)
+            x -= base
             e = tl.exp2(x * LOG2E)
             total += e
             if STATS:
@@ -163,7 +167,7 @@ def merge_splits(
         store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
         return
     valid = (label >= 0) & (label < V)
-    k = read_logits(logits_ptr + s * stride_s + t * stride_t, label, valid, scale, softcap, SCALE, SOFTCAP)
+    k, _ = read_logits(logits_ptr + s * stride_s + t * stride_t, label, valid, scale, softcap, SCALE, SOFTCAP)
     at = partial_ptr + (row * SPLITS + tl.arange(0, SPLITS)) * 4
     sums = tl.load(at)
     shifts = tl.load(at + 1)
@@ -219,16 +223,16 @@ def token_logps_backward(
             tl.store(out_row_ptr + cols, zero, mask=cols < V)
         return
     c = tl.load(grad_ptr + s * grad_stride_s + t * grad_stride_t).to(tl.float32)
-    k = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
+    k, _ = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
     at_target = c * one_minus_exp(l)
     if SCALE:
         c *= scale
         at_target *= scale
     for v in range(0, V, BLOCK):
         cols = v + tl.arange(0, BLOCK)
-        z = read_logits(row_ptr, cols, cols < V, scale, softcap, SCALE, SOFTCAP)
+        z, slope = read_logits(row_ptr, cols, cols < V, scale, softcap, SCALE, SOFTCAP)
         g = -c * tl.exp2(((z - k) + l) * LOG2E)
         g = tl.where(cols == label, at_target, g)
         if SOFTCAP:
-            g *= 1 - (z / softcap) * (z / softcap)
+            g *= slope
         tl.store(out_row_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)

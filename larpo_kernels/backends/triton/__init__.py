@@ -2,5 +2,6 @@
 
 from .lists import candidate_logps, list_stage
 from .rows import token_logps, token_logps_backward
+from .tiles import Tiles
 
-__all__ = ["candidate_logps", "list_stage", "token_logps", "token_logps_backward"]
+__all__ = ["Tiles", "candidate_logps", "list_stage", "token_logps", "token_logps_backward"]

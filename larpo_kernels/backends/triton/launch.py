@@ -18,19 +18,20 @@ class Launch:
     row_block: int  # columns per step of the row kernels
     row_warps: int
     split_rows: int  # below this many rows, several programs share a row
-    tile_rows: int  # vocabulary rows per step of the tile kernel
+    tile_span: int  # vocabulary rows per program of the tile kernel
+    tile_rows: int  # of them per step
     tile_tokens: int  # tokens per program of the tile kernel
     tile_warps: int
     origin: str
 
 
 TABLE = {
-    "sm_80": Launch(4096, 8, 2 * 108, 16, 256, 4, "derived"),
-    "sm_90": Launch(4096, 8, 2 * 132, 16, 256, 4, "derived"),
-    "sm_100": Launch(4096, 8, 2 * 148, 16, 256, 4, "derived"),
-    "gfx942": Launch(4096, 8, 2 * 304, 16, 256, 4, "derived"),
+    "sm_80": Launch(4096, 8, 2 * 108, 256, 16, 256, 4, "derived"),
+    "sm_90": Launch(4096, 8, 2 * 132, 256, 16, 256, 4, "derived"),
+    "sm_100": Launch(4096, 8, 2 * 148, 256, 16, 256, 4, "derived"),
+    "gfx942": Launch(4096, 8, 2 * 304, 256, 16, 256, 4, "derived"),
 }
-INTERPRETER = Launch(64, 1, 4, 8, 16, 1, "small, so that tests cross every boundary")
+INTERPRETER = Launch(64, 1, 4, 32, 8, 16, 1, "small, so that tests cross every boundary")
 
 
 def for_tensor(x: torch.Tensor) -> Launch:

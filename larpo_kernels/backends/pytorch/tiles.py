@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,14 +41,14 @@ class Tiles:
 
     def __init__(self, head, hidden: Tensor, labels: Tensor, *, centre=None, level=None, stats=False):
         self.head, self.hidden, self.labels, self.stats = head, hidden, labels, stats
-        self._targets = _Targets(labels)
         if centre is not None:
-            self.centre = centre
+            self.centre, self.level = centre, level
             return
         self.target = self._target_logits()
         self.centre = self._exact(torch.where(self.target.isfinite(), self.target, 0))  # -inf is no centre
+        self.level = torch.zeros_like(self.centre)  # what k is above the centre; here the centre itself is raised
         zero = torch.zeros_like(self.target)
-        self.sums = Sums(zero, zero, torch.full_like(zero, -torch.inf)) if stats else Sums(zero, None, None)
+        self.sums = Sums(zero, torch.zeros_like(zero), torch.full_like(zero, -torch.inf)) if stats else Sums(zero, None, None)
 
     def _exact(self, k: Tensor) -> Tensor:
         """k as the GEMM can subtract it: exact in the dtype of the tile."""
@@ -57,7 +58,7 @@ class Tiles:
         """z[t, y_t], by a dot in float32."""
         head = self.head
         z = torch.empty(self.labels.shape[0], dtype=head.sums, device=self.hidden.device)
-        for at in _slices(z.shape[0]):
+        for at in _slices(z.shape[0], z.device):
             z[at] = (self.hidden[at].to(head.sums) * head.weight[self.labels[at]].to(head.dtype).to(head.sums)).sum(1)
         if head.bias is not None:
             z += head.bias[self.labels]
@@ -78,9 +79,10 @@ class Tiles:
         self.sums = Sums(s.e + new.e, s.ex + new.ex if self.stats else None, above)
         return raised
 
-    def form_again(self, a: int, weight: Tensor, out: Tensor) -> None:
-        """E of vocabulary rows a.. for the backward; the target's entry is left 0."""
+    def form_again(self, a: int, weight: Tensor, out: Tensor, at_target: Tensor) -> None:
+        """E of vocabulary rows a.. for the backward, with at_target [tokens] at the targets."""
         self._e(a, weight, out, True, False)
+        self.put_target(out, a, at_target)
 
     def _e(self, a, weight, out, for_grad, stats) -> Sums:
         softcap, centre = self.head.softcap, self.centre
@@ -90,7 +92,7 @@ class Tiles:
             out.exp_()[rows, columns] = 0
             return Sums(_column_sums(out), None, None)
         s, sx, above = torch.zeros_like(centre), torch.zeros_like(centre), torch.full_like(centre, -torch.inf)
-        for at in _slices(out.shape[0]):
+        for at in _slices(out.shape[0], out.device):
             x, slope = out[at].to(self.head.sums), None
             if softcap is not None:
                 t = x.div(softcap).tanh_()
@@ -138,39 +140,38 @@ class Tiles:
         new = self._e(a, weight, out, for_grad, self.stats)
         up = self.centre - old
         factor = up.neg().exp()
-        moved = Sums(s.e * factor, (s.ex - up * s.e) * factor, s.above - up) if self.stats else Sums(s.e * factor, None, None)
-        self.sums = moved
+        self.sums = Sums(s.e * factor, (s.ex - up * s.e) * factor if self.stats else None, s.above - up if self.stats else None)
         tokens = high.nonzero()[:, 0]
         return Raised(tokens, factor[tokens]), new
 
     def finish(self) -> dict[str, Tensor]:
         """Results per token once every tile was formed, by their names in walk.Kept."""
-        s, offset = self.sums, self.target - self.centre  # about 0; far below it where k was raised
+        s, offset = self.sums, self.target - self.centre - self.level  # about 0; far below it where k was raised
         at_target = offset.exp()
         total = at_target + s.e
         logps = -torch.log1p(s.e / at_target)
         logps = torch.where(logps.isfinite(), logps, offset - total.log())
-        out = {"logps": logps, "total": total, "centre": self.centre, "level": torch.zeros_like(total)}
+        out = {"logps": logps, "total": total, "centre": self.centre, "level": self.level}
         if self.stats:
             mean = (s.ex + torch.where(at_target > 0, offset, 0) * at_target) / total
-            out |= {"entropy": total.log() - mean, "top1": (s.above <= offset).to(total.dtype)}
+            above = s.above <= self.target - self.centre
+            out |= {"entropy": total.log() - mean, "top1": above.to(total.dtype)}
         return out
 
-    def put_target(self, e: Tensor, a: int, logps: Tensor, total: Tensor) -> None:
-        """Writes -s, times the slope of the soft cap, at the targets that lie in rows a.. of e."""
-        rows, columns = self._targets.within(a, a + e.shape[0])
-        e[rows, columns] = (total * logps.expm1() * self._slope(logps))[columns].to(e.dtype)
+    def at_target(self, logps: Tensor, total: Tensor) -> Tensor:
+        """-s times the slope of the soft cap: what E holds at the target for the gradient."""
+        value = total * logps.expm1()
+        return value if self.head.softcap is None else value * self._slope()
 
-    def _slope(self, like: Tensor) -> Tensor:
+    def _slope(self) -> Tensor:
         """Derivative of the soft cap at each target."""
-        if self.head.softcap is None:
-            return torch.ones_like(like)
-        return 1 - (self._target() / self.head.softcap).square()
+        target = self.target if hasattr(self, "target") else self._target_logits()
+        return 1 - (target / self.head.softcap).square()
 
-    def _target(self) -> Tensor:
-        if not hasattr(self, "target"):
-            self.target = self._target_logits()
-        return self.target
+    def put_target(self, e: Tensor, a: int, at_target: Tensor) -> None:
+        """Writes at_target [tokens] at the targets that lie in rows a.. of e."""
+        rows, columns = self._targets.within(a, a + e.shape[0])
+        e[rows, columns] = at_target[columns].to(e.dtype)
 
     def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
         """acc += x @ y in the dtype of acc, which is wider than that of x and y or the same."""
@@ -179,15 +180,19 @@ class Tiles:
         else:
             acc += x @ y
 
-    def unit_grad(self, acc: Tensor, logps: Tensor, total: Tensor) -> Tensor:
+    def unit_grad(self, acc: Tensor, logps: Tensor, total: Tensor) -> None:
         """d l / d hidden from acc = E^T W [tokens, H], written over it."""
         head = self.head
-        for at in _slices(acc.shape[0]):
-            push = (-logps[at].expm1() * self._slope(logps)[at])[:, None]
-            pull = head.weight[self.labels[at]].to(head.sums).mul_(push)
-            acc[at] = pull.sub_(acc[at].div_(total[at][:, None])).mul_(head.scale)
-        acc[logps == -torch.inf] = 0
-        return acc
+        push = -self.at_target(logps, total)[:, None]
+        lost = (logps == -torch.inf)[:, None]  # a target at -inf: no direction would help
+        for at in _slices(acc.shape[0], acc.device):
+            pull = head.weight[self.labels[at]].to(head.sums).mul_(push[at])
+            pull.sub_(acc[at]).mul_(head.scale / total[at][:, None])
+            acc[at] = pull.masked_fill_(lost[at], 0)
+
+    @functools.cached_property
+    def _targets(self) -> _Targets:
+        return _Targets(self.labels)
 
 
 class _Targets:
@@ -212,6 +217,7 @@ def _column_sums(e: Tensor) -> Tensor:
     return (groups @ e).float().sum(0)
 
 
-def _slices(n: int) -> Iterator[slice]:
-    for a in range(0, n, STEP):
-        yield slice(a, min(a + STEP, n))
+def _slices(n: int, device: torch.device) -> Iterator[slice]:
+    step = STEP if device.type == "cpu" else 16 * STEP
+    for a in range(0, n, step):
+        yield slice(a, min(a + step, n))

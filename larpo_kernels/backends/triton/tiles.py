@@ -1,0 +1,89 @@
+"""Tiles of a head's logits on a GPU: a GEMM of the vendor's library and one elementwise kernel in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ...kernels import tiles
+from ..pytorch import tiles as plain
+from .launch import for_tensor, on_device
+
+
+@dataclass
+class Raised:
+    """Factors of all tokens, nearly always 1; the kernel finds out by itself."""
+
+    factor: Tensor
+
+    def rescale(self, x: Tensor) -> None:
+        """x [tokens, n], in place."""
+        if x.numel():
+            t, n = 64, 64
+            grid = (triton.cdiv(x.shape[0], t), triton.cdiv(x.shape[1], n))
+            with on_device(x):
+                tiles.scale_rows[grid](x, self.factor, *x.shape, *x.stride(), T=t, N=n)
+
+
+class Tiles(plain.Tiles):
+    """Differs from the plain ones in how a tile becomes E, and in never asking the device anything."""
+
+    def __init__(self, head, hidden: Tensor, labels: Tensor, *, centre=None, level=None, stats=False):
+        super().__init__(head, hidden, labels, centre=centre, level=level, stats=stats)
+        self.launch = for_tensor(hidden)
+        self.labels = labels.contiguous()
+        if centre is None:
+            self.level = torch.zeros_like(self.centre)
+
+    def form(self, a: int, weight: Tensor, out: Tensor, for_grad: bool) -> Raised:
+        rows, tokens = out.shape
+        spans = triton.cdiv(rows, self.launch.tile_span)
+        span = self.centre.new_empty(spans, 4, tokens)
+        factor = torch.empty_like(self.centre)
+        self._exp(a, weight, out, span, self.centre, final=False, for_grad=for_grad)
+        s, unused = self.sums, self.centre
+        block = self.launch.tile_tokens
+        with on_device(out):
+            tiles.merge_spans[(triton.cdiv(tokens, block),)](
+                span, s.e, self.level, s.ex if self.stats else unused, s.above if self.stats else unused, factor,
+                spans, tokens, STATS=self.stats, T=block,
+            )  # fmt: skip
+            tiles.level_spans[(spans, triton.cdiv(tokens, block))](
+                out, span, self.level, rows, tokens, out.stride(0),
+                SPAN=self.launch.tile_span, R=self.launch.tile_rows, T=block, num_warps=self.launch.tile_warps,
+            )  # fmt: skip
+        return Raised(factor)
+
+    def form_again(self, a: int, weight: Tensor, out: Tensor, at_target: Tensor) -> None:
+        self._exp(a, weight, out, at_target, at_target, final=True, for_grad=True)
+
+    def _exp(self, a, weight, out, span, at_target, *, final, for_grad):
+        head, launch, (rows, tokens) = self.head, self.launch, out.shape
+        centred = head.softcap is None and out.dtype == torch.bfloat16
+        if centred:  # one number per column: the GEMM's own bias, added before it rounds
+            torch.addmm(self.centre.neg().to(out.dtype), weight, self.hidden.t(), alpha=head.scale, out=out)
+        else:
+            torch.mm(weight, self.hidden.t(), out=out)
+        bias = weight if head.bias is None else head.bias[a : a + rows]
+        with on_device(out):
+            tiles.exp_tile[(triton.cdiv(rows, launch.tile_span), triton.cdiv(tokens, launch.tile_tokens))](
+                out, bias, self.centre, self.level, self.labels, at_target, span,
+                a, rows, tokens, out.stride(0), head.scale, head.softcap or 1.0,
+                CENTRED=centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None, FOR_GRAD=for_grad,
+                FINAL=final, STATS=self.stats and not final, SPAN=launch.tile_span, R=launch.tile_rows,
+                T=launch.tile_tokens, num_warps=launch.tile_warps,
+            )  # fmt: skip
+
+    def put_target(self, e: Tensor, a: int, at_target: Tensor) -> None:
+        if e.numel():
+            with on_device(e):
+                tiles.put_target[(triton.cdiv(e.shape[1], 256),)](e, at_target, self.labels, a, *e.shape, e.stride(0), T=256)
+
+    def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
+        if acc.is_cuda and acc.dtype != x.dtype:
+            torch.addmm(acc, x, y, out_dtype=acc.dtype, out=acc)
+        else:
+            super().add_product(acc, x, y)

@@ -1,0 +1,24 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "train": ["transformers>=5,<6", "accelerate>=1.0", "peft>=0.18", "datasets>=4.0", "typer>=0.15", "pyyaml>=6"],
+    "bench": ["transformers>=5,<6", "safetensors", "gguf==0.19.0", "matplotlib>=3.8", "rich>=13", "typer>=0.15", "tqdm"],
+    "flash": ["flash-attn>=2.7"],
+    "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6"],
+}
+EXTRAS["dev"] = [*EXTRAS["bench"], *EXTRAS["test"], "ruff==0.17.5", "rax==0.4.0"]
+
+setup(
+    name="larpo_kernels",
+    version="0.1.0",
+    description="Fused listwise ranking losses for aligning language models on candidate lists (LarPO), in Triton and PyTorch",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["larpo_kernels*", "larpo*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.9", "numpy"],
+    extras_require=EXTRAS,
+)
