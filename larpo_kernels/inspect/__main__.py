@@ -1,0 +1,90 @@
+"""python -m larpo_kernels.inspect: a table of what every kernel compiles to, and the same as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..backends import has_triton
+
+COLUMNS = (
+    "kernel", "dtype", "aligned", "target", "warps", "registers", "spills", "local B", "shared B",
+    "loads B", "stores B", "exp/turn", "exp/element", "warps/SM", "limited by",
+)  # fmt: skip
+ABOUT = """\
+loads, stores: widths in bytes x how many, per thread in one turn of the main loop (the whole kernel where it has no loop);
+other inner loops are in the JSON. exp/turn: exp instructions there. Exit status 1 if a kernel does not compile, spills,
+uses local memory or wants more shared memory than there is.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m larpo_kernels.inspect", description=__doc__, epilog=ABOUT, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--target", nargs="+", help="sm_80 sm_90 sm_100 gfx942; all of them by default")
+    parser.add_argument("--kernel", nargs="+", help="shell patterns for kernel or kernel/variant, as 'list_stage/listnet*'")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    options = parser.parse_args()
+    if not has_triton():
+        parser.error("this needs the package triton, which is not installed")
+    from . import report
+
+    try:
+        result = report(options.target, options.kernel, progress=_progress if sys.stderr.isatty() else None)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    if options.json:
+        options.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+    _print([_row(kernel) for kernel in result.kernels])
+    for target, reason in result.skipped.items():
+        print(f"{target} skipped: {reason}")
+    bad = [kernel for kernel in result.kernels if kernel.problems]
+    for kernel in bad:
+        print(f"{kernel.kernel}/{kernel.variant} {kernel.dtype} {kernel.target}: {'; '.join(kernel.problems)}")
+    print(f"Triton {result.triton}: {len(result.kernels)} kernels compiled, {len(bad)} with problems")
+    return 1 if bad else 0
+
+
+def _progress(done: int, total: int, what: str) -> None:
+    print(f"\r\x1b[K{done}/{total} {what}", end="\r\x1b[K" if done + 1 == total else "", file=sys.stderr, flush=True)
+
+
+def _row(k) -> tuple[str, ...]:
+    name = (f"{k.kernel}/{k.variant}", k.dtype, "yes" if k.aligned else "no", k.target)
+    if k.error:
+        return *name, "error", *[""] * (len(COLUMNS) - len(name) - 1)
+    access = k.main_loop or k
+    per_element = "" if k.exps_per_element is None else f"{k.exps_per_element:.2f}"
+    return (
+        *name, str(k.warps), str(k.registers), str(k.spills), str(k.local_bytes), f"{k.shared_bytes} of {k.shared_limit}",
+        _widths(access.loads), _widths(access.stores), str(k.main_loop.exps) if k.main_loop else "",
+        per_element, f"{k.occupancy.warps} of {k.occupancy.most}", k.occupancy.limit,
+    )  # fmt: skip
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return " ".join(f"{width}x{count}" for width, count in counts.items())
+
+
+def _print(rows: list[tuple[str, ...]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+        for row in (COLUMNS, *rows):
+            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(*COLUMNS)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # a table of this many columns is cut to the width of a terminal, but never of a file
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What is inspected. A new kernel is one entry of KERNELS: its name, a call of the backend that launches it on tensors
+without data, and the variants of that call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import walk
+from ..backends.triton import lists, rows, tiles
+
+IGNORE = -100
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCABULARY = {True: 128256, False: 50257}  # by alignment
+TOKENS = {True: 4096, False: 4093}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# --- the launches ----------------------------------------------------------------------------------------------------
+
+
+def forward(dtype, aligned, shape=(4, 1024), logit_scale=1.0, softcap=None, stats=False):
+    logits, labels = empty(*shape, VOCABULARY[aligned], dtype=dtype), empty(*shape, dtype=torch.int64)
+    rows.token_logps(logits, labels, IGNORE, logit_scale, softcap, stats)
+
+
+def backward(dtype, aligned, shape=(4, 1024), logit_scale=1.0, softcap=None):
+    logits, labels = empty(*shape, VOCABULARY[aligned], dtype=dtype), empty(*shape, dtype=torch.int64)
+    grad, logps = empty(*shape), empty(*shape)
+    rows.token_logps_backward(grad, logits, labels, logps, IGNORE, logit_scale, softcap, torch.empty_like(logits))
+
+
+def candidate_logps(dtype, aligned, mean=False):
+    counted = empty(4096, dtype=torch.bool) if mean else None
+    lists.candidate_logps(empty(4096), counted, empty(65, dtype=torch.int64))
+
+
+def list_stage(dtype, aligned, objective, weighting="none", of_tokens=True):
+    """of_tokens: candidates average over their tokens and have a reference; else scores are given, one per candidate."""
+    counted = empty(4096, dtype=torch.bool) if of_tokens else None
+    cu_tokens = empty(65, dtype=torch.int64) if of_tokens else None
+    n, ref = (4096, empty(64)) if of_tokens else (64, None)
+    cu_lists = empty(9, dtype=torch.int64)
+    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, empty(64), ref, 0.1, objective, weighting, 0, 1.0)
+
+
+def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for_grad=True, step=None):
+    """A tile of 2048 vocabulary rows: formed (step None), formed again, or `step` done with it."""
+    tokens, hidden_size, vocabulary = TOKENS[aligned], 256, VOCABULARY[True]
+    weight = empty(vocabulary, hidden_size, dtype=dtype)
+    head = walk.Head(weight, empty(vocabulary, dtype=dtype) if bias else None, 1.0, softcap, dtype)
+    known = {"centre": empty(tokens), "level": empty(tokens)} if again else {}
+    hidden, labels = empty(tokens, hidden_size, dtype=dtype), empty(tokens, dtype=torch.int64)
+    formed = tiles.Tiles(head, hidden, labels, stats=stats, **known)
+    e = empty(2048, tokens, dtype=dtype)
+    if again:
+        formed.form_again(0, weight[:2048], e, empty(tokens))
+    elif step == "rescale":
+        tiles.Raised(empty(tokens)).rescale(hidden.float())
+    elif step == "put_target":
+        formed.put_target(e, 0, empty(tokens))
+    else:
+        formed.form(0, weight[:2048], e, for_grad)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # of the @triton.jit function
+    launch: Callable  # (dtype, aligned, **variant)
+    variants: dict[str, dict]  # the first one is compiled for misaligned rows too
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # empty: float32 whatever the logits are, and no rows
+
+
+FEW_ROWS = {"shape": (1, 16)}  # several programs share a row
+ROWS = {"plain": {}, "scale": {"logit_scale": 0.5}, "softcap": {"softcap": 30.0}}
+STATS = {"stats": {"stats": True}}
+OBJECTIVES = {name: {"objective": name} for name in ("pairwise", "contrastive", "listmle", "lambdarank", "listnet")}
+OBJECTIVES |= {f"lambdarank-{w}": {"objective": "lambdarank", "weighting": w} for w in ("dcg", "dcg2")}
+TILE_DTYPES = ("bf16", "fp32")  # schedules.compute_dtype knows no others
+
+KERNELS = (
+    Kernel("token_logps_forward", forward, ROWS | STATS | {"split": FEW_ROWS, "split-stats": FEW_ROWS | {"stats": True}}),
+    Kernel("merge_splits", forward, {"plain": FEW_ROWS, "stats": FEW_ROWS | {"stats": True}}),
+    Kernel("token_logps_backward", backward, ROWS),
+    Kernel("candidate_logps", candidate_logps, {"sum": {}, "mean": {"mean": True}}, dtypes=()),
+    Kernel(
+        "list_stage",
+        list_stage,
+        {name: of | {"of_tokens": True} for name, of in OBJECTIVES.items()}
+        | {f"{name}-of-scores": of | {"of_tokens": False} for name, of in OBJECTIVES.items()},
+        dtypes=(),
+    ),
+    Kernel(
+        "exp_tile",
+        tile,
+        {
+            "plain": {},
+            "bias": {"bias": True},
+            "softcap": {"softcap": 30.0},
+            "stats": {"stats": True},
+            "again": {"again": True},
+            "again-softcap": {"again": True, "softcap": 30.0},
+        },
+        TILE_DTYPES,
+    ),
+    Kernel("merge_spans", tile, {"plain": {}, "stats": {"stats": True}}, TILE_DTYPES),
+    Kernel("level_spans", tile, {"plain": {}}, TILE_DTYPES),
+    Kernel("scale_rows", tile, {"plain": {"step": "rescale"}}, TILE_DTYPES),
+    Kernel("put_target", tile, {"plain": {"step": "put_target"}}, TILE_DTYPES),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    variant: str
+    dtype: str
+    aligned: bool
+    itemsize: int | None  # bytes of a logit, None where the kernel reads none
+    launch: Callable[[], None]
+
+
+def cases(patterns: Sequence[str] | None = None) -> Iterator[Case]:
+    """Every launch that is inspected, of kernels that fit a pattern."""
+    known = {f"{kernel.name}/{variant}" for kernel in KERNELS for variant in kernel.variants}
+    for pattern in patterns or ():
+        if not any(_fits(name, pattern) for name in known):
+            raise ValueError(f"kernels must fit some of {sorted(known)}, got {pattern!r}")
+    for kernel in KERNELS:
+        for i, (variant, options) in enumerate(kernel.variants.items()):
+            if patterns is None or any(_fits(f"{kernel.name}/{variant}", pattern) for pattern in patterns):
+                for aligned in (True, False) if i == 0 and kernel.dtypes else (True,):
+                    for dtype in kernel.dtypes or ("fp32",):
+                        launch = partial(kernel.launch, DTYPES[dtype], aligned, **options)
+                        itemsize = DTYPES[dtype].itemsize if kernel.dtypes else None
+                        yield Case(kernel.name, variant, dtype, aligned, itemsize, launch)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.split("/")[0], pattern)
