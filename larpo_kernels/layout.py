@@ -209,20 +209,28 @@ def _per_candidate(name: str, x: Any, num_candidates: int, like: torch.Tensor, l
     x = x.detach()
     if readable(x) and x.is_floating_point() and x.isnan().any():
         raise ValueError(f"{name} must not be NaN, got NaN at position {int(x.isnan().nonzero()[0])}")
-    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return x
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """float64 where the device has it (Apple's GPUs do not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def relevance(x: Any, cu_lists: torch.Tensor, like: torch.Tensor, num_candidates: int | None = None) -> torch.Tensor:
-    """Relevance [S] as floats; NaN where the lists do not cover the candidates and only the device can know."""
+    """Relevance [S], wide, so that close rewards keep their order; NaN where only the device can know that the lists do
+    not cover the candidates."""
     n = like.shape[0] if num_candidates is None else num_candidates
-    x = _per_candidate("relevance", x, n, like, "the data")
+    x = _per_candidate("relevance", x, n, like, "the data").to(wide(like.device))
     if not readable(cu_lists):
         x = torch.where(cu_lists[-1] == n, x, torch.nan)
     return x
 
 
 def ref_logps(x: Any, num_candidates: int, like: torch.Tensor) -> torch.Tensor | None:
-    return None if x is None else _per_candidate("ref_logps", x, num_candidates, like, "the data")
+    if x is None:
+        return None
+    return _per_candidate("ref_logps", x, num_candidates, like, "the data").to(torch.promote_types(like.dtype, torch.float32))
 
 
 def check_options(*, beta: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, reduction: str = "mean"):

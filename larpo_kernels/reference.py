@@ -120,8 +120,10 @@ def fused_listwise_loss(
     return_stats=False,
 ):
     """objective( beta * (L_s - Lref_s) ; relevance ), the LarPO loss from logits."""
-    tokens = token_logps(logits, labels, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, return_stats=True)
-    logps = _per_candidate(tokens.logps, labels != ignore_index, cu_seqlens, length_normalized)
+    options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
+    tokens = token_logps(logits, labels, return_stats=return_stats, **options)
+    logps = tokens.logps if return_stats else tokens
+    logps = _per_candidate(logps, labels != ignore_index, cu_seqlens, length_normalized)
     scores = beta * (logps if ref_logps is None else logps - ref_logps.detach())
     loss = listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective, reduction=reduction)
     stats = (tokens.entropy, tokens.top1) if return_stats else (None, None)

@@ -5,21 +5,22 @@
     cases.py         the table of kernels and of the launches that are inspected
     crosscompile.py  the launch code of backends/triton, run for a GPU that is not here
     disassembly.py   machine code -> registers, spills, widths of loads and stores
-    loops.py         machine code -> its inner loops
+    loops.py         machine code -> its loops
     targets.py       what the GPUs have, and how much of it a kernel can fill
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import triton
 
-from .cases import Case, cases
+from .cases import cases
 from .crosscompile import compile_case, reason_to_skip, require_compiler
-from .disassembly import Code, Loop, read
-from .targets import TARGETS, Occupancy, occupancy
+from .disassembly import Loop, read
+from .targets import TARGETS, Occupancy, Target, occupancy
 
 __all__ = ["TARGETS", "KernelReport", "Report", "report"]
 
@@ -32,7 +33,7 @@ class KernelReport:
     variant: str
     target: str
     dtype: str
-    aligned: bool  # row length divisible by 16 and pointers 16-byte aligned
+    aligned: bool  # rows start at multiples of 16 bytes; if not, rows of 50257 columns or 4093 tokens
     error: str | None = None  # why it did not compile; nothing below is known then
     warps: int = 0  # of one program
     registers: int = 0  # of one thread
@@ -43,14 +44,13 @@ class KernelReport:
     occupancy: Occupancy | None = None
     loads: dict[int, int] = field(default_factory=dict)  # width -> loads of that width from global memory
     stores: dict[int, int] = field(default_factory=dict)
-    loops: list[Loop] = field(default_factory=list)  # the innermost ones, in program order
+    loops: list[Loop] = field(default_factory=list)  # in program order
     itemsize: int | None = None  # bytes of an element the loops read; None where they read more than one kind
 
     @property
     def main_loop(self) -> Loop | None:
-        """The first inner loop that forms an exp; the first that loads where none does."""
-        with_exp, with_loads = [x for x in self.loops if x.exps], [x for x in self.loops if x.loads]
-        return next(iter(with_exp or with_loads), None)
+        """The loop with the most exps; of equals the one that loads the most bytes, then the first."""
+        return max(self.loops, key=lambda loop: (loop.exps, loop.bytes_loaded), default=None)
 
     @property
     def exps_per_element(self) -> float | None:
@@ -58,7 +58,7 @@ class KernelReport:
         loop = self.main_loop
         if loop is None or not loop.loads or self.itemsize is None:
             return None
-        return loop.exps * self.itemsize / sum(width * count for width, count in loop.loads.items())
+        return loop.exps * self.itemsize / loop.bytes_loaded
 
     @property
     def problems(self) -> list[str]:
@@ -95,6 +95,7 @@ class Report:
 def report(
     targets: Sequence[str] | None = None,
     kernels: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
     *,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
@@ -103,6 +104,7 @@ def report(
     Args:
         targets: names from `TARGETS`; None for all of them.
         kernels: shell patterns for "kernel" or "kernel/variant", such as "list_stage/listnet*"; None for all.
+        dtypes: of the logits, among "bf16", "fp16", "fp32"; None for all. Kernels that read no logits are always there.
         progress: called with (done, in all, what is compiled next).
 
     Raises:
@@ -115,23 +117,25 @@ def report(
         if name not in TARGETS:
             raise ValueError(f"targets must be among {list(TARGETS)}, got {name!r}")
     skipped = {name: reason for name in targets if (reason := reason_to_skip(TARGETS[name]))}
-    work = [(case, name) for case in cases(kernels) for name in targets if name not in skipped]
-    done = []
-    for i, (case, name) in enumerate(work):
-        if progress:
-            progress(i, len(work), f"{case.kernel}/{case.variant} {case.dtype} for {name}")
-        done.append(_inspect(case, name))
-    return Report(triton.__version__, done, skipped)
+    work = [(case, name) for case in cases(kernels, dtypes) for name in targets if name not in skipped]
+    reports = []
+    with ThreadPoolExecutor() as pool:  # the tools that read machine code work while the next kernel is compiled
+        for i, (case, name) in enumerate(work):
+            if progress:
+                progress(i, len(work), f"{case.kernel}/{case.variant} {case.dtype} for {name}")
+            what = dict(kernel=case.kernel, variant=case.variant, target=name, dtype=case.dtype, aligned=case.aligned)
+            try:
+                compiled = compile_case(case, TARGETS[name])
+            except Exception as error:  # compilers raise what they like; that one kernel fails is a line of the report
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                reports.append(pool.submit(KernelReport, **what, error=reason))
+            else:
+                reports.append(pool.submit(_read, compiled, TARGETS[name], what, case.itemsize))
+    return Report(triton.__version__, [future.result() for future in reports], skipped)
 
 
-def _inspect(case: Case, name: str) -> KernelReport:
-    target = TARGETS[name]
-    what = dict(kernel=case.kernel, variant=case.variant, target=name, dtype=case.dtype, aligned=case.aligned)
-    try:
-        compiled = compile_case(case, target)
-    except Exception as error:  # the compiler raises what it likes; one kernel's failure is a line of the report
-        return KernelReport(**what, error=f"{type(error).__name__}: {error}")
-    code: Code = read(compiled.asm)
+def _read(compiled, target: Target, what: dict, itemsize: int | None) -> KernelReport:
+    code = read(compiled.asm)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return KernelReport(
         **what,
@@ -145,5 +149,5 @@ def _inspect(case: Case, name: str) -> KernelReport:
         loads=code.loads,
         stores=code.stores,
         loops=code.loops,
-        itemsize=case.itemsize,
+        itemsize=itemsize,
     )

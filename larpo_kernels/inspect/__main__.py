@@ -6,17 +6,22 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..backends import has_triton
 
+if TYPE_CHECKING:
+    from . import KernelReport
+
 COLUMNS = (
-    "kernel", "dtype", "aligned", "target", "warps", "registers", "spills", "local B", "shared B",
-    "loads B", "stores B", "exp/turn", "exp/element", "warps/SM", "limited by",
+    "kernel", "logits", "target", "warps", "registers", "spills", "shared", "loads", "stores", "exps", "per element", "warps/SM",
 )  # fmt: skip
 ABOUT = """\
-loads, stores: widths in bytes x how many, per thread in one turn of the main loop (the whole kernel where it has no loop);
-other inner loops are in the JSON. exp/turn: exp instructions there. Exit status 1 if a kernel does not compile, spills,
-uses local memory or wants more shared memory than there is.
+logits: their dtype; "odd" if rows are not 16-byte aligned. registers: of a thread. spills: instructions on local memory.
+shared: KB of a program, of the target's limit. loads, stores, exps: what a thread issues to global memory in one turn of
+the main loop (of the whole kernel where it has no loop), as width in bytes x count; other loops are in the JSON.
+warps/SM: an estimate of how many fit, and what is used up first.
+Exit status 1 if a kernel does not compile, spills, uses local memory or wants more shared memory than there is.
 """
 
 
@@ -26,6 +31,7 @@ def main() -> int:
     )
     parser.add_argument("--target", nargs="+", help="sm_80 sm_90 sm_100 gfx942; all of them by default")
     parser.add_argument("--kernel", nargs="+", help="shell patterns for kernel or kernel/variant, as 'list_stage/listnet*'")
+    parser.add_argument("--dtype", nargs="+", help="bf16 fp16 fp32; all of them by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     options = parser.parse_args()
     if not has_triton():
@@ -33,7 +39,7 @@ def main() -> int:
     from . import report
 
     try:
-        result = report(options.target, options.kernel, progress=_progress if sys.stderr.isatty() else None)
+        result = report(options.target, options.kernel, options.dtype, progress=_progress if sys.stderr.isatty() else None)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     if options.json:
@@ -43,7 +49,7 @@ def main() -> int:
         print(f"{target} skipped: {reason}")
     bad = [kernel for kernel in result.kernels if kernel.problems]
     for kernel in bad:
-        print(f"{kernel.kernel}/{kernel.variant} {kernel.dtype} {kernel.target}: {'; '.join(kernel.problems)}")
+        print(f"{kernel.kernel}/{kernel.variant} {kernel.dtype} for {kernel.target}: {'; '.join(kernel.problems)}")
     print(f"Triton {result.triton}: {len(result.kernels)} kernels compiled, {len(bad)} with problems")
     return 1 if bad else 0
 
@@ -52,16 +58,16 @@ def _progress(done: int, total: int, what: str) -> None:
     print(f"\r\x1b[K{done}/{total} {what}", end="\r\x1b[K" if done + 1 == total else "", file=sys.stderr, flush=True)
 
 
-def _row(k) -> tuple[str, ...]:
-    name = (f"{k.kernel}/{k.variant}", k.dtype, "yes" if k.aligned else "no", k.target)
+def _row(k: KernelReport) -> tuple[str, ...]:
+    name = (f"{k.kernel}/{k.variant}", k.dtype + ("" if k.aligned else " odd"), k.target)
     if k.error:
         return *name, "error", *[""] * (len(COLUMNS) - len(name) - 1)
-    access = k.main_loop or k
-    per_element = "" if k.exps_per_element is None else f"{k.exps_per_element:.2f}"
+    loop = k.main_loop
     return (
-        *name, str(k.warps), str(k.registers), str(k.spills), str(k.local_bytes), f"{k.shared_bytes} of {k.shared_limit}",
-        _widths(access.loads), _widths(access.stores), str(k.main_loop.exps) if k.main_loop else "",
-        per_element, f"{k.occupancy.warps} of {k.occupancy.most}", k.occupancy.limit,
+        *name, str(k.warps), str(k.registers), str(k.spills), f"{k.shared_bytes / 1024:.1f} of {k.shared_limit // 1024}",
+        _widths((loop or k).loads), _widths((loop or k).stores), str(loop.exps) if loop else "",
+        "" if k.exps_per_element is None else f"{k.exps_per_element:.2f}",
+        f"{k.occupancy.warps} of {k.occupancy.most}, {k.occupancy.limit}",
     )  # fmt: skip
 
 

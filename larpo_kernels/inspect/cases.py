@@ -78,8 +78,9 @@ def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for
 class Kernel:
     name: str  # of the @triton.jit function
     launch: Callable  # (dtype, aligned, **variant)
-    variants: dict[str, dict]  # the first one is compiled for misaligned rows too
-    dtypes: tuple[str, ...] = tuple(DTYPES)  # empty: float32 whatever the logits are, and no rows
+    variants: dict[str, dict]
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # of the logits; empty for a kernel that reads none, and float32 only
+    misaligned: bool = False  # whether the first variant is compiled for misaligned rows too
 
 
 FEW_ROWS = {"shape": (1, 16)}  # several programs share a row
@@ -90,9 +91,14 @@ OBJECTIVES |= {f"lambdarank-{w}": {"objective": "lambdarank", "weighting": w} fo
 TILE_DTYPES = ("bf16", "fp32")  # schedules.compute_dtype knows no others
 
 KERNELS = (
-    Kernel("token_logps_forward", forward, ROWS | STATS | {"split": FEW_ROWS, "split-stats": FEW_ROWS | {"stats": True}}),
+    Kernel(
+        "token_logps_forward",
+        forward,
+        ROWS | STATS | {"split": FEW_ROWS, "split-stats": FEW_ROWS | {"stats": True}},
+        misaligned=True,
+    ),
     Kernel("merge_splits", forward, {"plain": FEW_ROWS, "stats": FEW_ROWS | {"stats": True}}),
-    Kernel("token_logps_backward", backward, ROWS),
+    Kernel("token_logps_backward", backward, ROWS, misaligned=True),
     Kernel("candidate_logps", candidate_logps, {"sum": {}, "mean": {"mean": True}}, dtypes=()),
     Kernel(
         "list_stage",
@@ -113,9 +119,10 @@ KERNELS = (
             "again-softcap": {"again": True, "softcap": 30.0},
         },
         TILE_DTYPES,
+        misaligned=True,
     ),
     Kernel("merge_spans", tile, {"plain": {}, "stats": {"stats": True}}, TILE_DTYPES),
-    Kernel("level_spans", tile, {"plain": {}}, TILE_DTYPES),
+    Kernel("level_spans", tile, {"plain": {}}, TILE_DTYPES, misaligned=True),
     Kernel("scale_rows", tile, {"plain": {"step": "rescale"}}, TILE_DTYPES),
     Kernel("put_target", tile, {"plain": {"step": "put_target"}}, TILE_DTYPES),
 )
@@ -131,17 +138,22 @@ class Case:
     launch: Callable[[], None]
 
 
-def cases(patterns: Sequence[str] | None = None) -> Iterator[Case]:
-    """Every launch that is inspected, of kernels that fit a pattern."""
+def cases(patterns: Sequence[str] | None = None, dtypes: Sequence[str] | None = None) -> Iterator[Case]:
+    """The launches that are inspected: of kernels that fit a pattern, with logits of these dtypes or without logits."""
     known = {f"{kernel.name}/{variant}" for kernel in KERNELS for variant in kernel.variants}
     for pattern in patterns or ():
         if not any(_fits(name, pattern) for name in known):
             raise ValueError(f"kernels must fit some of {sorted(known)}, got {pattern!r}")
+    for dtype in dtypes or ():
+        if dtype not in DTYPES:
+            raise ValueError(f"dtypes must be among {list(DTYPES)}, got {dtype!r}")
     for kernel in KERNELS:
         for i, (variant, options) in enumerate(kernel.variants.items()):
-            if patterns is None or any(_fits(f"{kernel.name}/{variant}", pattern) for pattern in patterns):
-                for aligned in (True, False) if i == 0 and kernel.dtypes else (True,):
-                    for dtype in kernel.dtypes or ("fp32",):
+            if patterns is not None and not any(_fits(f"{kernel.name}/{variant}", pattern) for pattern in patterns):
+                continue
+            for aligned in (True, False) if i == 0 and kernel.misaligned else (True,):
+                for dtype in kernel.dtypes or ("fp32",):
+                    if dtypes is None or dtype in dtypes or not kernel.dtypes:
                         launch = partial(kernel.launch, DTYPES[dtype], aligned, **options)
                         itemsize = DTYPES[dtype].itemsize if kernel.dtypes else None
                         yield Case(kernel.name, variant, dtype, aligned, itemsize, launch)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from triton import knobs
 
-from .loops import Instruction, inner_loops
+from .loops import Instruction, loops
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One turn of an inner loop, as one thread runs it."""
+    """One turn of a loop, as one thread runs it, without the loops inside it. Code behind rare branches counts."""
 
     instructions: int
     exps: int
@@ -23,9 +23,8 @@ class Loop:
     stores: dict[int, int]
 
     @property
-    def narrowest(self) -> int | None:
-        """Width in bytes of the narrowest global load or store; None without any."""
-        return min([*self.loads, *self.stores], default=None)
+    def bytes_loaded(self) -> int:
+        return sum(width * count for width, count in self.loads.items())
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _nvidia(cubin: bytes) -> Code:
         file.write(cubin)
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        sass = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        sass = _run(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     if resources.keys() != {"REG", "STACK", "LOCAL"}:
         raise RuntimeError(f"cuobjdump -res-usage printed no REG, STACK and LOCAL but {usage!r}")
@@ -82,7 +81,7 @@ def _nvidia(cubin: bytes) -> Code:
         local_bytes=resources["STACK"] + resources["LOCAL"],
         loads=_widths(code, nvidia_access, "load"),
         stores=_widths(code, nvidia_access, "store"),
-        loops=[_loop(body, nvidia_access, "MUFU.EX2") for body in inner_loops(code)],
+        loops=[_loop(body, nvidia_access, "MUFU.EX2") for body in loops(code)],
     )
 
 
@@ -91,7 +90,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def nvidia_instructions(sass: str) -> list[Instruction]:
-    """Lines of nvdisasm -c."""
+    """Lines that nvdisasm -c prints."""
     code, labels = [], []
     for line in sass.splitlines():
         if label := NVIDIA_LABEL.match(line):
@@ -135,7 +134,7 @@ def _amd(assembly: str) -> Code:
         local_bytes=metadata("private_segment_fixed_size"),
         loads=_widths(code, amd_access, "load"),
         stores=_widths(code, amd_access, "store"),
-        loops=[_loop(body, amd_access, "v_exp_") for body in inner_loops(code)],
+        loops=[_loop(body, amd_access, "v_exp_") for body in loops(code)],
     )
 
 

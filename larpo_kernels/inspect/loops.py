@@ -1,4 +1,4 @@
-"""Inner loops of machine code, from its jumps alone."""
+"""The loops of machine code, from its jumps alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Instruction:
     falls_through: bool = True  # whether the next instruction may come after it
 
 
-def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The natural loops that hold no other loop, in program order.
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """What each natural loop runs itself, without the loops inside it; in program order of where they begin.
 
     A jump back alone is no loop: compilers put rare code at the end and jump back from there. It is one if its goal
     dominates it, that is, if no way from the first instruction leads to the jump around the goal.
@@ -24,14 +24,17 @@ def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
     for i, followers in enumerate(follows):
         for j in followers:
             comes_from[j].append(i)
-    dominators = _dominators(follows, comes_from)
-    loops: dict[int, set[int]] = {}
+    dominators = _dominators(comes_from)
+    bodies: dict[int, set[int]] = {}
     for i, followers in enumerate(follows):
         for head in followers:
             if dominators[i] is not None and dominators[i] >> head & 1:
-                loops.setdefault(head, set()).update(_body(head, i, comes_from))
-    inner = [body for head, body in sorted(loops.items()) if not any(other in body for other in loops if other != head)]
-    return [[code[i] for i in sorted(body)] for body in inner]
+                bodies.setdefault(head, set()).update(_body(head, i, comes_from))
+    own = {}
+    for head, body in sorted(bodies.items()):
+        inside = [other for goal, other in bodies.items() if goal != head and goal in body]
+        own[head] = body.difference(*inside)
+    return [[code[i] for i in sorted(body)] for body in own.values()]
 
 
 def _followers(code: list[Instruction]) -> list[list[int]]:
@@ -45,9 +48,9 @@ def _followers(code: list[Instruction]) -> list[list[int]]:
     return follows
 
 
-def _dominators(follows: list[list[int]], comes_from: list[list[int]]) -> list[int | None]:
+def _dominators(comes_from: list[list[int]]) -> list[int | None]:
     """Of each instruction the set of those on every way to it, as bits; None if no way leads there."""
-    bits: list[int | None] = [None] * len(follows)
+    bits: list[int | None] = [None] * len(comes_from)
     if not bits:
         return bits
     bits[0] = 1

@@ -93,7 +93,7 @@ def list_stage(
     counted_ptr,  # [N] int8, with MEAN
     cu_tokens_ptr,  # [S+1] int64, unless TOKEN_IS_CANDIDATE
     cu_lists_ptr,  # [L+1] int64
-    relevance_ptr,  # [S] float32
+    relevance_ptr,  # [S] float64: close rewards keep their order
     ref_ptr,  # [S] float32, with HAS_REF
     loss_ptr,  # [L] float32
     candidate_ptr,  # [S] float32: L
@@ -172,7 +172,7 @@ def list_stage(
         if OBJECTIVE == "lambdarank":
             level = 1.0 + ahead_by_score.to(tl.float32)
             position = 1.0 + ahead.to(tl.float32)
-            gain = tl.exp2(r_i) - 1.0
+            gain = tl.exp2(r_i.to(tl.float32)) - 1.0
             ideal += tl.sum(tl.where((i < stop) & (position <= cut), gain * discount(position), 0.0))
             part = gain
         elif OBJECTIVE == "pairwise":
@@ -185,7 +185,7 @@ def list_stage(
             elif OBJECTIVE == "contrastive":
                 part = (ahead == 0).to(tl.float32)
             else:
-                part = tl.exp2((r_i / temperature - target_level) * LOG2E)
+                part = tl.exp2((r_i.to(tl.float32) / temperature - target_level) * LOG2E)
         tl.store(work_ptr + i, level, mask=i < stop)
         tl.store(work_ptr + S + i, part, mask=i < stop)
     tl.debug_barrier()
@@ -248,11 +248,11 @@ def list_logsumexp(x_ptr, start, stop, factor, M: tl.constexpr):
     peak = tl.full([M], -float("inf"), tl.float32)
     for j0 in range(start, stop, M):
         j = j0 + tl.arange(0, M)
-        peak = tl.maximum(peak, tl.load(x_ptr + j, mask=j < stop, other=-float("inf")) * factor)
+        peak = tl.maximum(peak, tl.load(x_ptr + j, mask=j < stop, other=-float("inf")).to(tl.float32) * factor)
     top = tl.max(peak)
     total = tl.zeros([M], tl.float32)
     for j0 in range(start, stop, M):
         j = j0 + tl.arange(0, M)
-        x = tl.load(x_ptr + j, mask=j < stop, other=-float("inf")) * factor
+        x = tl.load(x_ptr + j, mask=j < stop, other=-float("inf")).to(tl.float32) * factor
         total += tl.exp2((x - top) * LOG2E)
     return top + tl.log(tl.sum(total))

@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...layout import wide
+
 
 def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    if wide(logps.device) != torch.float64:
+        return tuple(x.to(logps.device) for x in candidate_logps(logps.cpu(), None if counted is None else counted.cpu(), cu_tokens.cpu()))
     total, share = _candidates(logps, counted, cu_tokens)
     return total.to(logps.dtype), share.to(logps.dtype)
 
@@ -47,9 +51,11 @@ def list_stage(
     k: int,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if wide(logps.device) != torch.float64:  # a few numbers: compute them where float64 exists
+        args = (x if x is None else x.cpu() for x in (logps, counted, cu_tokens, cu_lists, relevance, ref_logps))
+        return tuple(x.to(logps.device) for x in list_stage(*args, beta, objective, weighting, k, temperature))
     total, share = _candidates(logps, counted, cu_tokens)
     scores = beta * (total if ref_logps is None else total - ref_logps)
-    relevance = relevance.double()
     loss = torch.zeros(cu_lists.shape[0] - 1, dtype=torch.float64, device=logps.device)
     c = torch.zeros_like(scores)
     sizes = cu_lists.diff()

@@ -1,0 +1,217 @@
+"""One table: every provider of a problem checked against float64, then timed in turns, then its memory."""
+
+from __future__ import annotations
+
+import gc
+import math
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks import floors, peers  # noqa: F401  registers them
+from benchmarks.memory import peak_in_child, peak_on_gpu
+from benchmarks.problem import Problem
+from benchmarks.providers import Output, Provider
+from benchmarks.providers import select as all_providers
+from benchmarks.truth import Truth, limits
+
+__all__ = ["Settings", "all_providers", "measure", "run_once"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    rounds: int = 7  # timed runs of each provider at most
+    budget_s: float = 20.0  # time for the rounds of one table
+    guard_s: float = 5.0  # a provider whose run takes longer is timed once
+    memory: bool = True
+    memory_guard_s: float = 30.0  # a provider whose run takes longer is not run again for its memory
+    deadline: float | None = None  # time.monotonic() after which only what matters most is run, once
+
+    @property
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def run_once(provider: Provider, problem: Problem, *, ready: bool = False, upstream=None):
+    """One forward, and backward where the mode asks for it -> (seconds, Output, gradients by input name)."""
+    if not ready:
+        problem = problem.fresh(copy=provider.overwrites_input)
+    if provider.computes == "token logps" and upstream is None:
+        upstream = torch.ones_like(problem.labels, dtype=torch.float32)
+    _wait(problem)
+    start = time.perf_counter()
+    with torch.set_grad_enabled(problem.mode != "score"):
+        out = provider.forward(problem)
+    if problem.mode != "score" and not provider.floor:
+        out.value.backward(upstream.to(out.value.dtype) if provider.computes == "token logps" else None)
+    _wait(problem)
+    seconds = time.perf_counter() - start
+    return seconds, out, problem.gradients()
+
+
+def _wait(problem: Problem) -> None:
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(
+    problem: Problem,
+    providers: list[Provider],
+    truth: Truth,
+    settings: Settings = Settings(),
+    progress: Callable[[str], None] = lambda step: None,
+) -> dict:
+    """A table as it is recorded: the problem's description and one row a provider, every sample kept."""
+    entries = [Entry(p, problem, truth) for p in providers]
+    _check(entries, settings, progress)
+    _time(entries, settings, progress)
+    if settings.memory:
+        _peaks(entries, problem, settings, progress)
+    torch._dynamo.reset()  # the next problem has other shapes
+    return {**problem.describe(), "rows": [entry.row for entry in entries]}
+
+
+class Entry:
+    """A provider on a problem, and the row that grows as it is measured."""
+
+    def __init__(self, provider: Provider, problem: Problem, truth: Truth):
+        self.provider, self.truth = provider, truth
+        self.upstream = truth.target(provider.computes).upstream
+        gemms = (provider.gemms or {}).get(problem.mode)
+        self.row = {
+            "provider": provider.name,
+            "group": provider.group,
+            "computes": provider.computes,
+            "floor": provider.floor,
+            "gemms": gemms,
+            "status": "ok",
+            "message": "",
+            "seconds": [],
+            "one_run": False,
+            "errors": {},
+            "peak_bytes": None,
+            "peak_method": None,
+        }
+        missing = provider.missing(problem, problem.device.type)
+        if missing:
+            self.row.update(status="not run", message=missing)
+        else:
+            self.problem = provider.prepare(problem)
+
+    @property
+    def alive(self) -> bool:
+        return self.row["status"] == "ok"
+
+    def run(self) -> tuple[float, Output, dict] | None:
+        try:
+            return run_once(self.provider, self.problem, upstream=self.upstream)
+        except torch.OutOfMemoryError:
+            self.row.update(status="out of memory")
+        except Exception as error:  # a peer's failure is a result, not the end of the run
+            text = str(error).strip().splitlines() or [""]
+            memory = "can't allocate memory" in str(error)
+            self.row.update(
+                status="out of memory" if memory else "error",
+                message=f"{type(error).__name__}: {text[0]}"[:300],
+            )
+        if self.problem.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def check(self, allowed: dict[str, float]) -> float | None:
+        """The first run: warms up, and compares. -> its seconds, None if it failed."""
+        done = self.run()
+        if done is None or self.provider.floor:
+            return done and done[0]
+        seconds, out, gradients = done
+        errors = self.truth.errors(self.provider.computes, out.value, out.logps, gradients)
+        self.row["errors"] = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+        over = [name for name, error in errors.items() if not error <= allowed[name]]
+        if over:
+            said = ", ".join(f"{name} {errors[name]:.1e} > {allowed[name]:.1e}" for name in over)
+            self.row.update(status="WRONG", message=said)
+        return seconds
+
+
+LATE = "the time limit of this run was reached"
+
+
+def _importance(entry: Entry) -> int:
+    p = entry.provider
+    return 0 if p.name == "eager" else 1 if p.name.startswith("ours") else 2 if p.floor else 3 if p.group else 4
+
+
+def _check(entries: list[Entry], settings: Settings, progress) -> None:
+    """Eager first: its errors say what rounding costs anybody in this dtype. Then by importance."""
+    eager = {}
+    for entry in sorted(entries, key=_importance):
+        progress(f"check {entry.provider.name}")
+        if not entry.alive:
+            continue
+        if settings.late and _importance(entry) > 2:
+            entry.row.update(status="not run", message=LATE)
+            continue
+        allowed = limits(eager, entry.truth, entry.provider.computes)
+        seconds = entry.check(allowed if entry.provider.name != "eager" else dict.fromkeys(allowed, math.inf))
+        if entry.provider.name == "eager":
+            eager = {name: error for name, error in entry.row["errors"].items() if error is not None}
+        if seconds is not None and seconds > settings.guard_s and not entry.provider.compiles:
+            entry.row.update(seconds=[seconds], one_run=True)
+        gc.collect()
+
+
+def _time(entries: list[Entry], settings: Settings, progress) -> None:
+    """Rounds over all providers, so that a slow minute of the machine hits everybody."""
+    start = time.perf_counter()
+    for i in range(settings.rounds):
+        progress(f"time, round {i + 1} of {settings.rounds}")
+        for entry in entries:
+            if not entry.alive or entry.row["one_run"]:
+                continue
+            done = entry.run()
+            if done is None:
+                continue
+            entry.row["seconds"].append(done[0])
+            entry.row["one_run"] = done[0] > settings.guard_s
+            del done
+        if time.perf_counter() - start > settings.budget_s or settings.late:
+            break
+
+
+def _peaks(entries: list[Entry], problem: Problem, settings: Settings, progress) -> None:
+    """Of a group only the fastest: the one the report shows."""
+    wanted = [e for e in entries if e.alive and not e.provider.floor and e.row["seconds"] and _leads(e, entries)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "problem.pt"
+        if problem.device.type == "cpu":
+            problem.save(file)
+        for entry in wanted:
+            progress(f"memory of {entry.provider.name}")
+            slow = median(entry.row["seconds"]) > settings.memory_guard_s
+            if slow or settings.late:
+                entry.row["message"] = f"memory not measured: {'a run takes too long' if slow else LATE}"
+                continue
+            if problem.device.type == "cuda":
+                inputs = entry.problem.fresh(copy=entry.provider.overwrites_input)
+                peak = peak_on_gpu(lambda e=entry, p=inputs: run_once(e.provider, p, ready=True))
+                entry.row.update(peak_bytes=peak, peak_method="torch.cuda.max_memory_allocated")
+                continue
+            try:
+                timeout = 180 + 20 * median(entry.row["seconds"])
+                peak, method = peak_in_child(file, entry.provider.name, timeout)
+                entry.row.update(peak_bytes=peak, peak_method=method)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                entry.row["message"] = f"memory not measured: {error}"[:300]
+
+
+def _leads(entry: Entry, entries: list[Entry]) -> bool:
+    if entry.provider.group is None:
+        return True
+    rivals = [e for e in entries if e.provider.group == entry.provider.group and e.row["seconds"] and e.alive]
+    return entry is min(rivals, key=lambda e: median(e.row["seconds"]))

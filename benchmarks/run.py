@@ -1,0 +1,159 @@
+"""Is ours right, how fast, how lean, how exact, against everybody else?
+
+python benchmarks/run.py                      the real case, both sides, a few minutes on two cores
+python benchmarks/run.py --suite linear       the head from hidden and weight, all CPU shapes
+python benchmarks/run.py --suite full         the GPU shapes
+python benchmarks/run.py --shape T2048-H896-V32000-m8 --dtype float32 --provider "ours*" --provider eager
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cases, machine, report, suites
+from benchmarks.measure import Settings, all_providers, measure
+from benchmarks.problem import SIDES, Problem
+from benchmarks.truth import COMPUTES, Truth
+
+QUICK = Settings()
+PATIENT = Settings(budget_s=90, guard_s=20, memory_guard_s=120)
+QUICK_LIMIT_S = 210  # what is under way then still ends: five minutes in all on two slow cores
+HERE = Path(__file__).resolve().parent
+console = Console(width=None if sys.stdout.isatty() else 190)
+
+
+def main(
+    suite: Annotated[str, typer.Option(help=f"one of {', '.join(suites.SUITES)}")] = "quick",
+    shape: Annotated[list[str] | None, typer.Option(help="cases in place of the suite's, by name")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32")] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="names or patterns, as in 'ours*'")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for results.json and plots")] = None,
+    record: Annotated[bool, typer.Option(help="write to benchmarks/results/MACHINE, which git keeps")] = False,
+    rounds: Annotated[int | None, typer.Option(help="timed runs of each provider at most")] = None,
+    budget: Annotated[float | None, typer.Option(help="seconds for the rounds of one table")] = None,
+    guard: Annotated[float | None, typer.Option(help="seconds above which a provider is timed once")] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="seconds after which other providers are left out; 210 for quick"),
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+    list_: Annotated[bool, typer.Option("--list", help="list cases and providers, run nothing")] = False,
+) -> None:
+    """Check every provider against float64, then time it, then measure its memory."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    todo = suites.jobs(suite, device, shape, dtype)
+    if list_:
+        return _list(todo, device, provider)
+    header = machine.header(device)
+    folder = out or HERE / ("results/" + machine.slug(header["machine"]) if record else "out")
+    result = {**header, "command": " ".join(sys.argv[1:]), "tables": []}
+    console.print(escape(report.machine_line(result)))
+    if device == "cpu" and not machine.has_native_bfloat16(device):
+        console.print("This CPU has no bfloat16 instructions: GEMMs default to float32 here.")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{suite if not shape else 'shapes'}.json"
+    asked = {"rounds": rounds, "budget_s": budget, "guard_s": guard, "memory": memory}
+    settings = replace(QUICK if suite == "quick" else PATIENT, **{k: v for k, v in asked.items() if v is not None})
+    limit = limit or (QUICK_LIMIT_S if suite == "quick" and not shape else None)
+    for table in _tables(todo, device, provider, settings, limit):
+        result["tables"].append(table)
+        file.write_text(json.dumps(result, indent=1) + "\n")  # after every table: a long run may be cut short
+        console.print(report.rich_table(table))
+    _legend()
+    from benchmarks.plots import draw  # matplotlib is slow to import and only needed now
+
+    for path in [file, *draw([result], folder)]:
+        console.print(f"wrote {path}")
+    rows = [row for table in result["tables"] for row in table["rows"] if row["provider"].startswith("ours")]
+    if any(row["status"] in ("WRONG", "error") for row in rows):
+        console.print("[bold red]ours failed its check above")
+        raise typer.Exit(1)
+
+
+def _tables(todo, device, globs, settings, limit):
+    """Measured tables, one after another; a case is built once and its truth shared by its modes.
+
+    limit: seconds for all tables; each may use what those before it left of equal shares.
+    """
+    start, count, done = time.monotonic(), sum(len(job.modes) for job in todo), 0
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, transient=True) as bar:
+        tables = bar.add_task("tables", total=count)
+        for (name, dtype), same in groupby(todo, key=lambda job: (job.case, job.dtype)):
+            bar.update(tables, description=f"building {name}, {dtype}")
+            case = cases.build(name, getattr(torch, dtype), device, 0)
+            for job in same:
+                truth = None
+                for mode in job.modes:
+                    problem = Problem.from_case(case, job.side, mode)
+                    bar.update(tables, description=f"{job.side} {mode} {name} {dtype}: float64")
+                    truth = truth or Truth(problem)
+                    chosen = all_providers(job.side, mode, globs)
+                    say = lambda step, mode=mode, job=job: bar.update(  # noqa: E731
+                        tables, description=f"{job.side} {mode} {job.case} {job.dtype}: {step}"
+                    )
+                    done += 1
+                    share = None if limit is None else start + limit * done / count
+                    table = measure(problem, chosen, truth, replace(settings, deadline=share), say)
+                    bar.advance(tables)
+                    yield {**table, "plan": _plan(problem)}
+            del case
+            gc.collect()
+
+
+def _plan(problem: Problem) -> str | None:
+    """Which schedule "auto" takes here, and why."""
+    import larpo_kernels as lk
+
+    if problem.side == "logits" or not hasattr(lk, "plan"):
+        return None
+    p = problem.fresh()
+    with torch.set_grad_enabled(problem.mode != "score"):
+        plan = lk.plan(p.hidden, p.weight, p.labels)
+    return f"{plan.schedule}, {plan.reason}"
+
+
+def _list(todo, device, globs) -> None:
+    for job in todo:
+        console.print(f"{job.side:7} {job.case:36} {job.dtype:9} {', '.join(job.modes)}")
+    drawn = Table("provider", "side", "modes", "computes", "here")
+    listed = {}
+    for side, modes in SIDES.items():
+        for mode in modes:
+            for p in all_providers(side, mode, globs):
+                listed.setdefault((p.name, side), (p, []))[1].append(mode)
+    for (name, side), (p, modes) in listed.items():
+        drawn.add_row(name, side, ", ".join(modes), p.computes, p.missing(device=device) or "yes")
+    console.print(drawn)
+
+
+def _legend() -> None:
+    for name, meaning in COMPUTES.items():
+        console.print(f"{name}: {meaning}", style="dim")
+    console.print(
+        "Errors are against float64: logps per candidate in nats, gradients relative; both rms. peak: memory "
+        "above the inputs, gradients included. spread: half the interquartile range. Dim rows are floors.",
+        style="dim",
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

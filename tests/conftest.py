@@ -1,0 +1,57 @@
+"""One device and two backends for every test; Triton runs on its interpreter where there is no GPU."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+TRITON = importlib.util.find_spec("triton") is not None
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so this comes first
+    if TRITON:
+        import interpreter_bf16
+
+        interpreter_bf16.install()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers already fill the cores
+
+from hypothesis import settings  # noqa: E402
+from regimes import REGIMES  # noqa: E402
+
+settings.register_profile("project", deadline=None, derandomize=True, database=None, max_examples=25)
+settings.load_profile("project")
+
+NEEDS_GPU = pytest.mark.skipif(not GPU, reason="too large for Triton's interpreter")
+NO_TRITON = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=NO_TRITON)])
+def backend(request):
+    """Every op is tested on both: small shapes, the interpreter takes milliseconds per row."""
+    return request.param
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=[NO_TRITON, NEEDS_GPU])])
+def fast_backend(request):
+    """For shapes as real models have them: the kernels on a GPU only."""
+    return request.param
+
+
+@pytest.fixture(
+    params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).split(".")[1]
+)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=REGIMES)
+def regime(request):
+    """Name of a kind of logits: `REGIMES[regime]`, or `make_batch(regime=regime)`."""
+    return request.param
