@@ -126,6 +126,7 @@ def listwise_loss(
     """
     objective = resolve(objective)
     layout.check_scores(scores)
+    layout.check_options(reduction=reduction)
     lists = layout.lists(list_sizes, scores.shape[0], scores.device)
     relevance = layout.relevance(relevance, lists, scores)
     loss, _, _ = ops.list_stage(scores, None, None, lists, relevance, None, objective, beta=1.0, backend=backend)

@@ -121,6 +121,11 @@ def backward(
 ) -> None:
     """The gradients that are wanted, from E held or formed again."""
     (n, h), v = hidden.shape, head.weight.shape[0]
+    if n == 0:
+        for x in (d_hidden, d_weight, d_bias):
+            if x is not None:
+                x.zero_()
+        return
     tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
     scratch = hidden.new_empty(rows * tokens, dtype=head.dtype)
     once = n <= tokens  # then a slice of d weight is one GEMM, and nothing is added up
@@ -132,8 +137,11 @@ def backward(
         tiles = backends.get(backend).Tiles(
             head, hidden[at].to(head.dtype), labels[at], centre=kept.centre[at], level=kept.level[at]
         )
-        at_target = tiles.at_target(logps, total)
+        exact = tiles.at_target(logps, total)
+        at_target = exact.to(kept.held.dtype if kept.held.shape[0] else head.dtype).to(head.sums)
         r = torch.where(logps == -torch.inf, 0, -head.scale * grad[at].to(head.sums) / total)[:, None]
+        # what rounding does to the target, the largest entry of its column, is made good here
+        r *= torch.where(at_target == 0, 1, exact / at_target)[:, None]
         rh = (tiles.hidden.to(head.sums) * r).to(head.dtype) if d_weight is not None else None
         acc = tiles.hidden.new_zeros(tiles.hidden.shape, dtype=head.sums) if d_hidden is not None else None
         for a, b in _blocks(v, rows):

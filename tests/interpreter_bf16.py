@@ -1,7 +1,7 @@
 """Exact bfloat16 for Triton's interpreter (3.6 to 3.9), for tests only.
 
-The interpreter keeps a bfloat16 block as numpy uint16 bit patterns. Left alone it adds and compares those bits
-as integers and truncates casts to bfloat16, where a GPU rounds to the nearest even. `install` routes casts,
+The interpreter keeps a bfloat16 block as uint16 bit patterns in numpy. Left alone it adds and compares those
+bits as integers and truncates casts to bfloat16, where a GPU rounds to nearest even. `install` routes casts,
 unary, binary and dot operations that touch bfloat16 through float32 and rounds their result once.
 """
 

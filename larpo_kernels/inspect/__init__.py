@@ -1,12 +1,12 @@
 """What the compiler makes of every kernel, on any machine: no GPU is needed, and none is used.
 
-    python -m larpo_kernels.inspect --target sm_90 --json kernels.json
+python -m larpo_kernels.inspect --target sm_90 --json kernels.json
 
-    cases.py         the table of kernels and of the launches that are inspected
-    crosscompile.py  the launch code of backends/triton, run for a GPU that is not here
-    disassembly.py   machine code -> registers, spills, widths of loads and stores
-    loops.py         machine code -> its loops
-    targets.py       what the GPUs have, and how much of it a kernel can fill
+cases.py         the table of kernels and of the launches that are inspected
+crosscompile.py  the launch code of backends/triton, run for a GPU that is not here
+disassembly.py   machine code -> registers, spills, widths of loads and stores
+loops.py         machine code -> its loops
+targets.py       what the GPUs have, and how much of it a kernel can fill
 """
 
 from __future__ import annotations

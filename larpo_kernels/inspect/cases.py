@@ -48,8 +48,8 @@ def list_stage(dtype, aligned, objective, weighting="none", of_tokens=True):
     counted = empty(4096, dtype=torch.bool) if of_tokens else None
     cu_tokens = empty(65, dtype=torch.int64) if of_tokens else None
     n, ref = (4096, empty(64)) if of_tokens else (64, None)
-    cu_lists = empty(9, dtype=torch.int64)
-    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, empty(64), ref, 0.1, objective, weighting, 0, 1.0)
+    cu_lists, relevance = empty(9, dtype=torch.int64), empty(64, dtype=torch.float64)
+    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, relevance, ref, 0.1, objective, weighting, 0, 1.0)
 
 
 def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for_grad=True, step=None):

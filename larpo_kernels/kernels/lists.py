@@ -99,7 +99,7 @@ def list_stage(
     candidate_ptr,  # [S] float32: L
     scores_ptr,  # [S] float32: g
     c_ptr,  # [S] float32: d loss / d l of each token of the candidate
-    work_ptr,  # [2, S] float32, this program's own between its phases
+    work_ptr,  # [3, S] float32, this program's own between its phases
     N,
     S,
     beta,
@@ -133,8 +133,9 @@ def list_stage(
         tl.store(scores_ptr + s, beta * logp)
     tl.debug_barrier()
 
-    # 2. what phase 3 needs of every candidate j: level_j and part_j
-    #    suffixes: logsumexp from j on, and a_j;   pairs: rank by score (LambdaRank) or by relevance (Pairwise)
+    # 2. what phase 3 needs of every candidate j: level_j, log_j and part_j
+    #    suffixes: logsumexp from j on as largest score + log of the rest (a sum of the two would round away differences
+    #    of large scores), and a_j;   pairs: rank by score and gain (LambdaRank) or rank by relevance (Pairwise)
     cut = tl.where(k == 0, stop - start, k).to(tl.float32)
     ideal = 0.0
     unknown = 0  # candidates whose relevance is NaN
@@ -179,7 +180,8 @@ def list_stage(
             level = ahead.to(tl.float32)
             part = level
         else:
-            level = peak + tl.log(total)
+            level = peak
+            tl.store(work_ptr + 2 * S + i, tl.log(total), mask=i < stop)
             if OBJECTIVE == "listmle":
                 part = tl.full([M], 1.0, tl.float32)
             elif OBJECTIVE == "contrastive":
@@ -201,7 +203,8 @@ def list_stage(
         part_i = tl.load(work_ptr + S + i, mask=i < stop, other=0.0)
         d = tl.zeros([M], tl.float32)
         if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
-            loss += tl.sum(tl.where((i < stop) & (part_i > 0), part_i * (level_i - g_i), 0.0))
+            log_i = tl.load(work_ptr + 2 * S + i, mask=i < stop, other=0.0)
+            loss += tl.sum(tl.where((i < stop) & (part_i > 0), part_i * ((level_i - g_i) + log_i), 0.0))
             d -= part_i
         for j0 in range(start, stop, M):
             j = j0 + tl.arange(0, M)
@@ -214,7 +217,8 @@ def list_stage(
                 in_suffix = real  # i is one of the candidates that j's log-sum-exp runs over
                 if OBJECTIVE != "listnet":
                     in_suffix = real & at_or_after(r_i[:, None], r_j[None, :], i[:, None], j[None, :])
-                p = part_j[None, :] * tl.exp2((g_i[:, None] - level_j[None, :]) * LOG2E)
+                log_j = tl.load(work_ptr + 2 * S + j, mask=j < stop, other=0.0)
+                p = part_j[None, :] * tl.exp2(((g_i[:, None] - level_j[None, :]) - log_j[None, :]) * LOG2E)
                 d += tl.sum(tl.where(in_suffix & (part_j > 0)[None, :], p, 0.0), 1)
             else:
                 gap = g_j[None, :] - g_i[:, None]

@@ -24,7 +24,7 @@ def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) ->
 def _candidates(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> L [S] and dL/dl of each candidate's tokens [S], float64."""
     if cu_tokens is None:
-        return logps.double(), torch.ones_like(logps, dtype=torch.float64)
+        return logps.to(torch.float64, copy=True), torch.ones_like(logps, dtype=torch.float64)  # an op may not return its input
     total = _segment_sum(logps, cu_tokens)
     if counted is None:
         return total, torch.ones_like(total)

@@ -9,7 +9,7 @@ from ...kernels import lists
 from .launch import on_device
 
 TOKENS = 1024  # token log-probs per step: 4 KB, one load per thread and vector at 4 warps
-PAIRS = 32  # candidates per side of a tile of pairs: 8 pairs a thread; most lists are one tile
+PAIRS = 16  # candidates per side of a tile of pairs; at 32 lambdarank takes up to 158 registers, and has spilled on sm_80
 
 
 def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def list_stage(
     num_lists, s = cu_lists.shape[0] - 1, relevance.shape[0]
     loss = logps.new_zeros(num_lists)
     candidates, scores, c = logps.new_zeros(s), logps.new_zeros(s), logps.new_zeros(s)
-    work = logps.new_empty(2 * s)
+    work = logps.new_empty(3 * s)
     if num_lists:
         with on_device(logps):
             lists.list_stage[(num_lists,)](

@@ -67,7 +67,7 @@ class Tiles(plain.Tiles):
             torch.addmm(self.centre.neg().to(out.dtype), weight, self.hidden.t(), alpha=head.scale, out=out)
         else:
             torch.mm(weight, self.hidden.t(), out=out)
-        bias = weight if head.bias is None else head.bias[a : a + rows]
+        bias = weight if head.bias is None else head.bias[a : a + rows].contiguous()
         with on_device(out):
             tiles.exp_tile[(triton.cdiv(rows, launch.tile_span), triton.cdiv(tokens, launch.tile_tokens))](
                 out, bias, self.centre, self.level, self.labels, at_target, span,
