@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT))
 import larpo_kernels as lk  # noqa: E402
 from larpo_kernels import schedules  # noqa: E402
 
-TOKENS, HIDDEN, VOCAB = 1024, 256, 8192
+TOKENS, HIDDEN, VOCAB = 512, 128, 4096
 STDS = (1, 2, 4, 8, 16, 32)
-LENGTHS = (16, 64, 256, 1024)
+LENGTHS = (8, 32, 128, 512)
 
 
 def eager(hidden, weight, labels):

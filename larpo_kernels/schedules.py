@@ -96,7 +96,7 @@ def make_plan(
     source = f"{source} = {budget / 2**20:.0f} MiB"
     if room >= held:
         return Plan("list_hold", f"all E fits {source}", 1 + wanted, tile + held, vocab_size)
-    part = max(room, 0) // (num_tokens * stored.itemsize) // rows * rows
+    part = max(room, 0) // max(num_tokens * stored.itemsize, 1) // rows * rows
     share = part / vocab_size
     reason = f"E would take {held / 2**20:.0f} MiB, {source}"
     return Plan("recompute", reason, 2 + wanted - share, tile + part * num_tokens * stored.itemsize, part)

@@ -159,9 +159,7 @@ def assert_within(times, x, eager, truth, eps, label="it"):
     most = truth.abs().max()
     for name, size, slack in (("largest", lambda e: e.abs().max(), eps + rounding), ("rms", rms, eps)):
         error, allowed = size(x - truth), times * size(eager - truth) + slack * most
-        assert error <= allowed, (
-            f"{name} error of {label} {error:.3e}, {times} x eager's and slack {allowed:.3e}"
-        )
+        assert error <= allowed, f"{name} error of {label} {error:.3e}, {times} x eager's and slack {allowed:.3e}"
 
 
 def rounding_allowance(dtype):

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 
 import triton
 
-from .cases import cases
+from .cases import choose
 from .crosscompile import compile_case, reason_to_skip, require_compiler
 from .disassembly import Loop, read
 from .targets import TARGETS, Occupancy, Target, occupancy
@@ -108,16 +108,17 @@ def report(
         progress: called with (done, in all, what is compiled next).
 
     Raises:
-        ValueError: an unknown target, or a pattern that fits no kernel.
+        ValueError: an unknown target or dtype, or a pattern that fits no kernel.
         RuntimeError: Triton's interpreter has replaced the compiler (TRITON_INTERPRET).
     """
-    require_compiler()
     targets = list(TARGETS if targets is None else targets)
     for name in targets:
         if name not in TARGETS:
             raise ValueError(f"targets must be among {list(TARGETS)}, got {name!r}")
+    chosen = list(choose(kernels, dtypes))
+    require_compiler()
     skipped = {name: reason for name in targets if (reason := reason_to_skip(TARGETS[name]))}
-    work = [(case, name) for case in cases(kernels, dtypes) for name in targets if name not in skipped]
+    work = [(case, name) for case in chosen for name in targets if name not in skipped]
     reports = []
     with ThreadPoolExecutor() as pool:  # the tools that read machine code work while the next kernel is compiled
         for i, (case, name) in enumerate(work):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from . import KernelReport
 
 COLUMNS = (
-    "kernel", "logits", "target", "warps", "registers", "spills", "shared", "loads", "stores", "exps", "per element", "warps/SM",
+    "kernel", "logits", "target", "warps", "registers", "spills", "shared", "loads", "stores", "exps", "per element",
+    "warps/SM",
 )  # fmt: skip
 ABOUT = """\
 logits: their dtype; "odd" if rows are not 16-byte aligned. registers: of a thread. spills: instructions on local memory.
@@ -44,7 +45,7 @@ def main() -> int:
         parser.error(str(error))
     if options.json:
         options.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
-    _print([_row(kernel) for kernel in result.kernels])
+    show(result.kernels)
     for target, reason in result.skipped.items():
         print(f"{target} skipped: {reason}")
     bad = [kernel for kernel in result.kernels if kernel.problems]
@@ -56,6 +57,25 @@ def main() -> int:
 
 def _progress(done: int, total: int, what: str) -> None:
     print(f"\r\x1b[K{done}/{total} {what}", end="\r\x1b[K" if done + 1 == total else "", file=sys.stderr, flush=True)
+
+
+def show(kernels: list[KernelReport]) -> None:
+    """Prints the table: by rich where it is installed, else as plain text."""
+    rows = [_row(kernel) for kernel in kernels]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+        for row in (COLUMNS, *rows):
+            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(*COLUMNS)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # too wide for some terminals, where cells wrap; never for a file
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def _row(k: KernelReport) -> tuple[str, ...]:
@@ -73,23 +93,6 @@ def _row(k: KernelReport) -> tuple[str, ...]:
 
 def _widths(counts: dict[int, int]) -> str:
     return " ".join(f"{width}x{count}" for width, count in counts.items())
-
-
-def _print(rows: list[tuple[str, ...]]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-        for row in (COLUMNS, *rows):
-            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-        return
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    # a table of this many columns is cut to the width of a terminal, but never of a file
-    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 if __name__ == "__main__":

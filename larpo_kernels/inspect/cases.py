@@ -138,7 +138,7 @@ class Case:
     launch: Callable[[], None]
 
 
-def cases(patterns: Sequence[str] | None = None, dtypes: Sequence[str] | None = None) -> Iterator[Case]:
+def choose(patterns: Sequence[str] | None = None, dtypes: Sequence[str] | None = None) -> Iterator[Case]:
     """The launches that are inspected: of kernels that fit a pattern, with logits of these dtypes or without logits."""
     known = {f"{kernel.name}/{variant}" for kernel in KERNELS for variant in kernel.variants}
     for pattern in patterns or ():

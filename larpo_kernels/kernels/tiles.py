@@ -97,7 +97,7 @@ def exp_tile(
         if not FINAL:
             total += tl.sum(e, 0)
             if STATS:
-                weighted += tl.sum(tl.where(e > 0, e * x, 0.0), 0)
+                weighted += tl.sum(e * tl.where(e > 0, x, 0.0), 0)
         if SOFTCAP and FOR_GRAD:
             e *= slope
         if FINAL:
