@@ -71,11 +71,11 @@ def list_loss(objective, g, r):
     g, r = g[order], r[order]
     match objective:
         case Pairwise():
-            return -F.logsigmoid(g[0] - g[-1]) if len(g) > 1 else g.sum() * 0
+            return -F.logsigmoid(g[0] - g[-1]) if len(g) > 1 else g[:0].sum()
         case Contrastive():
             return -g.log_softmax(0)[0]
         case ListMLE():
-            return sum(g[i:].logsumexp(0) - g[i] for i in range(len(g)))
+            return sum((g[i:].logsumexp(0) - g[i] for i in range(len(g) - 1)), g[:0].sum())
         case ListNet(temperature=temperature):
             return -((r.to(g.dtype) / temperature).softmax(0) * g.log_softmax(0)).sum()
 

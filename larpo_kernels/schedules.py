@@ -55,6 +55,7 @@ def make_plan(
     hidden_size: int,
     vocab_size: int,
     needs: Needs,
+    given: tuple[torch.dtype, torch.dtype],
     dtype: torch.dtype,
     stored: torch.dtype,
     device: torch.device,
@@ -63,19 +64,14 @@ def make_plan(
 ) -> Plan:
     """Picks a schedule by what needs a gradient, sizes and budget; checks one that the caller picked.
 
-    dtype: of the tiles; stored: of E where it is held.
+    given: dtypes of hidden and weight; dtype: of the tiles; stored: of E where it is held.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
     if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
         raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
     tokens, rows = tile_shape(num_tokens, hidden_size, vocab_size, dtype, device)
-    tile = dtype.itemsize * (tokens * rows + tokens * hidden_size)
-    block = 4 * tokens * hidden_size  # d hidden of a block of tokens
-    if needs.weight and tokens < num_tokens:
-        tile += 4 * vocab_size * hidden_size  # d weight is summed over blocks of tokens in float32
-    unit = 4 * num_tokens * hidden_size
-    tile += block if needs.parameters else 0
+    tile = working_bytes(num_tokens, hidden_size, vocab_size, (tokens, rows), needs, given, dtype)
     held = vocab_size * num_tokens * stored.itemsize
     wanted = sum((needs.hidden, needs.weight))
 
@@ -90,7 +86,7 @@ def make_plan(
     if schedule == "recompute":
         return Plan("recompute", "asked for", 2 + wanted, tile)
     if not needs.parameters:
-        return Plan("frozen_head", "only hidden requires grad", 2, tile + unit)
+        return Plan("frozen_head", "only hidden requires grad", 2, tile + 4 * num_tokens * hidden_size)
     budget, source = (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
     room = budget - tile
     source = f"{source} = {budget / 2**20:.0f} MiB"
@@ -100,6 +96,37 @@ def make_plan(
     share = part / vocab_size
     reason = f"E would take {held / 2**20:.0f} MiB, {source}"
     return Plan("recompute", reason, 2 + wanted - share, tile + part * num_tokens * stored.itemsize, part)
+
+
+def working_bytes(
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    tile: tuple[int, int],
+    needs: Needs,
+    given: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype,
+) -> int:
+    """The most that a walk has allocated at a time, whatever it keeps: forward or backward, each with one tile."""
+    (tokens, rows), (hidden, weight) = tile, given
+    sums = torch.promote_types(dtype, torch.float32)
+    states, block, slab = num_tokens * hidden_size, tokens * hidden_size, rows * hidden_size
+    both = dtype.itemsize * tokens * rows + hidden.itemsize * states  # a tile, and the tokens that count
+    both += dtype.itemsize * block * (hidden != dtype)
+    both += dtype.itemsize * slab * (weight != dtype)
+    product = dtype.itemsize * block * (sums != dtype)  # of a tile, on its way into a sum
+    backward = 0
+    if needs.hidden and needs.parameters:
+        backward += sums.itemsize * block + hidden.itemsize * states  # a block's sum, all of the result
+    if needs.weight:
+        backward += dtype.itemsize * block  # hidden states times what each token weighs
+        if tokens < num_tokens:
+            backward += sums.itemsize * vocab_size * hidden_size  # d weight is summed over blocks of tokens
+            product = max(product, dtype.itemsize * slab * (sums != dtype))
+        else:
+            product = max(product, dtype.itemsize * slab * (weight != dtype))
+        product = max(product, sums.itemsize * block)
+    return both + backward + product
 
 
 def plan_for(hidden, weight, bias, labels, ignore_index, schedule, memory_budget) -> Plan:
@@ -114,8 +141,8 @@ def plan_for(hidden, weight, bias, labels, ignore_index, schedule, memory_budget
     num_tokens = int((labels != ignore_index).sum()) if counts else labels.numel()
     compute = compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
     return make_plan(
-        num_tokens, hidden.shape[-1], weight.shape[0], needs, compute, stored_dtype(compute, hidden.dtype), hidden.device,
-        schedule, memory_budget,
+        num_tokens, hidden.shape[-1], weight.shape[0], needs, (hidden.dtype, weight.dtype), compute,
+        stored_dtype(compute, hidden.dtype), hidden.device, schedule, memory_budget,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ class Kept(NamedTuple):
     centre: Tensor  # [n] what the GEMM subtracts
     level: Tensor  # [n] what is subtracted on top, 0 but for rare tokens
     unit_grad: Tensor  # [n, H] in the dtype of sums: d l / d hidden, frozen_head only
-    held: Tensor  # [held_rows, n] E with -s at the target
+    held: Tensor  # [held_rows, n] E with -s at the target, stored block of tokens after block (see _of_block)
 
 
 def _blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
@@ -63,8 +63,22 @@ def _blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
         yield a, min(a + size, n)
 
 
+def _of_block(held: Tensor, t0: int, t1: int) -> Tensor:
+    """E of a block of tokens [held_rows, t1 - t0]: contiguous, or GEMMs on it would miss their fastest paths."""
+    rows = held.shape[0]
+    return held.view(-1)[rows * t0 : rows * t1].view(rows, t1 - t0)
+
+
 def forward(
-    head: Head, hidden: Tensor, labels: Tensor, *, held_rows: int, held_dtype: torch.dtype, one_pass: bool, stats: bool, backend: str
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    held_rows: int,
+    held_dtype: torch.dtype,
+    one_pass: bool,
+    stats: bool,
+    backend: str,
 ) -> Kept:
     """hidden [n, H] and labels [n] of the tokens that count."""
     (n, h), v = hidden.shape, head.weight.shape[0]
@@ -80,10 +94,11 @@ def forward(
         held=hidden.new_empty((held_rows, n), dtype=held_dtype),
     )
     tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
-    scratch = hidden.new_empty(rows * tokens, dtype=head.dtype)
+    held_in_place = held_rows == v and held_dtype == head.dtype
+    scratch = hidden.new_empty(0 if held_in_place else rows * tokens, dtype=head.dtype)
     for t0, t1 in _blocks(n, tokens):
         tiles = backends.get(backend).Tiles(head, hidden[t0:t1].to(head.dtype), labels[t0:t1], stats=stats)
-        held = kept.held[:, t0:t1]
+        held = _of_block(kept.held, t0, t1)
         acc = kept.unit_grad[t0:t1] if one_pass else None
         for a, b in _blocks(v, rows):
             keep = b <= held_rows
@@ -127,37 +142,41 @@ def backward(
                 x.zero_()
         return
     tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
-    scratch = hidden.new_empty(rows * tokens, dtype=head.dtype)
+    scratch = hidden.new_empty(rows * tokens if kept.held.shape[0] < v else 0, dtype=head.dtype)
+    entries = kept.held.dtype if kept.held.shape[0] else head.dtype  # the dtype of E
     once = n <= tokens  # then a slice of d weight is one GEMM, and nothing is added up
-    sum_weight = None if d_weight is None else d_weight if once else d_weight.new_zeros(d_weight.shape, dtype=head.sums)
+    sum_weight = None if d_weight is None else d_weight if once else d_weight.new_empty(d_weight.shape, dtype=head.sums)
     sum_bias = None if d_bias is None else d_bias.new_zeros(v, dtype=head.sums)
     for t0, t1 in _blocks(n, tokens):
-        at = slice(t0, t1)
+        at, held = slice(t0, t1), _of_block(kept.held, t0, t1)
         logps, total = kept.logps[at], kept.total[at]
         tiles = backends.get(backend).Tiles(
             head, hidden[at].to(head.dtype), labels[at], centre=kept.centre[at], level=kept.level[at]
         )
-        exact = tiles.at_target(logps, total)
-        at_target = exact.to(kept.held.dtype if kept.held.shape[0] else head.dtype).to(head.sums)
+        at_target = tiles.at_target(logps, total)
+        rounded = at_target.to(entries).to(head.sums)
         r = torch.where(logps == -torch.inf, 0, -head.scale * grad[at].to(head.sums) / total)[:, None]
-        # what rounding does to the target, the largest entry of its column, is made good here
-        r *= torch.where(at_target == 0, 1, exact / at_target)[:, None]
-        rh = (tiles.hidden.to(head.sums) * r).to(head.dtype) if d_weight is not None else None
+        # The target is the largest entry of its column. What rounding does to it is made good: for the parameters by a
+        # factor, which is exact where it matters most; for d hidden by a term, so that a column still sums to 0.
+        rp = r * torch.where(rounded == 0, 1, at_target / rounded)[:, None]
+        rh = (tiles.hidden.to(head.sums) * rp).to(head.dtype) if d_weight is not None else None
         acc = tiles.hidden.new_zeros(tiles.hidden.shape, dtype=head.sums) if d_hidden is not None else None
         for a, b in _blocks(v, rows):
             weight = head.rows(a, b)
-            if b <= kept.held.shape[0]:
-                e = kept.held[a:b, at].to(head.dtype)
+            if b <= held.shape[0]:
+                e = held[a:b].to(head.dtype)
             else:
                 e = scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
-                tiles.form_again(a, weight, e, at_target)
+                tiles.form_again(a, weight, e, rounded)
             if acc is not None:
                 tiles.add_product(acc, e.t(), weight)
             if sum_weight is not None:
-                _product(tiles, sum_weight[a:b], e, rh, add=not once)
+                _product(tiles, sum_weight[a:b], e, rh, add=t0 > 0)
             if sum_bias is not None:
-                sum_bias[a:b] += (e @ r.to(e.dtype))[:, 0]
+                sum_bias[a:b] += (e @ rp.to(e.dtype))[:, 0]
         if acc is not None:
+            if entries != head.sums:
+                tiles.add_targets(acc, at_target - rounded)
             d_hidden[at] = acc.mul_(r)
     if d_weight is not None and not once:
         d_weight.copy_(sum_weight)
@@ -171,6 +190,8 @@ def _product(tiles, out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
         tiles.add_product(out, x, y)
     elif out.dtype == x.dtype:
         torch.mm(x, y, out=out)
+    elif out.is_cuda and (x.dtype, out.dtype) == (torch.bfloat16, torch.float32):  # not rounded in between
+        torch.mm(x, y, out_dtype=out.dtype, out=out)
     else:
         out.copy_(x @ y)
 

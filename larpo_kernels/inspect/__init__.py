@@ -33,7 +33,7 @@ class KernelReport:
     variant: str
     target: str
     dtype: str
-    aligned: bool  # rows start at multiples of 16 bytes; if not, rows of 50257 columns or 4093 tokens
+    aligned: bool  # rows start at multiples of 16 bytes; if not, rows of 32003 columns or 4093 tokens
     error: str | None = None  # why it did not compile; nothing below is known then
     warps: int = 0  # of one program
     registers: int = 0  # of one thread

@@ -16,7 +16,7 @@ from ..backends.triton import lists, rows, tiles
 
 IGNORE = -100
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOCABULARY = {True: 128256, False: 50257}  # by alignment
+VOCABULARY = {True: 32000, False: 32003}  # by alignment; rows that one program reads
 TOKENS = {True: 4096, False: 4093}
 
 
@@ -27,8 +27,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # --- the launches ----------------------------------------------------------------------------------------------------
 
 
-def forward(dtype, aligned, shape=(4, 1024), logit_scale=1.0, softcap=None, stats=False):
-    logits, labels = empty(*shape, VOCABULARY[aligned], dtype=dtype), empty(*shape, dtype=torch.int64)
+def forward(dtype, aligned, shape=(4, 1024), vocab_size=None, logit_scale=1.0, softcap=None, stats=False):
+    logits, labels = empty(*shape, vocab_size or VOCABULARY[aligned], dtype=dtype), empty(*shape, dtype=torch.int64)
     rows.token_logps(logits, labels, IGNORE, logit_scale, softcap, stats)
 
 
@@ -83,7 +83,7 @@ class Kernel:
     misaligned: bool = False  # whether the first variant is compiled for misaligned rows too
 
 
-FEW_ROWS = {"shape": (1, 16)}  # several programs share a row
+LONG_ROWS = {"vocab_size": 128256}  # several programs share a row
 ROWS = {"plain": {}, "scale": {"logit_scale": 0.5}, "softcap": {"softcap": 30.0}}
 STATS = {"stats": {"stats": True}}
 OBJECTIVES = {name: {"objective": name} for name in ("pairwise", "contrastive", "listmle", "lambdarank", "listnet")}
@@ -94,10 +94,10 @@ KERNELS = (
     Kernel(
         "token_logps_forward",
         forward,
-        ROWS | STATS | {"split": FEW_ROWS, "split-stats": FEW_ROWS | {"stats": True}},
+        ROWS | STATS | {"split": LONG_ROWS, "split-stats": LONG_ROWS | {"stats": True}},
         misaligned=True,
     ),
-    Kernel("merge_splits", forward, {"plain": FEW_ROWS, "stats": FEW_ROWS | {"stats": True}}),
+    Kernel("merge_splits", forward, {"plain": LONG_ROWS, "stats": LONG_ROWS | {"stats": True}}),
     Kernel("token_logps_backward", backward, ROWS, misaligned=True),
     Kernel("candidate_logps", candidate_logps, {"sum": {}, "mean": {"mean": True}}, dtypes=()),
     Kernel(

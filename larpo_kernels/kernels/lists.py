@@ -183,7 +183,7 @@ def list_stage(
             level = peak
             tl.store(work_ptr + 2 * S + i, tl.log(total), mask=i < stop)
             if OBJECTIVE == "listmle":
-                part = tl.full([M], 1.0, tl.float32)
+                part = (ahead < stop - start - 1).to(tl.float32)  # the last one's own term is 0
             elif OBJECTIVE == "contrastive":
                 part = (ahead == 0).to(tl.float32)
             else:

@@ -78,8 +78,8 @@ def exp_tile(
         if not FINAL:
             if STATS:
                 above = tl.maximum(above, tl.max(x, 0))
-            high = tl.max(x - shift[None, :], 0)
-            if tl.max(high) > ROOM:
+            if tl.max(x - shift[None, :]) > ROOM:  # one number first: the columns' own only where needed
+                high = tl.max(x - shift[None, :], 0)
                 raised = tl.where(high > ROOM, shift + high, shift)
                 factor = tl.exp2((shift - raised) * LOG2E)
                 weighted = (weighted + (shift - raised) * total) * factor
@@ -123,6 +123,7 @@ def merge_spans(
     spans,
     tokens,
     STATS: tl.constexpr,
+    S: tl.constexpr,  # spans per step: their loads are in flight together
     T: tl.constexpr,
 ):
     """Adds the spans of a tile to the sums in a fixed order, at a common level."""
@@ -130,8 +131,11 @@ def merge_spans(
     real = t < tokens
     old = tl.load(level_ptr + t, mask=real, other=0.0)
     level = old
-    for s in range(0, spans):
-        level = tl.maximum(level, tl.load(span_ptr + (s * 4 + 1) * tokens + t, mask=real, other=0.0))
+    for s0 in range(0, spans, S):
+        s = s0 + tl.arange(0, S)
+        shift_at = span_ptr + ((s * 4 + 1) * tokens)[:, None] + t[None, :]
+        shifts = tl.load(shift_at, mask=(s < spans)[:, None] & real[None, :], other=0.0)
+        level = tl.maximum(level, tl.max(shifts, 0))
     factor = tl.exp2((old - level) * LOG2E)
     total = tl.load(total_ptr + t, mask=real, other=0.0)
     weighted = tl.zeros([T], tl.float32)
@@ -140,15 +144,17 @@ def merge_spans(
         weighted = (tl.load(weighted_ptr + t, mask=real, other=0.0) + (old - level) * total) * factor
         above = tl.load(above_ptr + t, mask=real, other=0.0)
     total *= factor
-    for s in range(0, spans):
-        part = span_ptr + s * 4 * tokens + t
-        e = tl.load(part, mask=real, other=0.0)
-        down = tl.load(part + tokens, mask=real, other=0.0) - level
+    for s0 in range(0, spans, S):
+        s = s0 + tl.arange(0, S)
+        part = span_ptr + (s * 4 * tokens)[:, None] + t[None, :]
+        inside = (s < spans)[:, None] & real[None, :]
+        e = tl.load(part, mask=inside, other=0.0)
+        down = tl.load(part + tokens, mask=inside, other=0.0) - level[None, :]
         f = tl.exp2(down * LOG2E)
-        total += e * f
+        total += tl.sum(e * f, 0)
         if STATS:
-            weighted += (tl.load(part + 2 * tokens, mask=real, other=0.0) + down * e) * f
-            above = tl.maximum(above, tl.load(part + 3 * tokens, mask=real, other=0.0))
+            weighted += tl.sum((tl.load(part + 2 * tokens, mask=inside, other=0.0) + down * e) * f, 0)
+            above = tl.maximum(above, tl.max(tl.load(part + 3 * tokens, mask=inside, other=-float("inf")), 0))
     tl.store(total_ptr + t, total, mask=real)
     tl.store(level_ptr + t, level, mask=real)
     tl.store(factor_ptr + t, factor, mask=real)

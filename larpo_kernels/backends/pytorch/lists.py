@@ -80,10 +80,13 @@ def _lists_of_one_size(g, r, objective, weighting, k, temperature):
 def _suffixes(g, r, objective, temperature):
     """sum_i a_i [logsumexp_{j >= i} g_j - g_i], lists in order of relevance."""
     if objective == "listmle":
+        # the last candidate's own term is 0 and left out: at a score of -inf it would be inf - inf
         lse = g.flip(1).logcumsumexp(1).flip(1)
-        # d loss / d g_k = sum_{i <= k} exp(g_k - lse_i) - 1, with the sum over i as a running log-sum-exp
-        d = (g + (-lse).logcumsumexp(1)).exp() - 1
-        return (lse - g).sum(1), d
+        inverse = -lse
+        inverse[:, -1] = -torch.inf
+        d = (g + inverse.logcumsumexp(1)).exp()  # sum over i <= k of exp(g_k - lse_i)
+        d[:, :-1] -= 1
+        return (lse - g)[:, :-1].sum(1), d
     logp = g.log_softmax(1)
     p = logp.exp()
     if objective == "contrastive":
@@ -106,10 +109,9 @@ def _pairs(g, r, order, objective, weighting, k):
         return F.softplus(gap)[:, 0], d.scatter_(1, best, -push).scatter_(1, worst, push)
     weight = _PairWeights(g, r, weighting, k)
     for j in range(m):
-        w = weight(j) * (r > r[:, j : j + 1])
-        gap = g[:, j : j + 1] - g
-        push = w * gap.sigmoid()
-        loss += (w * F.softplus(gap)).sum(1)
+        wins, gap = r > r[:, j : j + 1], g[:, j : j + 1] - g
+        push = torch.where(wins, weight(j) * gap.sigmoid(), 0)
+        loss += torch.where(wins, weight(j) * F.softplus(gap), 0).sum(1)
         d -= push
         d[:, j] += push.sum(1)
     return loss, d

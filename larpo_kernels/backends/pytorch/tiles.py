@@ -180,15 +180,16 @@ class Tiles:
         else:
             acc += x @ y
 
+    def add_targets(self, acc: Tensor, value: Tensor) -> None:
+        """acc [tokens, H] += value [tokens] times the weight of each target."""
+        for at in _slices(acc.shape[0], acc.device):
+            acc[at].addcmul_(self.head.weight[self.labels[at]].to(acc.dtype), value[at][:, None])
+
     def unit_grad(self, acc: Tensor, logps: Tensor, total: Tensor) -> None:
         """d l / d hidden from acc = E^T W [tokens, H], written over it."""
-        head = self.head
-        push = -self.at_target(logps, total)[:, None]
-        lost = (logps == -torch.inf)[:, None]  # a target at -inf: no direction would help
-        for at in _slices(acc.shape[0], acc.device):
-            pull = head.weight[self.labels[at]].to(head.sums).mul_(push[at])
-            pull.sub_(acc[at]).mul_(head.scale / total[at][:, None])
-            acc[at] = pull.masked_fill_(lost[at], 0)
+        self.add_targets(acc, self.at_target(logps, total))
+        acc.mul_((-self.head.scale / total)[:, None])
+        acc.masked_fill_((logps == -torch.inf)[:, None], 0)  # a target at -inf: no direction would help
 
     @functools.cached_property
     def _targets(self) -> _Targets:

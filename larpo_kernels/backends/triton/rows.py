@@ -30,8 +30,7 @@ def token_logps(
         return logps, entropy, top1
     launch = for_tensor(logits)
     block = min(launch.row_block, triton.next_power_of_2(logits.shape[2]))
-    blocks = triton.cdiv(logits.shape[2], block)
-    splits = 1 if n >= launch.split_rows else min(triton.next_power_of_2(launch.split_rows // n), prev_power_of_2(blocks))
+    splits = triton.next_power_of_2(triton.cdiv(logits.shape[2], launch.split_columns))
     partial = logps.new_empty(n * splits * 4 if splits > 1 else 0)
     floats, flags = _transform(logit_scale, softcap)
     args = (logits, labels, logps, entropy, top1, partial, *sizes, *strides, ignore_index, *floats)
@@ -41,10 +40,6 @@ def token_logps(
         if splits > 1:
             rows.merge_splits[(n,)](*args, **flags, num_warps=1)
     return logps, entropy, top1
-
-
-def prev_power_of_2(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
 
 
 def token_logps_backward(

@@ -12,6 +12,10 @@ from ...kernels import tiles
 from ..pytorch import tiles as plain
 from .launch import for_tensor, on_device
 
+# torch 2.8 and 2.9 refuse an accumulator that is wider than the operands (pytorch/pytorch#167931)
+ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+MERGED_SPANS, MERGED_TOKENS = 16, 32  # of a step of merge_spans: small, so that a tile's few tokens fill the GPU
+
 
 @dataclass
 class Raised:
@@ -46,10 +50,11 @@ class Tiles(plain.Tiles):
         self._exp(a, weight, out, span, self.centre, final=False, for_grad=for_grad)
         s, unused = self.sums, self.centre
         block = self.launch.tile_tokens
+        few = min(MERGED_TOKENS, block)
         with on_device(out):
-            tiles.merge_spans[(triton.cdiv(tokens, block),)](
+            tiles.merge_spans[(triton.cdiv(tokens, few),)](
                 span, s.e, self.level, s.ex if self.stats else unused, s.above if self.stats else unused, factor,
-                spans, tokens, STATS=self.stats, T=block,
+                spans, tokens, STATS=self.stats, S=MERGED_SPANS, T=few,
             )  # fmt: skip
             tiles.level_spans[(spans, triton.cdiv(tokens, block))](
                 out, span, self.level, rows, tokens, out.stride(0),
@@ -83,7 +88,9 @@ class Tiles(plain.Tiles):
                 tiles.put_target[(triton.cdiv(e.shape[1], 256),)](e, at_target, self.labels, a, *e.shape, e.stride(0), T=256)
 
     def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
-        if acc.is_cuda and acc.dtype != x.dtype:
+        if not acc.is_cuda or acc.dtype == x.dtype:
+            super().add_product(acc, x, y)
+        elif ADDMM_WIDENS:
             torch.addmm(acc, x, y, out_dtype=acc.dtype, out=acc)
         else:
-            super().add_product(acc, x, y)
+            acc += torch.mm(x, y, out_dtype=acc.dtype)
