@@ -213,12 +213,15 @@ class LinearTokens:
         layout.check_options(logit_scale=logit_scale, softcap=softcap)
         self.weight, self.bias = weight, bias
         self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=backend)
-        self.plan = schedules.plan_for(hidden, weight, bias, labels, ignore_index, schedule, memory_budget)
+        self.labels = self.tokens.labels.reshape(-1)
+        self.keep = ops.counted_tokens(self.labels, ignore_index)
+        num_tokens = (self.labels if self.keep is None else self.keep).shape[0]
+        self.plan = schedules.plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget)
 
     def token_logps(self, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
         """logps, entropy, top1 over the flat token axis."""
-        hidden, labels = self.tokens.values.flatten(0, 1), self.tokens.labels.reshape(-1)
-        return ops.linear_logps(hidden, self.weight, self.bias, labels, self.plan, stats=stats, **self.options)
+        hidden = self.tokens.values.flatten(0, 1)
+        return ops.linear_logps(hidden, self.weight, self.bias, self.labels, self.keep, self.plan, stats=stats, **self.options)
 
 
 def counted(labels: Tensor, ignore_index: int, length_normalized: bool) -> Tensor | None:

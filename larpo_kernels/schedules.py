@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 import torch
 
-from . import layout
-
 SCHEDULES = ("auto", "score_only", "frozen_head", "list_hold", "recompute")
 
 
@@ -129,16 +127,14 @@ def working_bytes(
     return both + backward + product
 
 
-def plan_for(hidden, weight, bias, labels, ignore_index, schedule, memory_budget) -> Plan:
-    """`make_plan` for the tensors of a call: what requires grad, how many tokens count."""
+def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget) -> Plan:
+    """`make_plan` for the tensors of a call, num_tokens of which count."""
     enabled = torch.is_grad_enabled()
     wants = lambda x: enabled and x is not None and x.requires_grad  # noqa: E731
     needs = Needs(wants(hidden), wants(weight), wants(bias))
     if torch.compiler.is_compiling() and schedule == "auto":
         # free memory and the number of tokens belong to a run, not to a compiled graph
         schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
-    counts = layout.readable(labels)
-    num_tokens = int((labels != ignore_index).sum()) if counts else labels.numel()
     compute = compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
     return make_plan(
         num_tokens, hidden.shape[-1], weight.shape[0], needs, (hidden.dtype, weight.dtype), compute,

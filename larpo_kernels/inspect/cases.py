@@ -16,7 +16,8 @@ from ..backends.triton import lists, rows, tiles
 
 IGNORE = -100
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOCABULARY = {True: 32000, False: 32003}  # by alignment; rows that one program reads
+VOCABULARY = {True: 32000, False: 50257}  # by alignment; the second is long enough for several programs to share a row
+BATCH = (4, 1024)  # candidates, tokens
 TOKENS = {True: 4096, False: 4093}
 
 
@@ -27,14 +28,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # --- the launches ----------------------------------------------------------------------------------------------------
 
 
-def forward(dtype, aligned, shape=(4, 1024), vocab_size=None, logit_scale=1.0, softcap=None, stats=False):
-    logits, labels = empty(*shape, vocab_size or VOCABULARY[aligned], dtype=dtype), empty(*shape, dtype=torch.int64)
+def forward(dtype, aligned, vocab_size=None, logit_scale=1.0, softcap=None, stats=False):
+    logits, labels = empty(*BATCH, vocab_size or VOCABULARY[aligned], dtype=dtype), empty(*BATCH, dtype=torch.int64)
     rows.token_logps(logits, labels, IGNORE, logit_scale, softcap, stats)
 
 
-def backward(dtype, aligned, shape=(4, 1024), logit_scale=1.0, softcap=None):
-    logits, labels = empty(*shape, VOCABULARY[aligned], dtype=dtype), empty(*shape, dtype=torch.int64)
-    grad, logps = empty(*shape), empty(*shape)
+def backward(dtype, aligned, logit_scale=1.0, softcap=None):
+    logits, labels = empty(*BATCH, VOCABULARY[aligned], dtype=dtype), empty(*BATCH, dtype=torch.int64)
+    grad, logps = empty(*BATCH), empty(*BATCH)
     rows.token_logps_backward(grad, logits, labels, logps, IGNORE, logit_scale, softcap, torch.empty_like(logits))
 
 
