@@ -13,7 +13,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Annotated
 
 import typer
@@ -25,147 +24,10 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.problem import MODES
+from benchmarks.tables import cells, columns, heading, machine_line, remarks, shown
 
 UNMEASURED = "not yet measured"
 MARKER = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
-
-
-# --- what a recorded row means --------------------------------------------------------------------------
-
-
-def shown(table: dict) -> list[dict]:
-    """Rows by time, the fastest formulation of a group standing for it, floors and failures last."""
-    groups: dict[str, dict] = {}
-    for row in table["rows"]:
-        key = row["group"] or row["provider"]
-        if key not in groups or _order(row) < _order(groups[key]):
-            groups[key] = row
-    return sorted(groups.values(), key=_order)
-
-
-def _order(row: dict) -> tuple:
-    failed = {"ok": 0, "WRONG": 2, "out of memory": 3, "error": 3, "not run": 4}[row["status"]]
-    return (1 if row["floor"] and not failed else failed, seconds(row) if row["seconds"] else float("inf"))
-
-
-def title_of(row: dict) -> str:
-    if row["group"] is None:
-        return row["provider"]
-    return f"{row['group']} ({row['provider'].removeprefix(row['group']).strip()})"
-
-
-def seconds(row: dict) -> float | None:
-    return median(row["seconds"]) if row["seconds"] else None
-
-
-def spread(row: dict) -> float | None:
-    """Half the distance between the quartiles, relative to the median."""
-    if len(row["seconds"]) < 3:
-        return None
-    low, _, high = quantiles(row["seconds"], n=4, method="inclusive")
-    return (high - low) / 2 / median(row["seconds"])
-
-
-def floor_seconds(table: dict, gemms: int | None) -> float | None:
-    """The fastest floor of as many GEMMs (any dtype), or of the traffic."""
-    times = [seconds(r) for r in table["rows"] if r["floor"] and r["gemms"] == gemms and r["seconds"]]
-    return min(times, default=None)
-
-
-def baseline(table: dict) -> dict | None:
-    return next((r for r in table["rows"] if r["provider"] == "eager" and r["seconds"]), None)
-
-
-def duration(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def size(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def exponent(row: dict, name: str) -> str:
-    if name not in row["errors"]:
-        return ""
-    error = row["errors"][name]
-    return "not finite" if error is None else f"{error:.1e}"
-
-
-def columns(table: dict) -> list[str]:
-    names = ["provider", "computes", "time", "spread", "time, eager = 1"]
-    if table["side"] == "linear":
-        names += ["GEMMs", "GFLOP/s", "GEMMs alone / time"]
-    else:
-        names += ["GB/s"]
-    names += ["peak", "beyond gradients", "peak, eager = 1", "logps"]
-    gradients = {
-        "train": ["d logits"],
-        "frozen": ["d hidden"],
-        "trainable": ["d hidden", "d weight"],
-        "score": [],
-    }
-    return [*names, *gradients[table["mode"]]]
-
-
-def cells(table: dict, row: dict) -> dict[str, str]:
-    """One row as text, by column name; what does not apply is empty."""
-    eager, time = baseline(table), seconds(row)
-    extra = row["peak_bytes"]
-    beyond = None if extra is None else max(0, extra - table["gradient_bytes"])
-    eager_time, eager_peak = (seconds(eager), eager["peak_bytes"]) if eager else (None, None)
-    floor = floor_seconds(table, row["gemms"])
-    gflops = row["gemms"] * table["gemm_flops"] / time / 1e9 if time and row["gemms"] else None
-    bandwidth = table["traffic_bytes"] / time / 1e9 if time and table["traffic_bytes"] else None
-    text = {
-        "provider": title_of(row),
-        "computes": "" if row["floor"] else row["computes"],
-        "time": duration(time),
-        "spread": "1 run" if row["one_run"] else "" if spread(row) is None else f"± {spread(row):.0%}",
-        "time, eager = 1": ratio(time / eager_time if time and eager_time else None),
-        "GEMMs": str(row["gemms"] or ""),
-        "GFLOP/s": "" if gflops is None else f"{gflops:.0f}",
-        "GEMMs alone / time": "" if row["floor"] else ratio(floor / time if floor and time else None),
-        "GB/s": "" if bandwidth is None else f"{bandwidth:.3g}",
-        "peak": size(extra),
-        "beyond gradients": size(beyond),
-        "peak, eager = 1": ratio(extra / eager_peak if extra is not None and eager_peak else None),
-        "logps": exponent(row, "logps"),
-        "d logits": exponent(row, "d_logits"),
-        "d hidden": exponent(row, "d_hidden"),
-        "d weight": exponent(row, "d_weight"),
-    }
-    if row["status"] != "ok":
-        text["time"] = row["status"]
-    return text
-
-
-def heading(table: dict) -> str:
-    t = table
-    shape = f"{t['T']} tokens ({t['scored_tokens']} scored), V {t['V']}" + (f", H {t['H']}" if t["H"] else "")
-    return f"{t['side']}, {t['mode']}: {t['case']}, {t['dtype']}, {t['lists']} lists of {t['m']}, {shape}"
-
-
-def remarks(table: dict) -> list[str]:
-    said = [MODES[table["mode"]] + (f"; {table['note']}" if table["note"] else "")]
-    if table["gradient_bytes"]:
-        said.append(f"gradients asked for: {size(table['gradient_bytes'])}")
-    if table.get("plan"):
-        said.append(f"schedule auto: {table['plan']}")
-    said += [f"{r['provider']}: {r['status']}: {r['message']}" for r in table["rows"] if _worth_saying(r)]
-    return said
-
-
-def _worth_saying(row: dict) -> bool:
-    return bool(row["message"]) and row["status"] != "not run"
 
 
 # --- on the terminal ------------------------------------------------------------------------------------
@@ -187,14 +49,6 @@ def rich_table(table: dict) -> Table:
     drawn.caption = escape("\n".join(remarks(table)))
     drawn.caption_justify = "left"
     return drawn
-
-
-def machine_line(result: dict) -> str:
-    m, git = result["machine"], result["git"]
-    cpu = f"{m['cpu']['model']}, {m['cpu']['cores']} threads, {' '.join(m['cpu']['instruction_sets'])}"
-    commit = f"commit {(git['commit'] or 'unknown')[:10]}{' with changes' if git['dirty'] else ''}"
-    packages = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if k in ("torch", "triton", "trl"))
-    return "; ".join([m["gpu"] or cpu, packages, commit, result["date"][:10]])
 
 
 # --- Markdown -------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, machine, report, suites
+from benchmarks import cases, machine, report, suites, tables
 from benchmarks.measure import Settings, all_providers, measure
 from benchmarks.problem import SIDES, Problem
 from benchmarks.truth import COMPUTES, Truth
@@ -65,7 +65,7 @@ def main(
     header = machine.header(device)
     folder = out or HERE / ("results/" + machine.slug(header["machine"]) if record else "out")
     result = {**header, "command": " ".join(sys.argv[1:]), "tables": []}
-    console.print(escape(report.machine_line(result)))
+    console.print(escape(tables.machine_line(result)))
     if device == "cpu" and not machine.has_native_bfloat16(device):
         console.print("This CPU has no bfloat16 instructions: GEMMs default to float32 here.")
     folder.mkdir(parents=True, exist_ok=True)

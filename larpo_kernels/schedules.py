@@ -66,11 +66,12 @@ def make_plan(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
-    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
+    if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0):
         raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
     tokens, rows = tile_shape(num_tokens, hidden_size, vocab_size, dtype, device)
     tile = working_bytes(num_tokens, hidden_size, vocab_size, (tokens, rows), needs, given, dtype)
     held = vocab_size * num_tokens * stored.itemsize
+    whole = tile + held - (tokens * rows * dtype.itemsize if stored == dtype else 0)  # tiles are formed where they stay
     wanted = sum((needs.hidden, needs.weight))
 
     if schedule == "score_only" and (needs.hidden or needs.parameters):
@@ -80,17 +81,16 @@ def make_plan(
     if not (needs.hidden or needs.parameters):
         return Plan("score_only", "nothing requires grad", 1, tile)
     if schedule == "list_hold":
-        return Plan("list_hold", "asked for", 1 + wanted, tile + held, vocab_size)
+        return Plan("list_hold", "asked for", 1 + wanted, whole, vocab_size)
     if schedule == "recompute":
         return Plan("recompute", "asked for", 2 + wanted, tile)
     if not needs.parameters:
         return Plan("frozen_head", "only hidden requires grad", 2, tile + 4 * num_tokens * hidden_size)
     budget, source = (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
-    room = budget - tile
     source = f"{source} = {budget / 2**20:.0f} MiB"
-    if room >= held:
-        return Plan("list_hold", f"all E fits {source}", 1 + wanted, tile + held, vocab_size)
-    part = max(room, 0) // max(num_tokens * stored.itemsize, 1) // rows * rows
+    if budget >= whole:
+        return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size)
+    part = max(budget - tile, 0) // max(num_tokens * stored.itemsize, 1) // rows * rows
     share = part / vocab_size
     reason = f"E would take {held / 2**20:.0f} MiB, {source}"
     return Plan("recompute", reason, 2 + wanted - share, tile + part * num_tokens * stored.itemsize, part)
@@ -191,9 +191,10 @@ def tile_shape(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.
     """Tokens and vocabulary rows of a tile.
 
     On a CPU thin slices of the vocabulary that stay in the cache. On a GPU as much of the vocabulary as fits, so that
-    d hidden is one GEMM over it and nothing is added up in memory.
+    d hidden is one GEMM over it and nothing is added up in memory. The rows of the weight fit the budget too: where they
+    are cast, few tokens must not mean a copy of the whole weight.
     """
     budget = GPU_TILE_BYTES if device.type == "cuda" else CPU_TILE_BYTES
     tokens = max(1, min(num_tokens, MAX_TOKENS))
-    rows = max(budget // (tokens * dtype.itemsize) // 64 * 64, 256)
+    rows = max(budget // (max(tokens, hidden_size) * dtype.itemsize) // 64 * 64, 256)
     return tokens, min(rows, vocab_size)

@@ -142,8 +142,9 @@ def backward(
                 x.zero_()
         return
     tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
-    scratch = hidden.new_empty(rows * tokens if kept.held.shape[0] < v else 0, dtype=head.dtype)
     entries = kept.held.dtype if kept.held.shape[0] else head.dtype  # the dtype of E
+    in_place = entries == head.dtype
+    scratch = hidden.new_empty(0 if in_place and kept.held.shape[0] == v else rows * tokens, dtype=head.dtype)
     once = n <= tokens  # then a slice of d weight is one GEMM, and nothing is added up
     sum_weight = None if d_weight is None else d_weight if once else d_weight.new_empty(d_weight.shape, dtype=head.sums)
     sum_bias = None if d_bias is None else d_bias.new_zeros(v, dtype=head.sums)
@@ -163,17 +164,18 @@ def backward(
         acc = tiles.hidden.new_zeros(tiles.hidden.shape, dtype=head.sums) if d_hidden is not None else None
         for a, b in _blocks(v, rows):
             weight = head.rows(a, b)
-            if b <= held.shape[0]:
-                e = held[a:b].to(head.dtype)
-            else:
-                e = scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
+            was_held = b <= held.shape[0]
+            e = held[a:b] if was_held and in_place else scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
+            if not was_held:
                 tiles.form_again(a, weight, e, rounded)
+            elif not in_place:
+                e.copy_(held[a:b])
             if acc is not None:
                 tiles.add_product(acc, e.t(), weight)
             if sum_weight is not None:
                 _product(tiles, sum_weight[a:b], e, rh, add=t0 > 0)
             if sum_bias is not None:
-                sum_bias[a:b] += (e @ rp.to(e.dtype))[:, 0]
+                sum_bias[a:b] += _row_sums(e, rp[:, 0])
         if acc is not None:
             if entries != head.sums:
                 tiles.add_targets(acc, at_target - rounded)
@@ -182,6 +184,14 @@ def backward(
         d_weight.copy_(sum_weight)
     if d_bias is not None:
         d_bias.copy_(sum_bias)
+
+
+def _row_sums(e: Tensor, r: Tensor) -> Tensor:
+    """e [rows, tokens] @ r [tokens] in the dtype of r, some rows at a time: a product in bfloat16 would be rounded to it."""
+    if e.dtype == r.dtype:
+        return e @ r
+    step = max(1, (1 << 26 if e.is_cuda else 1 << 19) // e.shape[1])
+    return torch.cat([e[a:b].to(r.dtype) @ r for a, b in _blocks(e.shape[0], step)])
 
 
 def _product(tiles, out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:

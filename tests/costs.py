@@ -1,5 +1,6 @@
 """What a call costs, counted and not timed: bytes allocated at a time, and GEMMs."""
 
+import gc
 from dataclasses import dataclass
 from math import prod
 
@@ -21,6 +22,7 @@ class Costs:
 
 def costs(call):
     """Costs of `call()` on a CPU; its result is kept until the end."""
+    gc.collect()  # what is freed now is not freed during the call
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True) as profile:
         kept = call()

@@ -11,7 +11,7 @@ import larpo_kernels as lk
 pytest.importorskip("rich")
 pytest.importorskip("typer")
 
-from benchmarks import measure, providers, report, suites
+from benchmarks import measure, providers, report, suites, tables
 from benchmarks.problem import BETA, IGNORE, OBJECTIVE, Problem
 from benchmarks.providers import Output, Provider
 from benchmarks.truth import Truth, limits
@@ -119,8 +119,8 @@ def test_a_wrong_provider_is_flagged_not_timed_and_ranked_last(what):
     found = table("logits", "train", [wrong, *right])
     row = next(r for r in found["rows"] if r["provider"] == what)
     assert row["status"] == "WRONG" and row["message"] and not row["seconds"]
-    assert report.shown(found)[-1] is row
-    assert report.cells(found, row)["time"] == "WRONG"
+    assert tables.shown(found)[-1] is row
+    assert tables.cells(found, row)["time"] == "WRONG"
 
 
 def test_a_gradient_in_an_ignored_row_is_wrong_however_small():
@@ -228,7 +228,7 @@ def test_json_round_trips_through_the_report(tmp_path):
     (loaded,) = report.load([file])
     assert report.markdown_table(loaded["tables"][0]) == report.markdown_table(found)
     assert report.rich_table(loaded["tables"][0]).row_count > 2
-    assert "Some CPU, 2 threads, avx2" in report.machine_line(loaded)
+    assert "Some CPU, 2 threads, avx2" in tables.machine_line(loaded)
 
 
 def test_a_file_of_another_schema_is_refused(tmp_path):
@@ -286,7 +286,7 @@ def made_table(*rows, **changes):
 def test_of_a_group_only_the_fastest_formulation_is_shown():
     group = {"group": "torch.compile"}
     found = made_table(row("eager", [2.0]), row("torch.compile a", [3.0], **group), row("torch.compile b", [1.0], **group))
-    assert [report.title_of(r) for r in report.shown(found)] == ["torch.compile (b)", "eager"]
+    assert [tables.title_of(r) for r in tables.shown(found)] == ["torch.compile (b)", "eager"]
 
 
 def test_cells_say_time_against_eager_memory_and_spread():
@@ -295,7 +295,7 @@ def test_cells_say_time_against_eager_memory_and_spread():
         row("ours", [1.0, 0.9, 1.1], peak_bytes=1_000_000),
         gradient_bytes=400_000,
     )
-    text = report.cells(found, found["rows"][1])
+    text = tables.cells(found, found["rows"][1])
     assert text["time, eager = 1"] == "0.50" and text["peak, eager = 1"] == "0.25"
     assert text["spread"] == "± 5%" and text["beyond gradients"] == "0.6 MB"
 
@@ -303,8 +303,8 @@ def test_cells_say_time_against_eager_memory_and_spread():
 def test_the_floor_is_the_faster_of_the_dtypes():
     floors = [row(n, [t], floor=True, gemms=3) for n, t in (("3 GEMMs only", 4.0), ("3 GEMMs only, float32", 1.0))]
     found = made_table(*floors, row("ours", [2.0], gemms=3), side="linear", mode="trainable", gemm_flops=10**9)
-    assert report.cells(found, found["rows"][-1])["GEMMs alone / time"] == "0.50"
-    assert report.cells(found, found["rows"][-1])["GFLOP/s"] == "2"
+    assert tables.cells(found, found["rows"][-1])["GEMMs alone / time"] == "0.50"
+    assert tables.cells(found, found["rows"][-1])["GFLOP/s"] == "2"
 
 
 def test_plots_are_drawn_for_tables_and_for_sweeps(tmp_path):

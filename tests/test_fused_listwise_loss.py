@@ -9,8 +9,7 @@ import slow_loop
 import torch
 from allocations import allocations
 from batches import IGNORE, gradient, leaf, make_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from optional_hypothesis import given, st
 from tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
 import larpo_kernels as lk

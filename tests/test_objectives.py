@@ -5,8 +5,7 @@ from math import exp, inf, log, log2
 import pytest
 import slow_loop
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from optional_hypothesis import given, st
 
 import larpo_kernels as lk
 

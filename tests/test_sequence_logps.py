@@ -7,8 +7,7 @@ import pytest
 import slow_loop
 import torch
 from batches import IGNORE, gradient, leaf, make_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from optional_hypothesis import given, st
 from tolerance import assert_no_worse_than_eager, gradient_eps
 
 import larpo_kernels as lk

@@ -16,7 +16,7 @@ from ..backends.triton import lists, rows, tiles
 
 IGNORE = -100
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOCABULARY = {True: 32000, False: 50257}  # by alignment; the second is long enough for several programs to share a row
+VOCABULARY = {True: 32000, False: 32003}  # by alignment; rows that one program reads
 BATCH = (4, 1024)  # candidates, tokens
 TOKENS = {True: 4096, False: 4093}
 

@@ -19,6 +19,7 @@ class Loop:
 
     instructions: int
     exps: int
+    spills: int  # accesses to local memory
     loads: dict[int, int]  # width in bytes -> loads of that width from global memory
     stores: dict[int, int]
 
@@ -42,10 +43,11 @@ def read(asm: dict) -> Code:
     return _nvidia(asm["cubin"]) if "cubin" in asm else _amd(asm["amdgcn"])
 
 
-def _loop(code: list[Instruction], width, exp: str) -> Loop:
+def _loop(code: list[Instruction], width, exp: str, spill: tuple[str, ...]) -> Loop:
     return Loop(
         instructions=len(code),
         exps=sum(x.opcode.startswith(exp) for x in code),
+        spills=sum(x.opcode.startswith(spill) for x in code),
         loads=_widths(code, width, "load"),
         stores=_widths(code, width, "store"),
     )
@@ -62,6 +64,7 @@ def _widths(code: list[Instruction], width, kind: str) -> dict[int, int]:
 NVIDIA_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<operands>[^;]*);")
 NVIDIA_LABEL = re.compile(r"(\.L\w+):")
 NVIDIA_ENDS = ("EXIT", "RET", "BRA", "BRX", "JMP", "KILL")
+NVIDIA_SPILL = ("LDL", "STL")
 NVIDIA_BITS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # a plain access is 4 bytes wide
 
 
@@ -77,11 +80,11 @@ def _nvidia(cubin: bytes) -> Code:
     code = nvidia_instructions(sass)
     return Code(
         registers=resources["REG"],
-        spills=sum(x.opcode.startswith(("LDL", "STL")) for x in code),
+        spills=sum(x.opcode.startswith(NVIDIA_SPILL) for x in code),
         local_bytes=resources["STACK"] + resources["LOCAL"],
         loads=_widths(code, nvidia_access, "load"),
         stores=_widths(code, nvidia_access, "store"),
-        loops=[_loop(body, nvidia_access, "MUFU.EX2") for body in loops(code)],
+        loops=[_loop(body, nvidia_access, "MUFU.EX2", NVIDIA_SPILL) for body in loops(code)],
     )
 
 
@@ -117,6 +120,7 @@ def nvidia_access(opcode: str) -> tuple[str, int] | None:
 AMD_LINE = re.compile(r"\s+(?P<opcode>[a-z]\w*_\w+)\s*(?P<operands>[^;\n]*)")
 AMD_LABEL = re.compile(r"(\.LBB\w+):")
 AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(dwordx[234]|dword|[us]?short|[us]?byte)")
+AMD_SPILL = ("scratch_",)
 AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
 
@@ -134,7 +138,7 @@ def _amd(assembly: str) -> Code:
         local_bytes=metadata("private_segment_fixed_size"),
         loads=_widths(code, amd_access, "load"),
         stores=_widths(code, amd_access, "store"),
-        loops=[_loop(body, amd_access, "v_exp_") for body in loops(code)],
+        loops=[_loop(body, amd_access, "v_exp_", AMD_SPILL) for body in loops(code)],
     )
 
 

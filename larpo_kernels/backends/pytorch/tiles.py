@@ -86,14 +86,15 @@ class Tiles:
 
     def _e(self, a, weight, out, for_grad, stats) -> Sums:
         softcap, centre = self.head.softcap, self.centre
-        self._logits(a, weight, out)
+        late = self._logits(a, weight, out)
         rows, columns = self._targets.within(a, a + out.shape[0])
-        if softcap is None and not stats:
+        if softcap is None and late is None and not stats:
             out.exp_()[rows, columns] = 0
             return Sums(_column_sums(out), None, None)
         s, sx, above = torch.zeros_like(centre), torch.zeros_like(centre), torch.full_like(centre, -torch.inf)
         for at in _slices(out.shape[0], out.device):
             x, slope = out[at].to(self.head.sums), None
+            x = x if late is None else x.add_(late[at])
             if softcap is not None:
                 t = x.div(softcap).tanh_()
                 x = t.mul(softcap).sub_(centre)
@@ -108,15 +109,17 @@ class Tiles:
             out[at] = e.mul_(slope) if slope is not None and for_grad else e
         return Sums(s, sx if stats else None, above if stats else None)
 
-    def _logits(self, a: int, weight: Tensor, out: Tensor) -> None:
-        """z - centre of vocabulary rows a.. ; with a soft cap what goes into it, not centred."""
+    def _logits(self, a: int, weight: Tensor, out: Tensor) -> Tensor | None:
+        """z - centre of vocabulary rows a.. ; with a soft cap what goes into it, not centred.
+
+        A bfloat16 tile would be rounded again by each step after the GEMM: its bias is returned, [rows, 1] in float32.
+        """
         head, hidden, centre = self.head, self.hidden.t(), self.centre
         bias = None if head.bias is None else head.bias[a : a + out.shape[0], None].to(head.sums) * head.scale
-        if head.softcap is None and out.dtype == torch.bfloat16:  # centred before it is rounded
-            torch.addmm(centre.neg().to(head.dtype), weight, hidden, alpha=head.scale, out=out)
-            if bias is not None:
-                out += bias.to(out.dtype)
-            return
+        if out.dtype == torch.bfloat16:
+            minus = None if head.softcap is not None else centre.neg().to(head.dtype)
+            torch.addmm(out if minus is None else minus, weight, hidden, beta=int(minus is not None), alpha=head.scale, out=out)
+            return bias
         torch.mm(weight, hidden, out=out)
         if head.scale != 1:
             out *= head.scale
@@ -124,6 +127,7 @@ class Tiles:
             out += bias
         if head.softcap is None:
             out -= centre
+        return None
 
     def _raise(self, a, weight, out, for_grad, new) -> tuple[Raised, Sums]:
         """Redoes the tile with k at the largest logit where a sum grew too large.
@@ -132,8 +136,8 @@ class Tiles:
         """
         s = self.sums
         high = ~(s.e + new.e < ROOM)
-        self._logits(a, weight, out)
-        top = out.amax(0).to(self.head.sums)
+        late = self._logits(a, weight, out)
+        top = out.amax(0).to(self.head.sums) if late is None else _largest_sum(out, late)
         if self.head.softcap is not None:
             top = top.div_(self.head.softcap).tanh_().mul_(self.head.softcap).sub_(self.centre)
         old, self.centre = self.centre, self._exact(torch.where(high, self.centre + top.clamp_(min=0), self.centre))
@@ -216,6 +220,11 @@ def _column_sums(e: Tensor) -> Tensor:
     n = e.shape[0]
     groups = torch.eye(GROUPS, dtype=e.dtype, device=e.device).repeat_interleave(-(-n // GROUPS), 1)[:, :n]
     return (groups @ e).float().sum(0)
+
+
+def _largest_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Column maxima of x [rows, n] + y [rows, 1] in the dtype of y, a few rows at a time."""
+    return torch.stack([(x[at] + y[at]).amax(0) for at in _slices(x.shape[0], x.device)]).amax(0)
 
 
 def _slices(n: int, device: torch.device) -> Iterator[slice]:

@@ -37,8 +37,8 @@ INTERPRETER = Launch(64, 1, 256, 32, 8, 16, 1, "small, so that tests cross every
 
 
 def for_tensor(x: torch.Tensor) -> Launch:
-    if x.is_meta:  # without data: larpo_kernels.inspect compiles for the GPU that Triton's driver stands for
-        arch = driver.active.get_current_target().arch
+    if x.is_meta:
+        arch = _absent_gpu().arch
         return TABLE[arch if isinstance(arch, str) else f"sm_{arch}"]
     return for_device(x.device.index) if x.is_cuda else INTERPRETER
 
@@ -50,6 +50,17 @@ def for_device(index: int | None) -> Launch:
         return TABLE.get(name, TABLE["gfx942"])
     major, _ = torch.cuda.get_device_capability(index)
     return TABLE["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
+
+
+def all_registers(x: torch.Tensor) -> dict:
+    """Launch option for kernels of few programs: ptxas may not spill registers to fit more warps on a multiprocessor."""
+    nvidia = _absent_gpu().backend == "cuda" if x.is_meta else x.is_cuda and not torch.version.hip
+    return {"maxnreg": 255} if nvidia else {}
+
+
+def _absent_gpu():
+    """What tensors without data are launched for: larpo_kernels.inspect sets Triton's driver to stand for a GPU."""
+    return driver.active.get_current_target()
 
 
 def on_device(x: torch.Tensor):

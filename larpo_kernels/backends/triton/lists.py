@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...kernels import lists
-from .launch import on_device
+from .launch import all_registers, on_device
 
 TOKENS = 1024  # token log-probs per step: 4 KB, one load per thread and vector at 4 warps
-PAIRS, PAIR_WARPS = 16, 8  # a tile of 16 x 16 pairs, one a thread: with more, ptxas of Triton 3.6 spills a few registers
+PAIRS, PAIR_WARPS = 16, 8  # a tile of 16 x 16 pairs, one a thread: most lists are one tile
 
 
 def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,8 @@ def list_stage(
                 relevance if ref_logps is None else ref_logps, loss, candidates, scores, c, work,
                 logps.shape[0], s, beta, temperature, k,
                 TOKEN_IS_CANDIDATE=cu_tokens is None, MEAN=counted is not None, HAS_REF=ref_logps is not None,
-                OBJECTIVE=objective, WEIGHTING=weighting, TOKENS=TOKENS, M=PAIRS, num_warps=PAIR_WARPS,
+                OBJECTIVE=objective, WEIGHTING=weighting, TOKENS=TOKENS, M=PAIRS,
+                num_warps=PAIR_WARPS, **all_registers(logps),
             )  # fmt: skip
     return loss, candidates, scores, c
 
