@@ -74,7 +74,7 @@ def _run_one(step: Step, limit_s: float, log: Path, environment: dict[str, str] 
         last = (output.read().strip().splitlines() or [""])[-1]
     wrong = [row for row in rows if row.get("ok") is False]
     if wrong:
-        status, message = "failed", "; ".join(str(row.get("what", row)) for row in wrong)
+        status, message = "failed", "; ".join(f"{row.get('what', row)} {row.get('error', '')}".strip() for row in wrong)
     elif timed_out:
         status, message = "cut", f"after {limit_s:.0f} s"
     elif process.returncode:

@@ -18,6 +18,7 @@ from heads import SCHEDULES, make_head, ours, run, scheduled, true
 from tolerance import assert_no_worse_than_eager
 
 import larpo_kernels as lk
+from larpo_kernels import schedules
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 VOCABULARY = 100  # tiles of 40, 40 and 20
@@ -30,7 +31,7 @@ def small_tiles(monkeypatch):
 
 def bf16_tiles(monkeypatch):
     """As where bfloat16 GEMMs are native: tiles are rounded to bfloat16 once they are centred."""
-    monkeypatch.setattr(heads.schedules, "native_bf16", lambda device_type: True)
+    monkeypatch.setattr(schedules, "native_bf16", lambda device_type: True)
 
 
 @pytest.fixture(params=["float16", "bfloat16", "bfloat16_tiles"])
@@ -52,7 +53,9 @@ def test_any_logits_in_float32(backend, device, regime, schedule):
 def test_any_logits_in_half_precision(fast_backend, device, regime, schedule, half):
     head = make_head(VOCABULARY, 64, (16,), half, device, regime)
     wanted, options = scheduled(schedule, head)
-    heads.assert_matches_float64(head, fast_backend, wanted, **options)
+    in_tiles = schedules.compute_dtype(half, half, device) == torch.bfloat16
+    # logits of -200 make a weight whose rows nearly cancel in d hidden: each tile's product is rounded before they do
+    heads.assert_matches_float64(head, fast_backend, wanted, times=2.5 if in_tiles else None, **options)
 
 
 # ---- raising the centre

@@ -70,7 +70,7 @@ def token_logps_forward(
     above = tl.full([BLOCK], -float("inf"), tl.float32)  # largest z - k, target left out
     for v in range(start, stop, BLOCK):
         cols = v + tl.arange(0, BLOCK)
-        x, _ = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
+        x, slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
         x -= k
         x = tl.where(cols == label, -float("inf"), x)
         e = tl.exp2(x * LOG2E)
@@ -86,17 +86,16 @@ def token_logps_forward(
         best = tl.full([BLOCK], -float("inf"), tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
-            x, _ = read_logits(row_ptr, cols, (cols < stop) & (cols != label), scale, softcap, SCALE, SOFTCAP)
-            best = tl.maximum(best, x)
+            x, slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
+            best = tl.maximum(best, tl.where(cols == label, -float("inf"), x))
         peak = tl.max(best)
         base = tl.where(peak == -float("inf"), 0.0, peak)
         total = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
-            mask = (cols < stop) & (cols != label)
-            x, _ = read_logits(row_ptr, cols, mask, scale, softcap, SCALE, SOFTCAP)
-            x -= base
+            x, slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
+            x = tl.where(cols == label, -float("inf"), x - base)
             e = tl.exp2(x * LOG2E)
             total += e
             if STATS:

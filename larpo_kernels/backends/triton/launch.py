@@ -52,10 +52,10 @@ def for_device(index: int | None) -> Launch:
     return TABLE["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
 
 
-def all_registers(x: torch.Tensor) -> dict:
-    """Launch option for kernels of few programs: ptxas may not spill registers to fit more warps on a multiprocessor."""
+def registers(x: torch.Tensor, most: int) -> dict:
+    """Launch option: registers a thread may take. Left alone, ptxas spills a few to fit more warps on a multiprocessor."""
     nvidia = _absent_gpu().backend == "cuda" if x.is_meta else x.is_cuda and not torch.version.hip
-    return {"maxnreg": 255} if nvidia else {}
+    return {"maxnreg": most} if nvidia else {}
 
 
 def _absent_gpu():

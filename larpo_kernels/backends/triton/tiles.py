@@ -77,7 +77,8 @@ class Tiles(plain.Tiles):
             tiles.exp_tile[(triton.cdiv(rows, launch.tile_span), triton.cdiv(tokens, launch.tile_tokens))](
                 out, bias, self.centre, self.level, self.labels, at_target, span,
                 a, rows, tokens, out.stride(0), head.scale, head.softcap or 1.0,
-                CENTRED=centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None, FOR_GRAD=for_grad,
+                CENTRED=centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+                FOR_GRAD=for_grad and head.softcap is not None,  # without a soft cap one kernel serves both
                 FINAL=final, STATS=self.stats and not final, SPAN=launch.tile_span, R=launch.tile_rows,
                 T=launch.tile_tokens, num_warps=launch.tile_warps,
             )  # fmt: skip

@@ -1,0 +1,306 @@
+"""Measures launch configurations on the GPU at hand and prints the entry for larpo_kernels/backends/triton/launch.py.
+
+    python benchmarks/tune.py --minutes 6 --out RESULTS
+
+Groups of parameters are tuned one after the other, each with the winners of those before it. Every candidate is compiled
+first, in other processes and without the GPU; one that spills registers is left out. What is timed runs in turns. The
+shipped entry wins unless a candidate is faster by more than NOISE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean
+
+import torch
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.tables import aligned
+from larpo_kernels import schedules
+
+NO_GPU = "tune needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
+NOISE = 0.02  # a candidate must be faster by this share
+SCHEDULE_VALUES = ("GPU_TILE_BYTES", "MAX_TOKENS")  # names in larpo_kernels/schedules.py; the rest are fields of Launch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are tuned together: what values each takes, and which combinations make no sense."""
+
+    name: str
+    values: dict[str, tuple[int, ...]]
+    sensible: Callable[[dict[str, int]], bool] = lambda values: True
+    share: float = 0.25  # of the time
+
+    def candidates(self) -> list[dict[str, int]]:
+        found = (dict(zip(self.values, chosen, strict=True)) for chosen in product(*self.values.values()))
+        return [values for values in found if self.sensible(values)]
+
+
+def _fits_threads(block: str, warps: str, least: int, most: int):
+    """Elements of a block per thread within limits: fewer are no 16-byte load, more do not fit the registers."""
+    return lambda v: least <= v[block] // (32 * v[warps]) <= most
+
+
+GROUPS = (
+    Group(
+        "rows",
+        {"row_block": (1024, 2048, 4096, 8192, 16384), "row_warps": (4, 8, 16)},
+        _fits_threads("row_block", "row_warps", 8, 32),
+    ),
+    Group("split", {"split_columns": (8192, 16384, 32768, 65536, 131072, 1 << 30)}, share=0.1),
+    Group(
+        "tile",
+        {
+            "tile_span": (128, 256, 512),
+            "tile_rows": (4, 8, 16),
+            "tile_tokens": (128, 256, 512, 1024),
+            "tile_warps": (1, 2, 4, 8),
+        },
+        lambda v: (
+            8 <= v["tile_rows"] * v["tile_tokens"] // (32 * v["tile_warps"]) <= 32 and v["tile_tokens"] >= 128 * v["tile_warps"]
+        ),
+        share=0.35,
+    ),
+    Group(
+        "schedule",
+        {"GPU_TILE_BYTES": (1 << 28, 1 << 29, 1 << 30, 1 << 31), "MAX_TOKENS": (2048, 4096, 8192, 16384)},
+        share=0.3,
+    ),
+)
+
+
+# --- a candidate in place of the shipped values ---------------------------------------------------------------------
+
+
+def shipped(arch: str) -> dict[str, int]:
+    from larpo_kernels.backends.triton import launch
+
+    entry = {name: value for name, value in asdict(launch.TABLE[arch]).items() if name != "origin"}
+    return entry | {name: getattr(schedules, name) for name in SCHEDULE_VALUES}
+
+
+@contextmanager
+def using(values: dict[str, int], arch: str) -> Iterator[None]:
+    """Launches and schedules take these values inside."""
+    from larpo_kernels.backends.triton import launch
+
+    entry, before = launch.TABLE[arch], {name: getattr(schedules, name) for name in SCHEDULE_VALUES}
+    known = {field.name for field in fields(entry)}
+    launch.TABLE[arch] = replace(entry, **{name: value for name, value in values.items() if name in known})
+    launch.for_device.cache_clear()
+    for name in SCHEDULE_VALUES:
+        setattr(schedules, name, values.get(name, before[name]))
+    try:
+        yield
+    finally:
+        launch.TABLE[arch] = entry
+        launch.for_device.cache_clear()
+        for name, value in before.items():
+            setattr(schedules, name, value)
+
+
+# --- compiling beforehand -------------------------------------------------------------------------------------------
+
+LAUNCHES = {  # group -> kernels of larpo_kernels/inspect/cases.py that its parameters reach
+    "rows": ("token_logps_forward/plain", "token_logps_forward/split", "token_logps_backward/plain"),
+    "tile": ("exp_tile/plain", "exp_tile/again", "level_spans/plain"),
+}
+
+
+def spills(group: str, values: dict[str, int], arch: str) -> int | None:
+    """Compiles the group's kernels with these values into Triton's cache; spilled instructions, None if that failed."""
+    from larpo_kernels.inspect.cases import choose
+    from larpo_kernels.inspect.crosscompile import compile_case
+    from larpo_kernels.inspect.disassembly import read
+    from larpo_kernels.inspect.targets import TARGETS
+
+    with using(values, arch):
+        try:
+            cases = [case for case in choose(LAUNCHES.get(group, ()), ["bf16"]) if case.aligned] if group in LAUNCHES else []
+            return sum(read(compile_case(case, TARGETS[arch]).asm).spills for case in cases)
+        except Exception:  # a combination that the compiler refuses is no candidate
+            return None
+
+
+def compiled(group: Group, base: dict[str, int], arch: str, deadline: float) -> list[dict]:
+    """The candidates that compile without spilling, the shipped values first."""
+    own = {name: base[name] for name in group.values}
+    found = [own, *(values for values in group.candidates() if values != own)]
+    if group.name not in LAUNCHES:
+        return found
+    good = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
+        counted = [(values, pool.submit(spills, group.name, base | values, arch)) for values in found]
+        for values, future in counted:
+            try:
+                spilled = future.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+            if spilled == 0 or values == own:
+                good.append(values)
+    return good
+
+
+# --- what is timed --------------------------------------------------------------------------------------------------
+
+
+def problems(group: str) -> Iterator[tuple[str, Callable]]:
+    """Named functions whose time the group's parameters decide; made one at a time, for they hold memory."""
+    import larpo_kernels as lk
+
+    if group in ("rows", "split"):
+        shapes = {"rows": ((8192, 128256), (8192, 32000), (4096, 262144)), "split": ((8192, 128256), (64, 128256), (4, 262144))}
+        for n, v in shapes[group]:
+            logits = torch.empty(n, v, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
+            labels, upstream = torch.randint(v, (n,), device="cuda"), torch.randn(n, device="cuda")
+            yield f"forward {n} x {v}", lambda x=logits, y=labels: lk.token_logps(x.detach(), y)
+            if group == "rows":
+                logps = lk.token_logps(logits, labels)
+                back = lambda x=logits, l=logps, g=upstream: torch.autograd.grad(l, x, g, retain_graph=True)  # noqa: E731
+                yield f"backward {n} x {v}", back
+    h = 64 if group == "tile" else 4096  # few columns: the GEMM shall not hide the kernels
+    if group in ("tile", "schedule"):
+        for n, v in ((4096, 128256), (8192, 65536)) if group == "tile" else ((8192, 128256), (16384, 32000)):
+            hidden = torch.randn(n, h, device="cuda").bfloat16()
+            weight = (torch.randn(v, h, device="cuda") / h**0.5).bfloat16()
+            labels = torch.randint(v, (n,), device="cuda")
+            for schedule in ("frozen_head", "recompute") if group == "tile" else ("frozen_head", "list_hold", "recompute"):
+                yield f"{schedule} {n} x {v}", _head(hidden, weight, labels, schedule)
+
+
+def _head(hidden, weight, labels, schedule) -> Callable:
+    import larpo_kernels as lk
+
+    x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(schedule != "frozen_head")
+
+    def run():
+        out = lk.linear_token_logps(x, w, labels, schedule=schedule).sum()
+        return torch.autograd.grad(out, [t for t in (x, w) if t.requires_grad])
+
+    return run
+
+
+def measured(group: Group, candidates: list[dict], base: dict[str, int], arch: str, deadline: float) -> list[dict]:
+    """Rows {values, seconds by problem, ratio to the first candidate}, the fastest first, of the problems in time."""
+    from benchmarks.gpu_timing import medians
+
+    def under(values, function):
+        def run():
+            with using(base | values, arch):
+                return function()
+
+        return run
+
+    seconds = [{} for _ in candidates]
+    for name, function in problems(group.name):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        runs = {str(i): under(values, function) for i, values in enumerate(candidates)}
+        for i, value in medians(runs, rounds=9, budget_s=min(left, 10.0)).items():
+            seconds[int(i)][name] = value
+        torch.cuda.empty_cache()
+    return ranked(candidates, seconds)
+
+
+def ranked(candidates: list[dict], seconds: list[dict[str, float]]) -> list[dict]:
+    """By the geometric mean over problems of the time against the first candidate's; nothing measured: no order."""
+    if not seconds or not seconds[0]:
+        return []
+    ratio = lambda times: geometric_mean([times[name] / seconds[0][name] for name in times])  # noqa: E731
+    found = [{"values": v, "seconds": s, "ratio": ratio(s)} for v, s in zip(candidates, seconds, strict=True)]
+    return sorted(found, key=lambda row: row["ratio"])
+
+
+def winner(rows: list[dict], current: dict[str, int]) -> dict[str, int]:
+    """The fastest candidate if it beats the current values by more than noise, else the current values."""
+    best = min(rows, key=lambda row: row["ratio"], default=None)
+    return best["values"] if best is not None and best["ratio"] < 1 - NOISE else current
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def table(group: Group, rows: list[dict], most: int = 8) -> str:
+    if not rows:
+        return f"{group.name}: not measured, the time limit was reached; shipped values stay"
+    names, timed = list(group.values), list(rows[0]["seconds"])
+    body = [
+        [f"{row['ratio']:.3f}", *(str(row["values"][n]) for n in names), *(f"{row['seconds'][p] * 1e3:.3f}" for p in timed)]
+        for row in rows[:most]
+    ]
+    return f"{group.name}: {len(rows)} candidates, time against the shipped values, ms\n" + aligned(
+        [["ratio", *names, *timed], *body]
+    )
+
+
+def entry(arch: str, values: dict[str, int], origin: str) -> str:
+    """A line of launch.TABLE, and lines of schedules.py."""
+    launch = {name: value for name, value in values.items() if name not in SCHEDULE_VALUES}
+    line = f'    "{arch}": Launch({", ".join(f"{name}={value}" for name, value in launch.items())}, origin="{origin}"),'
+    return "\n".join([line, *(f"{name} = {_bytes(values[name])}  # {origin}" for name in SCHEDULE_VALUES)])
+
+
+def _bytes(value: int) -> str:
+    return f"1 << {int(math.log2(value))}" if value > 1 << 20 and value & (value - 1) == 0 else str(value)
+
+
+def arch_here() -> str:
+    from larpo_kernels.backends.triton import launch
+
+    used = launch.for_device(torch.cuda.current_device())
+    return next(name for name, known in launch.TABLE.items() if known is used)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=6, help="for everything (default 6)")
+    parser.add_argument("--out", type=Path, help="folder for tune.json")
+    parser.add_argument("--only", action="append", choices=[group.name for group in GROUPS], help="a group of parameters")
+    asked = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(NO_GPU)
+        return 2
+    arch, end = arch_here(), time.monotonic() + 60 * asked.minutes
+    chosen = shipped(arch)
+    groups = [group for group in GROUPS if (not asked.only or group.name in asked.only) and set(group.values) <= set(chosen)]
+    origin = f"measured, {torch.cuda.get_device_name()}, {date.today()}"
+    found, printed = {}, []
+    for i, group in enumerate(groups):
+        deadline = time.monotonic() + (end - time.monotonic()) * group.share / sum(g.share for g in groups[i:])
+        candidates = compiled(group, chosen, arch, time.monotonic() + (deadline - time.monotonic()) / 2)
+        rows = measured(group, candidates, chosen, arch, deadline)
+        found[group.name] = rows
+        own = {name: chosen[name] for name in group.values}
+        if rows:
+            chosen |= winner(rows, own)
+        printed.append(table(group, rows))
+        print(printed[-1], end="\n\n", flush=True)
+        if asked.out:
+            asked.out.mkdir(parents=True, exist_ok=True)
+            result = {"arch": arch, "origin": origin, "chosen": chosen, "groups": found}
+            (asked.out / "tune.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(entry(arch, chosen, origin))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
