@@ -141,21 +141,21 @@ def spills(group: str, values: dict[str, int], arch: str) -> int | None:
 def compiled(group: Group, base: dict[str, int], arch: str, deadline: float) -> list[dict]:
     """The candidates that compile without spilling, the shipped values first."""
     own = {name: base[name] for name in group.values}
-    found = [own, *(values for values in group.candidates() if values != own)]
+    others = [values for values in group.candidates() if values != own]
     if group.name not in LAUNCHES:
-        return found
-    good = []
+        return [own, *others]
+    good = [own]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
-        counted = [(values, pool.submit(spills, group.name, base | values, arch)) for values in found]
+        pool.submit(spills, group.name, base, arch)
+        counted = [(values, pool.submit(spills, group.name, base | values, arch)) for values in others]
         for values, future in counted:
             try:
-                spilled = future.result(max(0.0, deadline - time.monotonic()))
+                if future.result(max(0.0, deadline - time.monotonic())) == 0:
+                    good.append(values)
             except TimeoutError:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
-            if spilled == 0 or values == own:
-                good.append(values)
     return good
 
 

@@ -1,4 +1,4 @@
-"""What a call costs, counted and not timed: bytes allocated at a time, and GEMMs."""
+"""What a call costs on a CPU, counted and not timed: bytes allocated at a time, and GEMMs."""
 
 import gc
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ GEMMS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # name: place of t
 class Costs:
     peak: int  # the most bytes that were allocated at a time, beyond what was before the call
     largest: int  # the largest single allocation, bytes
-    gemms: tuple[tuple[int, int, int], ...]  # rows, inner size, columns of each, in order
+    gemms: tuple[tuple[int, int, int], ...]  # rows, inner size, columns of each
 
     @property
     def flops(self):
@@ -21,21 +21,21 @@ class Costs:
 
 
 def costs(call):
-    """Costs of `call()` on a CPU; its result is kept until the end."""
+    """Costs of `call()`; its result is kept until the end."""
     gc.collect()  # what is freed now is not freed during the call
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True) as profile:
         kept = call()
     del kept
-    events = profile.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     live = peak = 0
     for change in changes:
         live += change
         peak = max(peak, live)
     gemms = []
-    for event in profile.events():
-        if event.name in GEMMS and getattr(event.cpu_parent, "name", None) not in GEMMS:
-            left, right = event.input_shapes[GEMMS[event.name] :][:2]
+    for event in events:
+        if event.name() in GEMMS:
+            left, right = event.shapes()[GEMMS[event.name()] :][:2]
             gemms.append((left[0], left[1], right[1]))
     return Costs(peak, max(changes, default=0), tuple(gemms))

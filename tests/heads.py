@@ -25,7 +25,7 @@ SCHEDULES = {
     "auto_holding_a_part": (ALL, {"memory_budget": "half"}),
     "auto_holding_all": (ALL, {"memory_budget": 1 << 40}),
 }
-TRAINING = [name for name, (may, _) in SCHEDULES.items() if may == ALL]
+WALKS = ["score_only", "frozen_head", "list_hold", "recompute", "auto_holding_a_part"]  # each way to walk, once
 
 
 @dataclass(frozen=True)

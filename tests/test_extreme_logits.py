@@ -14,13 +14,13 @@ import slow_loop
 import torch
 import torch.nn.functional as F
 from batches import IGNORE
-from heads import SCHEDULES, make_head, ours, run, scheduled, true
+from heads import WALKS, make_head, ours, run, scheduled, true
 from tolerance import assert_no_worse_than_eager
 
 import larpo_kernels as lk
 from larpo_kernels import schedules
 
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+each_walk = pytest.mark.parametrize("schedule", WALKS)
 VOCABULARY = 100  # tiles of 40, 40 and 20
 
 
@@ -42,7 +42,7 @@ def half(request, monkeypatch):
     return torch.float16 if request.param == "float16" else torch.bfloat16
 
 
-@every_schedule
+@each_walk
 def test_any_logits_in_float32(backend, device, regime, schedule):
     head = make_head(VOCABULARY, 64, (9,), torch.float32, device, regime)
     wanted, options = scheduled(schedule, head)
@@ -89,7 +89,7 @@ def climbing(device, dtype=torch.float32):
     return make_head(VOCABULARY, 64, dtype=dtype, device=device, labels=labels, logits=logits)
 
 
-@every_schedule
+@each_walk
 @pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
 def test_competitors_early_late_and_in_the_targets_tile(backend, device, schedule, stats):
     head = climbing(device)
@@ -146,7 +146,7 @@ def with_lost_columns(device, lost, dtype=torch.float32):
     return replace(head, bias=bias)
 
 
-@every_schedule
+@each_walk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_target_at_minus_infinity_pushes_nothing(backend, device, schedule, dtype):
     head = with_lost_columns(device, [13, 57, 99], dtype)
@@ -171,7 +171,7 @@ def test_a_target_at_minus_infinity_pushes_nothing(backend, device, schedule, dt
         assert (grads["hidden"][~possible] == 0).all()
 
 
-@every_schedule
+@each_walk
 def test_only_the_target_is_possible(backend, device, schedule):
     """Everything else at -inf: certainty, and no gradient."""
     others = [v for v in range(VOCABULARY) if v != 61]

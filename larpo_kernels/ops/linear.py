@@ -27,12 +27,15 @@ def _linear_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # walk.Kept; its first three over all N
     labels, counted, wrong = _labels_in_range(labels, weight.shape[0], ignore_index)
     head = walk.Head(weight, bias, logit_scale, softcap, compute)
-    if keep is not None:
-        hidden, labels, counted = hidden[keep], labels[keep], None
-    elif counted is not None:
-        hidden = torch.where(counted[:, None], hidden, 0)  # NaN in an ignored row would poison sums over tokens
     kept = walk.forward(
-        head, hidden, labels, held_rows=held_rows, held_dtype=stored, one_pass=one_pass, stats=stats, backend=backend
+        head,
+        _walked(hidden, keep, counted, backend),
+        _walked(labels, keep, counted, backend),
+        held_rows=held_rows,
+        held_dtype=stored,
+        one_pass=one_pass,
+        stats=stats,
+        backend=backend,
     )
     results = [_to_all(x, keep, counted, wrong) if x.shape[0] else x for x in kept[:3]]
     return *results, *kept[3:]
@@ -45,9 +48,35 @@ def _labels_in_range(labels: Tensor, vocab_size: int, ignore_index: int) -> tupl
     return torch.where(counted, safe, 0), counted, counted & (safe != labels)
 
 
-def _to_all(x: Tensor, keep: Tensor | None, counted: Tensor | None, wrong: Tensor) -> Tensor:
+TOKENS_MULTIPLE = {"torch": 1, "triton": 16}  # 16-byte loads and tensor cores want rows of tiles that start aligned
+
+
+def _num_walked(n: int, backend: str) -> int:
+    return n + -n % TOKENS_MULTIPLE[backend]
+
+
+def _walked(x: Tensor, keep: Tensor | None, counted: Tensor, backend: str) -> Tensor:
+    """x [N, ...] of the tokens that are walked: those that count, or all with 0 for the rest; then zeros to a multiple.
+
+    What an ignored token holds must not be read: a NaN would spread through sums over tokens.
+    """
+    n = counted.shape[0] if keep is None else keep.shape[0]
+    if n == _num_walked(n, backend) == counted.shape[0] and keep is not None:
+        return x
+    out = x.new_zeros(_num_walked(n, backend), *x.shape[1:])
+    if keep is None:
+        out[:n] = torch.where(counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
+    else:
+        torch.index_select(x, 0, keep, out=out[:n])
+    return out
+
+
+def _to_all(x: Tensor, keep: Tensor | None, counted: Tensor, wrong: Tensor) -> Tensor:
     """Results of the tokens that were walked -> of all tokens: 0 where ignored, NaN where the label was out of range."""
-    x = torch.where(counted, x, 0) if keep is None else x.new_zeros(wrong.shape).index_copy_(0, keep, x)
+    if keep is None:
+        x = torch.where(counted, x[: counted.shape[0]], 0)
+    else:
+        x = x.new_zeros(wrong.shape).index_copy_(0, keep, x[: keep.shape[0]])
     return x.masked_fill_(wrong, torch.nan)
 
 
@@ -55,7 +84,7 @@ def _to_all(x: Tensor, keep: Tensor | None, counted: Tensor | None, wrong: Tenso
 def _(
     hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, stored, held_rows, one_pass, stats, backend
 ):
-    n = hidden.shape[0] if keep is None else keep.shape[0]
+    n = _num_walked(hidden.shape[0] if keep is None else keep.shape[0], backend)
     sums = torch.float64 if compute == torch.float64 else torch.float32
     all_tokens, walked = hidden.new_empty(labels.shape, dtype=sums), hidden.new_empty(n, dtype=sums)
     stat = torch.empty_like(all_tokens) if stats else all_tokens.new_empty(0)
@@ -93,28 +122,29 @@ def _linear_logps_backward(
     d_hidden, d_weight = new(hidden, needs_hidden), new(weight, needs_weight)
     d_bias = new(weight if bias is None else bias, needs_bias)
     labels, counted, _ = _labels_in_range(labels, weight.shape[0], ignore_index)
-    all_tokens = d_hidden
-    if keep is not None:
-        hidden, labels, grad, logps = hidden[keep], labels[keep], grad[keep], logps[keep]
-        d_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
-    else:
-        hidden, grad = torch.where(counted[:, None], hidden, 0), torch.where(counted, grad, 0)
+    n = hidden.shape[0] if keep is None else keep.shape[0]
+    d_walked = d_hidden
+    if needs_hidden and total.shape[0] != hidden.shape[0]:
+        d_walked = hidden.new_empty(total.shape[0], hidden.shape[1])
     if unit_grad.shape[0]:
-        walk.scale_rows(unit_grad, grad, d_hidden)
+        walk.scale_rows(unit_grad, _walked(grad, keep, counted, backend), d_walked)
     else:
+        hidden, labels, grad, logps = (_walked(x, keep, counted, backend) for x in (hidden, labels, grad, logps))
         walk.backward(
             walk.Head(weight, bias, logit_scale, softcap, compute),
             hidden,
             labels,
             grad,
             walk.Kept(logps, logps, logps, total, centre, level, unit_grad, held),
-            d_hidden=d_hidden if needs_hidden else None,
+            d_hidden=d_walked if needs_hidden else None,
             d_weight=d_weight if needs_weight else None,
             d_bias=d_bias if needs_bias else None,
             backend=backend,
         )
-    if needs_hidden and keep is not None:
-        d_hidden = all_tokens.zero_().index_copy_(0, keep, d_hidden)
+    if needs_hidden and keep is not None and d_walked is not d_hidden:
+        d_hidden.zero_().index_copy_(0, keep, d_walked[:n])
+    elif d_walked is not d_hidden:
+        d_hidden.copy_(d_walked[:n])
     return d_hidden, d_weight, d_bias
 
 
