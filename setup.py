@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "train": ["transformers>=5,<6", "accelerate>=1.0", "peft>=0.18", "datasets>=4.0", "typer>=0.15", "pyyaml>=6"],
-    "bench": ["transformers>=5,<6", "safetensors", "gguf==0.19.0", "matplotlib>=3.8", "rich>=13", "typer>=0.15", "tqdm", "filelock"],
+    "bench": ["transformers>=5,<6", "safetensors", "gguf==0.19.0", "matplotlib>=3.8", "rich>=13", "typer>=0.15", "filelock"],
     "flash": ["flash-attn>=2.7"],
     "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6"],
 }

@@ -177,13 +177,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/out", help="folder for results.json, log and plots")
     parser.add_argument("--only", action="append", choices=list(STEPS), help="a step; may be given several times")
     parser.add_argument("--peers", type=Path, help="folder with other libraries, added to PYTHONPATH if it exists")
+    parser.add_argument("--show", type=Path, help="a recorded results.json: print its tables and run nothing")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("file", nargs="?", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.step:
         write_rows(rows_of(asked.step), asked.file)
         return 0
-
+    if asked.show:
+        print(summary(json.loads(asked.show.read_text())["steps"]))
+        return 0
     import torch
 
     if not torch.cuda.is_available():
@@ -193,7 +196,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     start = time.monotonic()
     asked.out.mkdir(parents=True, exist_ok=True)
-    paths = [str(ROOT), *([str(asked.peers)] if asked.peers and asked.peers.is_dir() else []), os.environ.get("PYTHONPATH")]
+    paths = [
+        str(ROOT),
+        *([str(asked.peers.resolve())] if asked.peers and asked.peers.is_dir() else []),
+        os.environ.get("PYTHONPATH"),
+    ]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     header = machine.header("cuda")
     seconds = 60 * asked.minutes - LAST_S

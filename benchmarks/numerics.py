@@ -1,6 +1,6 @@
 """Error of bf16 log-likelihoods and gradients by logit regime and by answer length: the plot of docs/numerics.md.
 
-    python benchmarks/numerics.py            # about a minute on 2 cores; writes docs/numerics.png and prints the numbers
+python benchmarks/numerics.py            # a minute or two on 2 cores; writes docs/numerics.png and prints the numbers
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def by_regime():
             for name, method in METHODS.items():
                 logp, grad, _ = errors(method, *inputs)
                 rows.append((on_policy, std, name, logp, grad))
-                print(f"{'sampled' if on_policy else 'random':8s} std {std:3d}  {name:52s} logp {logp:.1e}  d hidden {grad:.1e}")
+                labels = "sampled" if on_policy else "random"
+                print(f"{labels:8s} std {std:3d}  {name:52s} logp {logp:.1e}  d hidden {grad:.1e}")
     return rows
 
 
@@ -110,9 +111,12 @@ def plot(regimes, lengths, path):
         for ax, on_policy in zip(axes, (True, False), strict=False):
             ax.loglog(STDS, [r[3] for r in regimes if r[0] == on_policy and r[2] == name], "o-", label=name)
         axes[2].loglog(LENGTHS, [r[2] for r in lengths if r[0] == name], "o-", label=name)
-    axes[0].set(title="labels sampled from the model", xlabel="standard deviation of the logits", ylabel="rms error of a token's log-prob, nats")
-    axes[1].set(title="random labels", xlabel="standard deviation of the logits")
-    axes[2].set(title="answers sampled from the model, std 8", xlabel="tokens in the answer", ylabel="rms error of its log-likelihood, nats")
+    spread, error = "standard deviation of the logits", "rms error of {}, nats"
+    axes[0].set(title="labels sampled from the model", xlabel=spread, ylabel=error.format("a token's log-prob"))
+    axes[1].set(title="random labels", xlabel=spread)
+    axes[2].set(
+        title="answers sampled from the model, std 8", xlabel="tokens", ylabel=error.format("an answer's log-likelihood")
+    )
     for ax in axes:
         ax.grid(alpha=0.3)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False)

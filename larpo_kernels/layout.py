@@ -84,7 +84,8 @@ def tokens(
     if not is_integer(labels):
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
     if labels.shape != values.shape[:-1]:
-        raise ValueError(f"labels must have the shape {shape(values[..., 0])} of {name} without its last axis, got {shape(labels)}")
+        want = shape(values[..., 0])
+        raise ValueError(f"labels must have the shape {want} of {name} without its last axis, got {shape(labels)}")
     _same_device("labels", labels, name, values)
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from . import layout, ops, schedules
@@ -143,7 +142,10 @@ def linear_token_logps(
     Returns:
         As `token_logps`. Gradients come in the dtype of what they belong to, summed up in float32.
     """
-    head = LinearTokens(hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, logit_scale, softcap, backend, candidates=False)
+    head = LinearTokens(
+        hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
+        candidates=False,
+    )  # fmt: skip
     return _token_output(head.token_logps(return_stats), labels, return_stats)
 
 
@@ -195,7 +197,9 @@ def plan(
     >>> print(plan(hidden, weight, torch.zeros(64, dtype=torch.int64)))  # doctest: +ELLIPSIS
     frozen_head: 2 GEMMs, ... MiB extra (only hidden requires grad)
     """
-    return LinearTokens(hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, 1.0, None, None, candidates=False).plan
+    return LinearTokens(
+        hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, 1.0, None, None, candidates=False
+    ).plan
 
 
 class LinearTokens:

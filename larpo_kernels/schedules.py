@@ -66,7 +66,9 @@ def make_plan(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
-    if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0):
+    if memory_budget is not None and (
+        isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0
+    ):
         raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
     tokens, rows = tile_shape(num_tokens, hidden_size, vocab_size, dtype, device)
     tile = working_bytes(num_tokens, hidden_size, vocab_size, (tokens, rows), needs, given, dtype)
@@ -86,7 +88,9 @@ def make_plan(
         return Plan("recompute", "asked for", 2 + wanted, tile)
     if not needs.parameters:
         return Plan("frozen_head", "only hidden requires grad", 2, tile + 4 * num_tokens * hidden_size)
-    budget, source = (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
+    budget, source = (
+        (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
+    )
     source = f"{source} = {budget / 2**20:.0f} MiB"
     if budget >= whole:
         return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size)

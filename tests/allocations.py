@@ -9,7 +9,5 @@ def allocations(call):
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = call()
     del kept
-    sizes = [
-        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [size for size in sizes if size > 0]

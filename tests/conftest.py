@@ -41,9 +41,7 @@ def fast_backend(request):
     return request.param
 
 
-@pytest.fixture(
-    params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).split(".")[1]
-)
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).split(".")[1])
 def dtype(request):
     return request.param
 

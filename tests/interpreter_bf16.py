@@ -54,9 +54,7 @@ def install():
         return convert(self, source, target_type, rounding_mode)
 
     def exact_unary(self, operand, function):
-        return (
-            narrowed(function(widened(operand).data)) if is_bf16(operand) else unary(self, operand, function)
-        )
+        return narrowed(function(widened(operand).data)) if is_bf16(operand) else unary(self, operand, function)
 
     def exact_binary(self, left, right, function):
         if not (is_bf16(left) and is_bf16(right)):

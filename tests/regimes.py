@@ -19,9 +19,7 @@ def with_targets(logits, labels, values):
 
 def rest(logits, labels):
     """logsumexp of everything but the label: [...]; 0 where the label is alone in the vocabulary."""
-    others = with_targets(logits, labels, torch.full(labels.shape, -math.inf, dtype=logits.dtype)).logsumexp(
-        -1
-    )
+    others = with_targets(logits, labels, torch.full(labels.shape, -math.inf, dtype=logits.dtype)).logsumexp(-1)
     return others.where(others.isfinite(), torch.zeros_like(others))
 
 

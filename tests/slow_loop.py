@@ -31,9 +31,7 @@ def token_logps(logits, labels, *, ignore_index=-100, compute=torch.float64, **t
         else:
             logps.append(F.log_softmax(z, -1)[label])
     logps = torch.stack(logps) if logps else rows.new_zeros(0, dtype=compute)
-    return (logps + 0 * rows[:0].sum()).reshape(
-        labels.shape
-    )  # the empty sum ties the result to the logits' graph
+    return (logps + 0 * rows[:0].sum()).reshape(labels.shape)  # the empty sum ties the result to the logits' graph
 
 
 def entropies(logits, labels, *, ignore_index=-100, **transform):

@@ -9,9 +9,7 @@ import torch
 import larpo_kernels as lk
 
 ON_GPU = torch.cuda.is_available()
-needs_values = pytest.mark.skipif(
-    ON_GPU, reason="values on a GPU are not inspected: that would stop the host"
-)
+needs_values = pytest.mark.skipif(ON_GPU, reason="values on a GPU are not inspected: that would stop the host")
 
 
 def good_input(device):
@@ -209,10 +207,7 @@ VALUES = (  # cases told apart from good input by values alone
 
 def snapshot(arguments):
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    return {
-        name: (None if t.is_meta else t.clone(), t._version, t.shape, t.stride(), t.grad)
-        for name, t in tensors.items()
-    }
+    return {name: (None if t.is_meta else t.clone(), t._version, t.shape, t.stride(), t.grad) for name, t in tensors.items()}
 
 
 def assert_untouched(arguments, before):
@@ -266,9 +261,7 @@ def test_the_good_inputs_are_good(backend, device):
         ({"scores": torch.zeros(4, dtype=torch.int64)}, "scores", TypeError, ["int64", "float32"]),
         ({"scores": [0.0] * 4}, "scores", TypeError, ["list", "Tensor"]),
         ({"relevance": torch.zeros(3)}, "relevance", ValueError, ["3", "4"]),
-        pytest.param(
-            {"relevance": torch.full((4,), math.nan)}, "relevance", ValueError, ["NaN"], marks=needs_values
-        ),
+        pytest.param({"relevance": torch.full((4,), math.nan)}, "relevance", ValueError, ["NaN"], marks=needs_values),
         ({"relevance": torch.zeros(4, device="meta")}, "relevance", ValueError, ["meta"]),
         ({"list_sizes": 3}, "list_sizes", ValueError, ["3", "4"]),
         ({"list_sizes": [1, 1]}, "list_sizes", ValueError, ["2", "4"]),

@@ -67,9 +67,7 @@ def weighted_lambdarank(batch, logits, backend):
 
 def listwise_loss(batch, logits, backend):
     scores = logits.flatten(1).sum(-1) if batch.cu_seqlens is None else logits[: len(batch.relevance)].sum(-1)
-    return lk.listwise_loss(
-        scores, batch.relevance, list_sizes=list(batch.list_sizes), objective="lambdarank", backend=backend
-    )
+    return lk.listwise_loss(scores, batch.relevance, list_sizes=list(batch.list_sizes), objective="lambdarank", backend=backend)
 
 
 OPS = [token_logps, token_stats, sequence_logps, fused_listwise_loss, weighted_lambdarank, listwise_loss]
@@ -159,9 +157,7 @@ def test_a_shifted_view_in_one_graph(device):
         return (lk.token_logps(model_logits[:, :-1], labels),)
 
     eager, eager_grad = outputs_and_gradient(run, batch.logits)
-    compiled, grad = outputs_and_gradient(
-        torch.compile(run, fullgraph=True, backend="aot_eager"), batch.logits
-    )
+    compiled, grad = outputs_and_gradient(torch.compile(run, fullgraph=True, backend="aot_eager"), batch.logits)
     assert torch.equal(compiled[0], eager[0]) and torch.equal(grad, eager_grad)
 
 
@@ -216,9 +212,7 @@ def copy_of(x):
 
 def registered_ops():
     """Names of this package's ops on the logits side and the list side."""
-    names = {
-        n.split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("larpo_kernels::")
-    }
+    names = {n.split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("larpo_kernels::")}
     return sorted(name.split("::")[1] for name in names if "linear" not in name)
 
 
@@ -240,11 +234,7 @@ def test_registered_ops_are_opcheck_clean(recorded, name):
     assert op in recorded, f"no step of the package calls {name}"
     seen = set()
     for args, kwargs in recorded[op]:
-        shapes = str(
-            tree_map(
-                lambda x: (x.shape, x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else x, args
-            )
-        )
+        shapes = str(tree_map(lambda x: (x.shape, x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else x, args))
         if shapes not in seen and len(seen) < 4:
             seen.add(shapes)
             torch.library.opcheck(op, args, kwargs)

@@ -22,9 +22,7 @@ def fused(batch, backend, **options):
 
     def call(logits):
         options.setdefault("ref_logps", batch.ref_logps)
-        return lk.fused_listwise_loss(
-            logits, batch.labels, batch.relevance, **batch.layout, backend=backend, **options
-        )
+        return lk.fused_listwise_loss(logits, batch.labels, batch.relevance, **batch.layout, backend=backend, **options)
 
     return call
 
@@ -67,9 +65,7 @@ def assert_matches_float64(batch, backend, objective="contrastive", **options):
     truth = slow(batch, **slow_options)(batch.logits)
     eager = slow(batch, compute=torch.float32, **slow_options)(batch.logits)
     eps = 64 * FLOAT32_ROUNDING  # a score is a difference of two larger log-likelihoods
-    for name, part, expected, eager_part in zip(
-        ("loss", "logps", "scores"), out[:3], truth, eager, strict=True
-    ):
+    for name, part, expected, eager_part in zip(("loss", "logps", "scores"), out[:3], truth, eager, strict=True):
         assert part.dtype == torch.float32, name
         assert_no_worse_than_eager(part, eager_part, expected, eps)
     assert_no_worse_than_eager(
@@ -191,9 +187,7 @@ def test_only_the_loss_carries_gradient(backend, batch):
 def test_fused_is_sequence_logps_then_listwise_loss(backend, batch):
     sequence = lk.sequence_logps(batch.logits, batch.labels, cu_seqlens=batch.cu_seqlens, backend=backend)
     scores = 0.1 * (sequence - batch.ref_logps)
-    loss = lk.listwise_loss(
-        scores, batch.relevance, list_sizes=list(batch.list_sizes), objective="listmle", backend=backend
-    )
+    loss = lk.listwise_loss(scores, batch.relevance, list_sizes=list(batch.list_sizes), objective="listmle", backend=backend)
     out = fused(batch, backend, objective="listmle")(batch.logits)
     torch.testing.assert_close(out.logps, sequence, rtol=1e-6, atol=0)
     torch.testing.assert_close(out.scores, scores, rtol=1e-5, atol=1e-6)
@@ -223,9 +217,7 @@ def test_nothing_flows_into_reference_or_relevance(backend, batch):
 
 def test_defaults_are_contrastive_mean_and_beta_a_tenth(backend, batch):
     out = lk.fused_listwise_loss(batch.logits, batch.labels, batch.relevance, **batch.layout, backend=backend)
-    spelled = fused(batch, backend, ref_logps=None, objective="contrastive", reduction="mean", beta=0.1)(
-        batch.logits
-    )
+    spelled = fused(batch, backend, ref_logps=None, objective="contrastive", reduction="mean", beta=0.1)(batch.logits)
     assert torch.equal(out.loss, spelled.loss)
 
 
@@ -265,9 +257,7 @@ def test_gradients_are_the_finite_differences_of_the_loss(objective):
 
 
 def test_reductions_are_over_lists(backend, batch):
-    none, mean, total = (
-        fused(batch, backend, reduction=r)(batch.logits).loss for r in ("none", "mean", "sum")
-    )
+    none, mean, total = (fused(batch, backend, reduction=r)(batch.logits).loss for r in ("none", "mean", "sum"))
     assert none.shape == (3,) and mean.shape == total.shape == ()
     torch.testing.assert_close(total, none.sum())
     torch.testing.assert_close(mean, none.sum() / 3)
@@ -335,9 +325,7 @@ def test_shifted_model_logits_need_no_copy(backend, device):
 
     grad = gradient(loss, batch.logits)
     truth = gradient(
-        lambda x: slow_loop.fused_listwise_loss(x[:, :-1], labels, batch.relevance, list_sizes=(2, 2))[
-            0
-        ].sum(),
+        lambda x: slow_loop.fused_listwise_loss(x[:, :-1], labels, batch.relevance, list_sizes=(2, 2))[0].sum(),
         batch.logits.double(),
     )
     assert (grad[:, -1] == 0).all()
@@ -432,14 +420,10 @@ def test_gradients_are_exactly_zero_where_nothing_is_left_to_learn(backend, devi
     batch = make_batch((3,), device=device)
     order = batch.relevance.argsort()
     reference = torch.empty_like(batch.ref_logps)
-    reference[order] = torch.tensor(
-        [2e5, 1e5, 0.0], device=device
-    )  # the worse, the likelier under the reference
+    reference[order] = torch.tensor([2e5, 1e5, 0.0], device=device)  # the worse, the likelier under the reference
     out = fused(batch, backend, objective="listmle", ref_logps=reference)(batch.logits)
     assert out.loss == 0
-    assert (
-        gradient(loss_of(batch, backend, objective="listmle", ref_logps=reference), batch.logits) == 0
-    ).all()
+    assert (gradient(loss_of(batch, backend, objective="listmle", ref_logps=reference), batch.logits) == 0).all()
 
 
 # ---- same bits, same numbers
@@ -513,6 +497,4 @@ def test_packed_padded_and_a_slow_loop_agree(lists, prompt, padding, objective, 
         for part, expected_part in zip(out[:3], expected, strict=True):
             torch.testing.assert_close(part, expected_part, rtol=1e-11, atol=1e-12)
         loss = loss_of(batch, "torch", reduction="none", **options)
-        torch.testing.assert_close(
-            gradient(loss, batch.logits, upstream_of(batch)), grad, rtol=1e-10, atol=1e-12
-        )
+        torch.testing.assert_close(gradient(loss, batch.logits, upstream_of(batch)), grad, rtol=1e-10, atol=1e-12)

@@ -54,9 +54,7 @@ def test_importing_pulls_in_neither_triton_nor_transformers_nor_matplotlib():
 def test_every_public_name_exists():
     import larpo_kernels
 
-    assert {"fused_listwise_loss", "sequence_logps", "token_logps", "listwise_loss", "reference"} <= set(
-        larpo_kernels.__all__
-    )
+    assert {"fused_listwise_loss", "sequence_logps", "token_logps", "listwise_loss", "reference"} <= set(larpo_kernels.__all__)
     for name in larpo_kernels.__all__:
         assert hasattr(larpo_kernels, name), name
 

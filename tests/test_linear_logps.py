@@ -54,6 +54,16 @@ def test_every_schedule_gives_the_same_numbers(backend, device, small_tiles):
             torch.testing.assert_close(grad, grads["recompute"][name], rtol=1e-4, atol=1e-6)
 
 
+@each_training_walk
+def test_padding_that_brings_the_walked_tokens_to_all_tokens(backend, device, schedule):
+    """13 of 16 count. Padded to a multiple of 16 they are as many as all, but not the same."""
+    labels = torch.arange(16) % 7
+    labels[[1, 5, 6]] = IGNORE
+    head = make_head(31, 8, (16,), torch.float32, device, labels=labels)
+    wanted, options = scheduled(schedule, head)
+    assert_matches_float64(head, backend, wanted, **options)
+
+
 @pytest.mark.parametrize(("vocabulary", "hidden_size"), [(1, 31), (31, 64), (127, 1000), (1000, 31)])
 def test_sizes_that_no_tile_divides(backend, device, dtype, vocabulary, hidden_size):
     head = make_head(vocabulary, hidden_size, (5,), dtype, device)

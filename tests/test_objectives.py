@@ -26,9 +26,7 @@ PLAIN = ["pairwise", "contrastive", "listmle", "lambdarank"]  # the paper's: rel
 
 def slow_losses(scores, relevance, list_sizes, name):
     """The same objective from slow_loop, whose keywords are the objective objects' fields."""
-    return slow_loop.listwise_losses(
-        scores, relevance, list_sizes, OBJECTIVES[name].name, **vars(OBJECTIVES[name])
-    )
+    return slow_loop.listwise_losses(scores, relevance, list_sizes, OBJECTIVES[name].name, **vars(OBJECTIVES[name]))
 
 
 def graded_lists(list_sizes, seed=0, dtype=torch.float64):
@@ -50,9 +48,7 @@ def loss_of(backend, device):
 
     def loss_of(scores, relevance, objective):
         scores, relevance = (torch.tensor(x, dtype=torch.float32, device=device) for x in (scores, relevance))
-        return lk.listwise_loss(
-            scores, relevance, list_sizes=len(scores), objective=objective, backend=backend
-        ).item()
+        return lk.listwise_loss(scores, relevance, list_sizes=len(scores), objective=objective, backend=backend).item()
 
     return loss_of
 
@@ -64,9 +60,7 @@ def gradient_of(backend, device):
     def gradient_of(scores, relevance, objective):
         scores, relevance = (torch.tensor(x, dtype=torch.float32, device=device) for x in (scores, relevance))
         scores.requires_grad_()
-        lk.listwise_loss(
-            scores, relevance, list_sizes=len(scores), objective=objective, backend=backend
-        ).backward()
+        lk.listwise_loss(scores, relevance, list_sizes=len(scores), objective=objective, backend=backend).backward()
         return scores.grad.tolist()
 
     return gradient_of
@@ -81,9 +75,7 @@ def test_pairwise_is_best_against_worst(loss_of):
 
 
 def test_contrastive_is_best_against_all(loss_of):
-    assert loss_of(SCORES, RELEVANCE, "contrastive") == pytest.approx(
-        -log(exp(1) / (exp(1) + exp(3) + exp(2)))
-    )
+    assert loss_of(SCORES, RELEVANCE, "contrastive") == pytest.approx(-log(exp(1) / (exp(1) + exp(3) + exp(2))))
 
 
 def test_listmle_is_best_against_rest_then_second_against_rest(loss_of):
@@ -114,9 +106,7 @@ def test_dcg_weights_a_pair_by_what_swapping_it_changes_in_ndcg(loss_of):
     scores, relevance = [0.0, 5.0], [2.0, 1.0]  # gains 2^r - 1: 3 and 1; ranks by score: 2 and 1
     ideal = 3 / log2(2) + 1 / log2(3)
     weight = abs(3 - 1) / ideal * abs(1 / log2(3) - 1 / log2(2))
-    assert loss_of(scores, relevance, lk.LambdaRank(weighting="dcg")) == pytest.approx(
-        weight * log(1 + exp(5))
-    )
+    assert loss_of(scores, relevance, lk.LambdaRank(weighting="dcg")) == pytest.approx(weight * log(1 + exp(5)))
 
 
 def test_dcg_cut_off_counts_only_the_first_k_ranks(loss_of):
@@ -125,9 +115,7 @@ def test_dcg_cut_off_counts_only_the_first_k_ranks(loss_of):
         [2.0, 1.0],
     )  # with k = 1, rank 2 has no discount and the ideal is one candidate
     weight = abs(3 - 1) / 3 * abs(0 - 1 / log2(2))
-    assert loss_of(scores, relevance, lk.LambdaRank(weighting="dcg", k=1)) == pytest.approx(
-        weight * log(1 + exp(5))
-    )
+    assert loss_of(scores, relevance, lk.LambdaRank(weighting="dcg", k=1)) == pytest.approx(weight * log(1 + exp(5)))
 
 
 def test_dcg2_weights_a_pair_by_how_far_apart_its_ranks_are(loss_of):
@@ -173,9 +161,7 @@ def test_tied_candidates_form_no_lambdarank_pair(loss_of):
 def test_ties_for_best_and_worst_are_broken_by_input_order(loss_of):
     scores, relevance = [0.0, 1.0, 2.0, 4.0], [1.0, 1.0, 0.0, 0.0]  # best is the first, worst the last
     assert loss_of(scores, relevance, "pairwise") == pytest.approx(log(1 + exp(4 - 0)))
-    assert loss_of(scores, relevance, "contrastive") == pytest.approx(
-        log(exp(0) + exp(1) + exp(2) + exp(4)) - 0
-    )
+    assert loss_of(scores, relevance, "contrastive") == pytest.approx(log(exp(0) + exp(1) + exp(2) + exp(4)) - 0)
 
 
 def test_a_list_of_equal_relevance_keeps_its_order_in_listmle(loss_of):
@@ -209,9 +195,7 @@ def test_a_list_of_one_counts_in_the_mean(backend, device):
     assert loss.item() == pytest.approx((0 + log(2)) / 2)
 
 
-@pytest.mark.parametrize(
-    "list_sizes", [4, [], torch.tensor([], dtype=torch.long)], ids=["int", "list", "tensor"]
-)
+@pytest.mark.parametrize("list_sizes", [4, [], torch.tensor([], dtype=torch.long)], ids=["int", "list", "tensor"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_zero_lists_give_a_zero_that_is_still_in_the_graph(backend, device, list_sizes, reduction, name):
     scores = torch.zeros(0, device=device, requires_grad=True)
@@ -232,9 +216,7 @@ def test_reductions_are_over_lists(backend, device):
     scores, relevance = graded_lists([3, 2, 4], dtype=torch.float32)
     scores, relevance = scores.to(device), relevance.to(device)
     none, mean, total = (
-        lk.listwise_loss(
-            scores, relevance, list_sizes=[3, 2, 4], objective="listmle", reduction=reduction, backend=backend
-        )
+        lk.listwise_loss(scores, relevance, list_sizes=[3, 2, 4], objective="listmle", reduction=reduction, backend=backend)
         for reduction in ("none", "mean", "sum")
     )
     assert none.shape == (3,) and mean.shape == total.shape == ()
@@ -245,9 +227,7 @@ def test_reductions_are_over_lists(backend, device):
 def test_an_int_a_sequence_and_a_tensor_of_sizes_mean_the_same(backend, device):
     scores, relevance = (x.float().to(device) for x in graded_lists([3, 3]))
     losses = [
-        lk.listwise_loss(
-            scores, relevance, list_sizes=sizes, objective="listmle", reduction="none", backend=backend
-        )
+        lk.listwise_loss(scores, relevance, list_sizes=sizes, objective="listmle", reduction="none", backend=backend)
         for sizes in (
             3,
             [3, 3],
@@ -339,9 +319,7 @@ def test_adding_a_constant_to_a_list_changes_nothing(loss_of, gradient_of, name)
     scores, relevance = [0.5, -1.0, 2.0], [0.0, 2.0, 1.0]
     raised = [s + 8192 for s in scores]  # exact in float32
     objective = OBJECTIVES[name]
-    assert loss_of(raised, relevance, objective) == pytest.approx(
-        loss_of(scores, relevance, objective), rel=1e-5
-    )
+    assert loss_of(raised, relevance, objective) == pytest.approx(loss_of(scores, relevance, objective), rel=1e-5)
     assert gradient_of(raised, relevance, objective) == pytest.approx(
         gradient_of(scores, relevance, objective), rel=1e-5, abs=1e-7
     )
@@ -361,9 +339,7 @@ RIGHT_WAY = [1e4, 0.0, -1e4], [2.0, 1.0, 0.0]
         ("lambdarank", 1e4 + 2e4 + 1e4, [-2, 0, 2]),
     ],
 )
-def test_a_spread_of_ten_thousand_the_wrong_way_is_finite_and_right(
-    loss_of, gradient_of, objective, loss, gradient
-):
+def test_a_spread_of_ten_thousand_the_wrong_way_is_finite_and_right(loss_of, gradient_of, objective, loss, gradient):
     assert loss_of(*WRONG_WAY, objective) == pytest.approx(loss, rel=1e-6)
     assert gradient_of(*WRONG_WAY, objective) == pytest.approx(gradient, rel=1e-6)
 
@@ -424,9 +400,7 @@ def test_the_same_list_gives_the_same_bits_in_any_company(backend, device, name)
 def test_default_objective_is_contrastive_and_default_reduction_mean(device):
     scores, relevance = (x.float().to(device) for x in graded_lists([3, 2]))
     default = lk.listwise_loss(scores, relevance, list_sizes=[3, 2])
-    spelled = lk.listwise_loss(
-        scores, relevance, list_sizes=[3, 2], objective="contrastive", reduction="mean"
-    )
+    spelled = lk.listwise_loss(scores, relevance, list_sizes=[3, 2], objective="contrastive", reduction="mean")
     assert torch.equal(default, spelled)
 
 

@@ -41,9 +41,7 @@ def assert_same_loss_and_gradient(objective, rax_loss, scores, relevance):
     ours = scores.clone().requires_grad_()
     loss = lk.listwise_loss(ours, relevance, list_sizes=len(scores), objective=objective, backend="torch")
     loss.backward()
-    theirs, slope = jax.value_and_grad(rax_loss)(
-        jax.numpy.array(scores.numpy()), jax.numpy.array(relevance.numpy())
-    )
+    theirs, slope = jax.value_and_grad(rax_loss)(jax.numpy.array(scores.numpy()), jax.numpy.array(relevance.numpy()))
     assert theirs.dtype == "float64"
     assert loss.item() == pytest.approx(float(theirs), rel=1e-12, abs=1e-14)
     assert ours.grad.tolist() == pytest.approx(slope.tolist(), rel=1e-10, abs=1e-14)
@@ -62,16 +60,12 @@ def test_contrastive_is_rax_softmax_loss_of_the_best(m):
 @pytest.mark.parametrize("tied", [False, True])
 def test_listmle_is_rax_listmle(m, tied):
     scores, relevance = some_list(m, tied)
-    assert_same_loss_and_gradient(
-        "listmle", lambda s, y: rax.listmle_loss(s, y, reduce_fn=None, key=None), scores, relevance
-    )
+    assert_same_loss_and_gradient("listmle", lambda s, y: rax.listmle_loss(s, y, reduce_fn=None, key=None), scores, relevance)
 
 
 def rax_pairs(lambdaweight_fn=None):
     """Sum over all pairs of rax's logistic loss."""
-    return lambda s, y: rax.pairwise_logistic_loss(s, y, lambdaweight_fn=lambdaweight_fn, reduce_fn=None).sum(
-        -1
-    )
+    return lambda s, y: rax.pairwise_logistic_loss(s, y, lambdaweight_fn=lambdaweight_fn, reduce_fn=None).sum(-1)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -31,9 +31,7 @@ def assert_same(reference, slow, logits):
     torch.testing.assert_close(reference(logits), slow(logits), rtol=1e-11, atol=1e-12)
     out = slow(logits)
     upstream = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape)
-    torch.testing.assert_close(
-        gradient(reference, logits, upstream), gradient(slow, logits, upstream), rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(gradient(reference, logits, upstream), gradient(slow, logits, upstream), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
@@ -59,9 +57,7 @@ def test_listwise_loss(objective):
     scores = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     relevance = torch.tensor([0.0, 2, 1, 3, 1, 1], dtype=torch.float64)
     assert_same(
-        lambda x: lk.reference.listwise_loss(
-            x, relevance, list_sizes=[3, 1, 2], objective=objective, reduction="none"
-        ),
+        lambda x: lk.reference.listwise_loss(x, relevance, list_sizes=[3, 1, 2], objective=objective, reduction="none"),
         lambda x: slow_loop.listwise_losses(x, relevance, [3, 1, 2], objective.name, **vars(objective)),
         scores,
     )
@@ -72,16 +68,12 @@ def test_listwise_loss(objective):
 def test_fused_listwise_loss(batch, objective, options):
     options = {**options, "objective": objective, "beta": 0.3, "ref_logps": batch.ref_logps}
     reference = lk.reference.fused_listwise_loss(*batch.data, **batch.layout, reduction="none", **options)
-    expected = slow_loop.fused_listwise_loss(
-        *batch.data, list_sizes=batch.list_sizes, cu_seqlens=batch.cu_seqlens, **options
-    )
+    expected = slow_loop.fused_listwise_loss(*batch.data, list_sizes=batch.list_sizes, cu_seqlens=batch.cu_seqlens, **options)
     for part, expected_part in zip(reference[:3], expected, strict=True):
         torch.testing.assert_close(part, expected_part, rtol=1e-11, atol=1e-12)
     assert_same(
         lambda x: (
-            lk.reference.fused_listwise_loss(
-                x, batch.labels, batch.relevance, **batch.layout, reduction="none", **options
-            ).loss
+            lk.reference.fused_listwise_loss(x, batch.labels, batch.relevance, **batch.layout, reduction="none", **options).loss
         ),
         lambda x: slow_loop.fused_listwise_loss(
             x,

@@ -19,9 +19,7 @@ def upstream_of(batch):
 
 
 def ours(batch, backend, **options):
-    return lambda x: lk.sequence_logps(
-        x, batch.labels, cu_seqlens=batch.cu_seqlens, backend=backend, **options
-    )
+    return lambda x: lk.sequence_logps(x, batch.labels, cu_seqlens=batch.cu_seqlens, backend=backend, **options)
 
 
 def slow(batch, **options):
@@ -94,9 +92,7 @@ def test_an_empty_candidate_is_zero_and_pushes_nothing(backend, batch, length_no
 def test_everything_ignored_is_zero_and_in_the_graph(backend, batch, length_normalized):
     logits = leaf(torch.full_like(batch.logits, math.nan))
     labels = torch.full_like(batch.labels, IGNORE)
-    logps = lk.sequence_logps(
-        logits, labels, cu_seqlens=batch.cu_seqlens, length_normalized=length_normalized, backend=backend
-    )
+    logps = lk.sequence_logps(logits, labels, cu_seqlens=batch.cu_seqlens, length_normalized=length_normalized, backend=backend)
     logps.sum().backward()
     assert (logps == 0).all() and logps.shape == (5,)
     assert (logits.grad == 0).all()
@@ -116,9 +112,7 @@ def test_no_candidates_at_all(backend, device):
 def test_candidates_without_any_tokens(backend, device):
     logits = torch.zeros(0, 31, device=device, requires_grad=True)
     labels = torch.zeros(0, dtype=torch.long, device=device)
-    logps = lk.sequence_logps(
-        logits, labels, cu_seqlens=torch.zeros(4, dtype=torch.long, device=device), backend=backend
-    )
+    logps = lk.sequence_logps(logits, labels, cu_seqlens=torch.zeros(4, dtype=torch.long, device=device), backend=backend)
     logps.sum().backward()
     assert logps.tolist() == [0, 0, 0]
 
@@ -138,9 +132,7 @@ def test_int32_borders_mean_the_same(backend, batch):
     if batch.cu_seqlens is None:
         pytest.skip("padded candidates have no borders")
     logps = ours(batch, backend)(batch.logits)
-    as_int32 = lk.sequence_logps(
-        batch.logits, batch.labels, cu_seqlens=batch.cu_seqlens.int(), backend=backend
-    )
+    as_int32 = lk.sequence_logps(batch.logits, batch.labels, cu_seqlens=batch.cu_seqlens.int(), backend=backend)
     assert torch.equal(logps, as_int32)
 
 
@@ -207,11 +199,7 @@ def test_a_candidate_gives_the_same_bits_in_any_company(backend, device, packed)
         x = leaf(part.logits)
         logps = ours(part, backend)(x)
         (grad,) = torch.autograd.grad(logps, x, upstream[order])
-        grads = (
-            grad.split(list(part.lengths))
-            if packed
-            else [g[:n] for g, n in zip(grad, part.lengths, strict=True)]
-        )
+        grads = grad.split(list(part.lengths)) if packed else [g[:n] for g, n in zip(grad, part.lengths, strict=True)]
         return {i: (logps[place], grads[place]) for place, i in enumerate(order)}
 
     together = logps_and_gradients([0, 1, 2, 3])

@@ -85,12 +85,8 @@ def test_gradient_at_a_nearly_certain_token_keeps_its_relative_precision(backend
     ours = at_targets(gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits))
     truth = at_targets(gradient(lambda x: slow_loop.token_logps(x, labels), logits.double()))
     storage_rounding = torch.finfo(dtype).eps / 2
-    smallest = (
-        torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    )  # float16 rounds 1e-6 in steps of 6e-8
-    torch.testing.assert_close(
-        ours, truth, rtol=storage_rounding + 1e-5, atol=smallest / 2 if dtype == torch.float16 else 0
-    )
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # float16 rounds 1e-6 in steps of 6e-8
+    torch.testing.assert_close(ours, truth, rtol=storage_rounding + 1e-5, atol=smallest / 2 if dtype == torch.float16 else 0)
 
 
 def test_float64_logits_compute_in_float64(device, regime):
@@ -106,9 +102,7 @@ def test_float64_logits_compute_in_float64(device, regime):
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3, "softcap": 2.0}], ids=["plain", "capped"])
 def test_gradients_are_the_finite_differences_of_the_logps(options):
     logits, labels, _ = some_tokens(7, torch.float64, "cpu")
-    assert torch.autograd.gradcheck(
-        lambda x: lk.token_logps(x, labels, backend="torch", **options), logits.requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda x: lk.token_logps(x, labels, backend="torch", **options), logits.requires_grad_())
 
 
 @pytest.mark.parametrize(
@@ -147,12 +141,8 @@ def test_junk_in_ignored_rows_stays_there(backend, device, dtype, junk):
     logits, labels, upstream = some_tokens(127, dtype, device)
     spoilt = logits.clone()
     spoilt[labels == IGNORE] = junk
-    assert torch.equal(
-        lk.token_logps(spoilt, labels, backend=backend), lk.token_logps(logits, labels, backend=backend)
-    )
-    clean, grad = (
-        gradient(lambda x: lk.token_logps(x, labels, backend=backend), x, upstream) for x in (logits, spoilt)
-    )
+    assert torch.equal(lk.token_logps(spoilt, labels, backend=backend), lk.token_logps(logits, labels, backend=backend))
+    clean, grad = (gradient(lambda x: lk.token_logps(x, labels, backend=backend), x, upstream) for x in (logits, spoilt))
     assert torch.equal(grad, clean)
     assert (grad[labels == IGNORE] == 0).all()
 
@@ -161,9 +151,7 @@ def test_junk_upstream_gradient_of_ignored_tokens_stays_there(backend, device):
     logits, labels, upstream = some_tokens(31, torch.float32, device)
     clean = gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, upstream)
     upstream[labels == IGNORE] = math.nan
-    assert torch.equal(
-        gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, upstream), clean
-    )
+    assert torch.equal(gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, upstream), clean)
 
 
 def test_everything_ignored_is_zero_and_in_the_graph(backend, device, dtype):
@@ -285,9 +273,7 @@ def batch_and_time_exchanged(x):
 def test_gradients_of_a_view_land_where_the_view_looks(backend, device, view):
     generator = torch.Generator().manual_seed(0)
     model_logits = torch.randn(2, 4, 36, generator=generator).to(device, torch.bfloat16)
-    labels = torch.randint(
-        0, view(model_logits).shape[-1], view(model_logits).shape[:-1], generator=generator
-    )
+    labels = torch.randint(0, view(model_logits).shape[-1], view(model_logits).shape[:-1], generator=generator)
     labels = labels.to(device)
     upstream = torch.randn(labels.shape, generator=generator).to(device)
 
@@ -334,8 +320,7 @@ def test_labels_of_any_integer_dtype_and_stride(backend, device, integer):
     shifted_labels = torch.cat([labels[:, :1], labels], 1).to(integer)[:, 1:]  # rows no longer adjacent
     assert not shifted_labels.is_contiguous()
     grad, expected = (
-        gradient(lambda x, y=y: lk.token_logps(x, y, backend=backend), logits, upstream)
-        for y in (shifted_labels, labels)
+        gradient(lambda x, y=y: lk.token_logps(x, y, backend=backend), logits, upstream) for y in (shifted_labels, labels)
     )
     assert torch.equal(grad, expected)
 
@@ -356,10 +341,7 @@ def test_a_transposed_upstream_gradient_is_read_by_position(backend, device):
     logits, labels, upstream = some_tokens(31, torch.float32, device)
     transposed = upstream.t().contiguous().t()
     assert not transposed.is_contiguous()
-    grad, expected = (
-        gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, u)
-        for u in (transposed, upstream)
-    )
+    grad, expected = (gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, u) for u in (transposed, upstream))
     assert torch.equal(grad, expected)
 
 
@@ -410,9 +392,7 @@ def test_inplace_backward_is_caught_when_someone_else_needs_the_logits(backend, 
     logits, labels, _ = some_tokens(31, torch.float32, device)
     activations = leaf(logits) * 1
     someone_else = (activations**2).sum()
-    lk.token_logps(activations, labels, inplace_backward=True, backend=backend).sum().backward(
-        retain_graph=True
-    )
+    lk.token_logps(activations, labels, inplace_backward=True, backend=backend).sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         someone_else.backward()
 
@@ -433,17 +413,13 @@ def test_a_second_backward_over_a_retained_graph_adds_its_gradient(backend, devi
     (first,) = torch.autograd.grad(logps, x, upstream.float(), retain_graph=True)
     (second,) = torch.autograd.grad(logps, x, 2 * upstream.float())
     torch.testing.assert_close(second, 2 * first, rtol=1e-6, atol=0)
-    assert torch.equal(
-        first, gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, upstream)
-    )
+    assert torch.equal(first, gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, upstream))
 
 
 def test_two_forwards_and_their_backwards_in_reverse_keep_apart(backend, device):
     cases = [some_tokens(31, torch.float32, device, seed=seed) for seed in (1, 2)]
     leaves = [leaf(logits) for logits, _, _ in cases]
-    outs = [
-        lk.token_logps(x, labels, backend=backend) for x, (_, labels, _) in zip(leaves, cases, strict=True)
-    ]
+    outs = [lk.token_logps(x, labels, backend=backend) for x, (_, labels, _) in zip(leaves, cases, strict=True)]
     for i in (1, 0):
         outs[i].backward(cases[i][2].float())
     for x, (logits, labels, upstream) in zip(leaves, cases, strict=True):
@@ -533,9 +509,7 @@ def test_rows_further_apart_than_two_to_the_31_elements(backend, device, inplace
     assert torch.equal(grad, expected)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: on a CPU the labels are checked beforehand"
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on a CPU the labels are checked beforehand")
 def test_on_a_gpu_a_label_out_of_range_is_nan_and_never_a_read(backend):
     logits, labels, _ = some_tokens(31, torch.float32, "cuda")
     labels[1, 2] = 31

@@ -24,9 +24,7 @@ def assert_no_worse_than_eager(ours, eager_same_dtype, float64_truth, eps=16 * F
     ours, eager = ours.detach().double().cpu(), eager_same_dtype.detach().double().cpu()
     assert ours.shape == eager.shape == truth.shape, (ours.shape, eager.shape, truth.shape)
     finite = truth.isfinite()
-    assert torch.equal(ours[~finite], truth[~finite]), (
-        f"not finite in float64: {truth[~finite]}, ours {ours[~finite]}"
-    )
+    assert torch.equal(ours[~finite], truth[~finite]), f"not finite in float64: {truth[~finite]}, ours {ours[~finite]}"
     ours, eager, truth = ours[finite], eager[finite], truth[finite]
     if truth.numel() == 0:
         return

@@ -4,7 +4,8 @@ token_logps, token_logps_backward           rows of given logits (one read; one 
 candidate_logps, list_stage                 a few numbers per candidate
 Tiles                                       tiles of logits formed from hidden x weight (schedules.py walks them)
 
-`pytorch` (backend="torch") serves every device and dtype; `triton` serves GPUs (and CPU tensors in Triton's interpreter, for tests).
+`pytorch` (backend="torch") serves every device and dtype; `triton` serves GPUs (and, for tests, CPU tensors in Triton's
+interpreter).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def pick(backend: str | None, x: torch.Tensor) -> str:
         raise ValueError(f"backend must be None or one of {list(MODULES)}, got {backend!r}")
     if backend == "triton":
         if not has_triton():
-            raise ValueError("backend='triton' needs the package triton, which is not installed; backend='torch' works everywhere")
+            raise ValueError("backend='triton' needs the package triton, which is not installed; 'torch' works everywhere")
         if not (x.is_cuda or interpreting()):
             raise ValueError(
                 f"backend='triton' needs tensors on a GPU, got {x.device}; on a CPU use backend='torch' "

@@ -233,9 +233,7 @@ def list_stage(
                     j_wins = real & (r_i[:, None] < r_j[None, :])
                     w = tl.full([M, M], 1.0, tl.float32)
                     if WEIGHTING != "none":
-                        w = pair_weight(
-                            part_i[:, None], part_j[None, :], level_i[:, None], level_j[None, :], cut, WEIGHTING
-                        )
+                        w = pair_weight(part_i[:, None], part_j[None, :], level_i[:, None], level_j[None, :], cut, WEIGHTING)
                         w /= ideal
                 loss += tl.sum(tl.where(i_wins, w * softplus(gap), 0.0))
                 d -= tl.sum(tl.where(i_wins, w * sigmoid(gap), 0.0), 1)

@@ -94,7 +94,7 @@ def token_logps_forward(
         weighted = tl.zeros([BLOCK], tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
-            x, slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
+            x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
             x = tl.where(cols == label, -float("inf"), x - base)
             e = tl.exp2(x * LOG2E)
             total += e

@@ -37,8 +37,9 @@ def _linear_logps(
         stats=stats,
         backend=backend,
     )
-    results = [_to_all(x, keep, counted, wrong) if x.shape[0] else x for x in kept[:3]]
-    return *results, *kept[3:]
+    to_all = lambda x: _to_all(x, keep, counted, wrong)  # noqa: E731
+    stats = (to_all(kept.entropy), to_all(kept.top1)) if stats else (kept.entropy, kept.top1)
+    return to_all(kept.logps), *stats, *kept[3:]
 
 
 def _labels_in_range(labels: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +125,7 @@ def _linear_logps_backward(
     labels, counted, _ = _labels_in_range(labels, weight.shape[0], ignore_index)
     n = hidden.shape[0] if keep is None else keep.shape[0]
     d_walked = d_hidden
-    if needs_hidden and total.shape[0] != hidden.shape[0]:
+    if needs_hidden and not total.shape[0] == n == hidden.shape[0]:  # padded back to N, the tokens that count are not N
         d_walked = hidden.new_empty(total.shape[0], hidden.shape[1])
     if unit_grad.shape[0]:
         walk.scale_rows(unit_grad, _walked(grad, keep, counted, backend), d_walked)

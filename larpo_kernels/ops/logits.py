@@ -94,6 +94,4 @@ def token_logps(tokens, *, ignore_index, logit_scale, softcap, stats=False, inpl
     """-> logps, entropy, top1 of layout.Tokens holding logits."""
     logits = tokens.values if tokens.values.stride(-1) == 1 else tokens.values.contiguous()
     backend = backends.pick(backend, logits)
-    return _token_logps(
-        logits, tokens.labels, ignore_index, float(logit_scale), softcap, stats, inplace_backward, backend
-    )
+    return _token_logps(logits, tokens.labels, ignore_index, float(logit_scale), softcap, stats, inplace_backward, backend)

@@ -16,7 +16,8 @@ from ...layout import wide
 
 def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
     if wide(logps.device) != torch.float64:
-        return tuple(x.to(logps.device) for x in candidate_logps(logps.cpu(), None if counted is None else counted.cpu(), cu_tokens.cpu()))
+        args = (x if x is None else x.cpu() for x in (logps, counted, cu_tokens))
+        return tuple(x.to(logps.device) for x in candidate_logps(*args))
     total, share = _candidates(logps, counted, cu_tokens)
     return total.to(logps.dtype), share.to(logps.dtype)
 

@@ -36,9 +36,7 @@ def token_logps(
     args = (logits, labels, logps, entropy, top1, partial, *sizes, *strides, ignore_index, *floats)
     flags |= {"STATS": stats, "SPLITS": splits}
     with on_device(logits):
-        rows.token_logps_forward[(n, splits)](
-            *args, **flags, BLOCK=block, num_warps=launch.row_warps, **registers(logits, 128)
-        )
+        rows.token_logps_forward[(n, splits)](*args, **flags, BLOCK=block, num_warps=launch.row_warps, **registers(logits, 128))
         if splits > 1:
             rows.merge_splits[(n,)](*args, **flags, num_warps=1)
     return logps, entropy, top1
