@@ -114,9 +114,7 @@ def plot(regimes, lengths, path):
     spread, error = "standard deviation of the logits", "rms error of {}, nats"
     axes[0].set(title="labels sampled from the model", xlabel=spread, ylabel=error.format("a token's log-prob"))
     axes[1].set(title="random labels", xlabel=spread)
-    axes[2].set(
-        title="answers sampled from the model, std 8", xlabel="tokens", ylabel=error.format("an answer's log-likelihood")
-    )
+    axes[2].set(title="sampled answers, std 8", xlabel="tokens", ylabel=error.format("an answer's log-likelihood"))
     for ax in axes:
         ax.grid(alpha=0.3)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False)

@@ -68,7 +68,7 @@ GROUPS = (
         "tile",
         {
             "tile_span": (128, 256, 512),
-            "tile_rows": (4, 8, 16),
+            "tile_rows": (2, 4, 8),
             "tile_tokens": (128, 256, 512, 1024),
             "tile_warps": (1, 2, 4, 8),
         },

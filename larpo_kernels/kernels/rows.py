@@ -70,7 +70,7 @@ def token_logps_forward(
     above = tl.full([BLOCK], -float("inf"), tl.float32)  # largest z - k, target left out
     for v in range(start, stop, BLOCK):
         cols = v + tl.arange(0, BLOCK)
-        x, slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
+        x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
         x -= k
         x = tl.where(cols == label, -float("inf"), x)
         e = tl.exp2(x * LOG2E)
@@ -86,7 +86,7 @@ def token_logps_forward(
         best = tl.full([BLOCK], -float("inf"), tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
-            x, slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
+            x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
             best = tl.maximum(best, tl.where(cols == label, -float("inf"), x))
         peak = tl.max(best)
         base = tl.where(peak == -float("inf"), 0.0, peak)
