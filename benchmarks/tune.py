@@ -73,7 +73,8 @@ GROUPS = (
             "tile_warps": (1, 2, 4, 8),
         },
         lambda v: (
-            8 <= v["tile_rows"] * v["tile_tokens"] // (32 * v["tile_warps"]) <= 32 and v["tile_tokens"] >= 128 * v["tile_warps"]
+            16 <= v["tile_rows"] * v["tile_tokens"] // (32 * v["tile_warps"]) <= 32
+            and v["tile_tokens"] >= 128 * v["tile_warps"]
         ),
         share=0.35,
     ),

@@ -210,7 +210,7 @@ def groups():
 def test_candidates_are_launches_that_make_sense(group):
     pytest.importorskip("triton")
     candidates = group.candidates()
-    assert 1 < len(candidates) <= 40
+    assert 1 < len(candidates) <= 50  # each is compiled
     assert len({tuple(values.items()) for values in candidates}) == len(candidates)
     assert set(group.values) <= set(tune.shipped("sm_90"))
     for values in candidates:
