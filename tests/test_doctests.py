@@ -6,6 +6,7 @@ import importlib.util
 import pkgutil
 
 import pytest
+import torch
 
 import larpo_kernels
 
@@ -21,7 +22,7 @@ def test_examples_print_what_they_say(name):
         if error.name != "triton":
             raise
         pytest.skip("triton is not installed")
-    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
 
 @pytest.mark.parametrize("name", PUBLIC)
