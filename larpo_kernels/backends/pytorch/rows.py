@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# On two cores 4 to 32 MB took the same time; with other processes on those cores every parallel region waits for a
-# thread that is not running, and few large regions (16 MB) took half the time of many small ones (1-4 MB).
+# With one thread 1 to 32 MB took the same time. With two on busy cores every parallel region waits for a thread that is
+# not running: few large regions (16 MB) were faster than many small ones.
 SCRATCH_BYTES = 16 << 20
 
 
