@@ -1,0 +1,60 @@
+"""From tokenised lists to one batch: everything a step needs to know of layout is settled here, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from . import rows
+
+Layout = Literal["padded", "packed", "shared"]
+
+
+@dataclass
+class ListCollator:
+    """Collates tokenised rows ({"prompt_ids", "completion_ids", "scores"[, "ref_logps"]}) of a datasets.Dataset.
+
+    Returns a dict of
+        list_sizes  [L] int64      candidates per list
+        relevance   [S] float64    rewards, lists one after the other
+        num_tokens  [S] int64      completion tokens of each candidate
+        ref_logps   [S] float32    where the data has them: sums over tokens, nats
+        num_input_tokens  int      tokens that the backbone runs
+        rows        list of dicts  the candidates' tokens (larpo/rows.py), slice_size candidates in each (None: all in one)
+
+    layout: "padded", one row per candidate; "packed", one row of all, for variable-length attention; "shared", one row
+    per list in which the prompt stands once.
+    """
+
+    pad_token_id: int = 0
+    layout: Layout = "padded"
+    slice_size: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        candidates = [
+            rows.Candidate(example["prompt_ids"], completion, i)
+            for i, example in enumerate(examples)
+            for completion in example["completion_ids"]
+        ]
+        size = self.slice_size or max(len(candidates), 1)
+        batch = {
+            "list_sizes": torch.tensor([len(example["completion_ids"]) for example in examples]),
+            "relevance": torch.tensor([s for example in examples for s in example["scores"]], dtype=torch.float64),
+            "num_tokens": torch.tensor([len(candidate.completion_ids) for candidate in candidates]),
+            "rows": [self._rows(candidates[a : a + size]) for a in range(0, len(candidates), size)],
+        }
+        batch["num_input_tokens"] = sum(map(rows.num_tokens, batch["rows"]))
+        if examples[0].get("ref_logps") is not None:
+            batch["ref_logps"] = torch.tensor([x for example in examples for x in example["ref_logps"]], dtype=torch.float32)
+        return batch
+
+    def _rows(self, candidates: Sequence[rows.Candidate]) -> dict[str, torch.Tensor]:
+        if self.layout == "packed":
+            return rows.packed_rows(candidates)
+        multiple = {} if self.pad_to_multiple_of is None else {"multiple": self.pad_to_multiple_of}
+        build = rows.shared_rows if self.layout == "shared" else rows.padded_rows
+        return build(candidates, self.pad_token_id, **multiple)

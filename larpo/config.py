@@ -1,0 +1,130 @@
+"""LarPOConfig: what a training run is, with transformers.TrainingArguments for everything that is not ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from larpo_kernels import layout
+from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
+from larpo_kernels.schedules import SCHEDULES
+
+
+def _arg(default: Any, text: str) -> Any:
+    """A field and what `--help` says of it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LarPOConfig(TrainingArguments):
+    """Arguments of `LarPOTrainer`: those below, and all of transformers.TrainingArguments.
+
+    A batch is counted in lists (prompts): `per_device_train_batch_size=2` with 8 completions per prompt runs 16
+    candidates. Other defaults than in TrainingArguments: learning_rate 1e-6, logging_steps 10.
+    """
+
+    learning_rate: float = _arg(1e-6, "Initial learning rate.")
+    logging_steps: float = _arg(10, "Log every so many steps; a share of all steps if below 1.")
+    remove_unused_columns: bool = _arg(False, "Must stay False: the data's columns are lists, not the model's arguments.")
+
+    # --- the loss
+    objective: str = _arg("contrastive", "Ranking loss: pairwise, contrastive, listmle, lambdarank or listnet.")
+    objective_options: dict[str, Any] | str | None = _arg(
+        None,
+        "Options of the objective, a dict (JSON on a command line): {'weighting': 'dcg', 'k': 5} for lambdarank.",
+    )
+    beta: float = _arg(0.1, "Scale of the implicit reward beta * (log pi - log pi_ref), > 0.")
+    length_normalized: bool = _arg(False, "Use the mean log-prob of a candidate's tokens instead of the sum.")
+    reference_free: bool = _arg(False, "Leave the reference policy out: scores are beta * log pi.")
+
+    # --- the lists
+    list_top: int | None = _arg(None, "With list_bottom: train on this many best candidates of each list (None: all).")
+    list_bottom: int | None = _arg(None, "With list_top: and on this many worst ones (None: all).")
+    max_length: int | None = _arg(1024, "Most tokens of prompt + completion; completions lose their end. None: no limit.")
+    max_prompt_length: int | None = _arg(512, "Most tokens of a prompt, below max_length. None: no limit.")
+    truncation_mode: str = _arg("keep_end", "Which end of a prompt that is too long stays: keep_end or keep_start.")
+    append_eos: bool = _arg(True, "End completions that are plain strings with the tokenizer's EOS.")
+    dataset_num_proc: int | None = _arg(None, "Processes that tokenise the data.")
+
+    # --- the reference policy
+    precompute_ref_log_probs: bool = _arg(False, "Score the data under the reference once, before training.")
+    precompute_ref_batch_size: int | None = _arg(None, "Lists per batch there (None: the training batch size).")
+    sync_ref_model: bool = _arg(False, "Move the reference towards the policy every ref_model_sync_steps steps.")
+    ref_model_mixup_alpha: float = _arg(0.6, "alpha of ref = alpha * policy + (1 - alpha) * ref.")
+    ref_model_sync_steps: int = _arg(512, "Steps between two such moves.")
+
+    # --- the model and how it is run
+    model_init_kwargs: dict[str, Any] | str | None = _arg(None, "Arguments of from_pretrained where model is a name or a path.")
+    disable_dropout: bool = _arg(True, "Set every dropout of the policy and the reference to 0.")
+    share_prefix: bool = _arg(False, "Run the prompt of a list once for all its candidates, where the model allows it.")
+    candidate_micro_batch_size: int | None = _arg(
+        None, "Run this many candidates at a time, with the exact gradient of whole lists, for one more forward."
+    )
+    schedule: str = _arg("auto", "How hidden states x head is walked: auto, frozen_head, list_hold or recompute.")
+    memory_budget: int | None = _arg(None, "Bytes the head may use beyond gradients (None: half of what is free).")
+    kernel_backend: str | None = _arg(None, "torch or triton (None: the best one on the device).")
+    pad_to_multiple_of: int | None = _arg(None, "Round padded lengths up to a multiple of this.")
+    ndcg_k: int | None = _arg(None, "Cut-off of the logged ndcg (None: the whole list).")
+
+    def __post_init__(self):
+        for name in ("objective_options", "model_init_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, _json(name, value))
+        super().__post_init__()
+        self.resolved_objective()  # refused here, not after the model is loaded
+        layout.positive("beta", self.beta)
+        for name in ("max_length", "max_prompt_length", "candidate_micro_batch_size", "precompute_ref_batch_size", "ndcg_k"):
+            _count(name, getattr(self, name), at_least=1)
+        for name in ("list_top", "list_bottom"):
+            _count(name, getattr(self, name), at_least=0)
+        if (self.list_top is None) != (self.list_bottom is None):
+            raise ValueError(f"list_top and list_bottom go together, got {self.list_top} and {self.list_bottom}")
+        if self.list_top is not None and self.list_top + self.list_bottom < 2:
+            raise ValueError(f"list_top + list_bottom must be at least 2, got {self.list_top} + {self.list_bottom}")
+        if self.max_length is not None and self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length must be below max_length, which counts prompt and completion; "
+                f"got {self.max_prompt_length} and {self.max_length}"
+            )
+        _one_of("truncation_mode", self.truncation_mode, ("keep_end", "keep_start"))
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the data's columns are lists, not the model's arguments")
+        if self.sync_ref_model and (self.reference_free or self.precompute_ref_log_probs):
+            raise ValueError("sync_ref_model needs a reference model; reference_free and precompute_ref_log_probs have none")
+
+    def resolved_objective(self) -> Objective:
+        """The objective with its options."""
+        resolve(self.objective)
+        options = self.objective_options or {}
+        try:
+            return OBJECTIVES[self.objective](**options)
+        except TypeError:
+            known = list(OBJECTIVES[self.objective].__dataclass_fields__)
+            raise ValueError(f"objective_options of {self.objective!r} may hold {known}, got {sorted(options)}") from None
+
+
+def _json(name: str, text: str) -> Any:
+    import json
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be a dict or JSON text of one, got {text!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dict or JSON text of one, got {text!r}")
+    return value
+
+
+def _count(name: str, value: Any, at_least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < at_least):
+        raise ValueError(f"{name} must be None or an int >= {at_least}, got {value!r}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,234 @@
+"""How well implicit rewards order lists of candidates: the numbers that training logs.
+
+Each is worked out for every list and then averaged over the lists where it is defined: an order needs two candidates
+that differ in relevance. A metric that no list defines is absent. Names under rewards/ and logps/ are TRL's.
+
+| metric | of a list |
+|---|---|
+| rewards/chosen | score of the best candidate by relevance (the first of equals, as in the losses) |
+| rewards/rejected | mean score of the others: the candidates of lower relevance than the best |
+| rewards/margins | the difference of the two |
+| rewards/accuracies | share of the others that score lower than the best |
+| logps/chosen, logps/rejected | the same of log-likelihoods, nats |
+| ndcg, ndcg@k | discounted gain of the order by score over that of the order by relevance |
+| mrr | 1 / rank by score of the best candidate (of the first to come, if several are equally good) |
+| kendall_tau | tau-b of scores against relevance; undefined if all scores are equal too |
+| list/size | candidates |
+| list/frac_tied | share of pairs that are equal in relevance; for two candidates or more |
+
+Candidates with equal scores have no order. ndcg and mrr are then the mean over all orders of these, so that a policy
+that still equals its reference (every score 0) gets what random order gets, however the data is sorted.
+
+The gain of a candidate in ndcg is the number of candidates in its list that are worse, divided by m - 1; the discount at
+rank r is 1 / log2(r + 1) (Järvelin and Kekäläinen 2002). Raw rewards have no zero and no unit, so gains of 2^reward, or
+linear ones, would change with a constant added by the reward model; these gains only know the order, as the losses do.
+With relevance 0 or 1 they give the usual ndcg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Sums = dict[str, tuple[float, int]]
+
+
+def list_metrics(
+    scores: Tensor,
+    relevance: Tensor,
+    list_sizes: int | Sequence[int] | Tensor,
+    logps: Tensor | None = None,
+    ndcg_k: int | None = None,
+) -> dict[str, float]:
+    """Means over lists of the metrics in this module's table.
+
+    Args:
+        scores: [S] implicit rewards, any floating dtype, lists one after the other.
+        relevance: [S] rewards, higher is better, any real dtype.
+        list_sizes: candidates per list: an int m (S = lists * m), or sizes (sequence or int tensor) that sum to S.
+        logps: [S] log-likelihoods, nats, for logps/chosen and logps/rejected.
+        ndcg_k: rank of the cut of "ndcg@k" (named after it, "ndcg@3"), >= 1; without it only "ndcg".
+
+    Tensors come to the CPU in one copy, so a GPU is waited for once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it should be.
+
+    >>> metrics = list_metrics(torch.tensor([0.3, -0.1, 0.2]), torch.tensor([2.0, 0.0, 5.0]), list_sizes=3)
+    >>> round(metrics["rewards/margins"], 4), metrics["rewards/accuracies"], metrics["mrr"]
+    (0.1, 0.5, 0.5)
+    """
+    sums = list_metric_sums(scores, relevance, list_sizes, logps, ndcg_k)
+    return {name: total / lists for name, (total, lists) in sums.items()}
+
+
+class MetricMeans:
+    """Means of metrics over steps, weighted by the number of lists.
+
+    >>> means = MetricMeans()
+    >>> means.add({"mrr": 1.0}, lists=3)
+    >>> means.add({"mrr": 0.5, "ndcg": 0.8}, lists=1)
+    >>> means.pop()
+    {'mrr': 0.875, 'ndcg': 0.8}
+    >>> means.pop()
+    {}
+    """
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+
+    def add(self, metrics: Mapping[str, float], lists: int = 1) -> None:
+        """Means over `lists` lists."""
+        self.add_sums({name: (value * lists, lists) for name, value in metrics.items()})
+
+    def add_sums(self, sums: Mapping[str, tuple[float, int]]) -> None:
+        """What `list_metric_sums` returns, or the `sums` of another rank: exact where a metric is undefined in some lists."""
+        for name, (total, lists) in sums.items():
+            old_total, old_lists = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (old_total + total, old_lists + lists)
+
+    def pop(self) -> dict[str, float]:
+        """The means since the last call, and starts anew."""
+        means = {name: total / lists for name, (total, lists) in self.sums.items() if lists}
+        self.sums = {}
+        return means
+
+
+@torch.no_grad()
+def list_metric_sums(
+    scores: Tensor,
+    relevance: Tensor,
+    list_sizes: int | Sequence[int] | Tensor,
+    logps: Tensor | None = None,
+    ndcg_k: int | None = None,
+) -> Sums:
+    """As `list_metrics`, but of each metric its sum over lists and the number of lists that define it."""
+    if ndcg_k is not None and (not isinstance(ndcg_k, int) or isinstance(ndcg_k, bool) or ndcg_k < 1):
+        raise ValueError(f"ndcg_k must be None or an int >= 1, got {ndcg_k!r}")
+    sizes, (g, r, *rest) = _on_cpu(list_sizes, scores, relevance, logps)
+    if not len(sizes):
+        return {}
+    there = torch.arange(max(1, int(sizes.max()))) < sizes[:, None]  # [L, M]
+    g, r, *rest = (torch.zeros(there.shape, dtype=torch.float64).masked_scatter_(there, x) for x in (g, r, *rest))
+    pairs = there[:, :, None] & there[:, None, :]  # [L, M, M]
+    m = sizes.double()
+
+    best_r = r.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
+    equally_good = there & (r == best_r)
+    best = equally_good.int().argmax(1, keepdim=True)  # the first of equals
+    others = there & (r < best_r)
+    ordered = others.any(1)  # [L]
+    everywhere = torch.ones_like(ordered)
+
+    per_list: dict[str, tuple[Tensor, Tensor]] = {}  # values [L], where they are defined [L]
+
+    def against_others(prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, rejected = x.gather(1, best).squeeze(1), _mean(x, others)
+        per_list[f"{prefix}/chosen"] = chosen, ordered
+        per_list[f"{prefix}/rejected"] = rejected, ordered
+        return chosen, rejected
+
+    chosen, rejected = against_others("rewards", g)
+    per_list["rewards/margins"] = chosen - rejected, ordered
+    per_list["rewards/accuracies"] = _mean((g < chosen[:, None]).double(), others), ordered
+    if rest:
+        against_others("logps", rest[0])
+
+    above = (pairs & (g[:, None, :] > g[:, :, None])).sum(2)  # [L, M] candidates that score higher than this one
+    level = (pairs & (g[:, None, :] == g[:, :, None])).sum(2)  # that score the same, itself included
+    gains = (pairs & (r[:, None, :] < r[:, :, None])).sum(2) / (m[:, None] - 1).clamp(min=1)
+    per_list["ndcg"] = _ndcg(gains, above, level, None), ordered
+    if ndcg_k is not None:
+        per_list[f"ndcg@{ndcg_k}"] = _ndcg(gains, above, level, ndcg_k), ordered
+    per_list["mrr"] = _reciprocal_rank(g, there, equally_good), ordered
+
+    # ordered pairs (i, j), both ways round: every count below is twice that of pairs, which cancels
+    sign_g, sign_r = (
+        ((x[:, :, None] > x[:, None, :]).double() - (x[:, :, None] < x[:, None, :]).double()) * pairs for x in (g, r)
+    )
+    untied_g, untied_r = sign_g.abs().sum((1, 2)), sign_r.abs().sum((1, 2))
+    tau = (sign_g * sign_r).sum((1, 2)) / (untied_g * untied_r).sqrt()
+    per_list["kendall_tau"] = tau, (untied_g > 0) & (untied_r > 0)
+
+    per_list["list/size"] = m, everywhere
+    per_list["list/frac_tied"] = 1 - untied_r / (m * (m - 1)), sizes > 1
+
+    names = list(per_list)
+    defined = torch.stack([per_list[name][1] for name in names])
+    values = torch.stack([per_list[name][0] for name in names])
+    totals, lists = values.where(defined, 0.0).sum(1).tolist(), defined.sum(1).tolist()
+    return {name: (total, n) for name, total, n in zip(names, totals, lists, strict=True) if n}
+
+
+def _signs(x: Tensor) -> Tensor:
+    """[L, M] -> [L, M, M]: the sign of x_i - x_j, defined for infinite x too."""
+    a, b = x[:, :, None], x[:, None, :]
+    return (a > b).double() - (a < b).double()
+
+
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    """[L, M] -> [L]: the mean of the entries of each row in `where`; NaN where there are none."""
+    return x.where(where, 0.0).sum(1) / where.sum(1)
+
+
+def _ndcg(gains: Tensor, above: Tensor, level: Tensor, k: int | None) -> Tensor:
+    """[L] from gains, and how many candidates score above and level with each [L, M]; NaN where all gains are 0.
+
+    Equal scores share the ranks above + 1 .. above + level: each gets the mean of their discounts.
+    """
+    size = gains.shape[1]
+    discounts = 1 / torch.arange(2, size + 2, dtype=torch.float64).log2()
+    if k is not None:
+        discounts[k:] = 0
+    summed = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
+    last = (above + level).clamp(max=size)
+    mean_discounts = (summed[last] - summed[above]) / level.clamp(min=1)  # padding has level 0, and gain 0
+    ideal = gains.sort(1, descending=True).values @ discounts
+    return (gains * mean_discounts).sum(1) / ideal
+
+
+def _reciprocal_rank(g: Tensor, there: Tensor, good: Tensor) -> Tensor:
+    """[L]: the mean of 1 / rank of the first good candidate over all orders of candidates with equal scores."""
+    top = g.masked_fill(~good, -torch.inf).amax(1, keepdim=True)  # the best score of a good one: the first comes here
+    above = (there & (g > top)).sum(1)
+    tied = (there & (g == top)).sum(1)
+    good_tied = (good & (g == top)).sum(1)
+    not_yet = torch.ones(len(g), dtype=torch.float64)  # the chance that the first ranks of the tie hold no good one
+    total = torch.zeros_like(not_yet)
+    for place in range(int(tied.max())):
+        found = not_yet * (good_tied / (tied - place).clamp(min=1)).clamp(max=1) * (place < tied)
+        total += found / (above + place + 1)
+        not_yet = not_yet - found
+    return total
+
+
+def _on_cpu(list_sizes: int | Sequence[int] | Tensor, *columns: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Sizes [L] int64 and the columns [S] float64 on the CPU, in one copy; a column that is None is left out."""
+    named = [(name, x) for name, x in zip(("scores", "relevance", "logps"), columns, strict=True) if x is not None]
+    for name, x in named:
+        if not isinstance(x, Tensor) or x.is_complex():
+            raise TypeError(f"{name} must be a real tensor [S], got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.dim() != 1 or x.shape != named[0][1].shape:
+            raise ValueError(f"{name} must be [S], one per candidate, got {list(x.shape)} (scores: {list(named[0][1].shape)})")
+    on_device = isinstance(list_sizes, Tensor)
+    if on_device and (list_sizes.is_floating_point() or list_sizes.dtype == torch.bool or list_sizes.dim() != 1):
+        raise TypeError(f"list_sizes must be [lists] of an integer dtype, got {list_sizes.dtype} {list(list_sizes.shape)}")
+    device = named[0][1].device
+    parts = [x.detach() for _, x in named] + ([list_sizes] if on_device else [])
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in parts) else torch.float32
+    lengths = [len(x) for x in parts]
+    copied = list(torch.cat([x.to(device, wide) for x in parts]).cpu().double().split(lengths))
+    s = lengths[0]
+    if on_device:
+        sizes = copied.pop().long()
+    elif isinstance(list_sizes, int):
+        if list_sizes < 1 or s % list_sizes:
+            raise ValueError(f"list_sizes={list_sizes} must be >= 1 and divide the number of candidates, which is {s}")
+        sizes = torch.full((s // list_sizes,), list_sizes)
+    else:
+        sizes = torch.tensor(list(list_sizes), dtype=torch.int64)
+    if (sizes < 1).any() or int(sizes.sum()) != s:
+        raise ValueError(f"list_sizes must all be >= 1 and sum to the number of candidates, {s}; got {sizes.tolist()}")
+    return sizes, copied

@@ -1,0 +1,116 @@
+"""A causal LM that answers with log-likelihoods: rows of tokens in, one number per candidate out, in one forward.
+
+The head's log-probs are computed inside the model's own forward, so that whatever wraps the model (DDP, FSDP, autocast)
+sees an ordinary call, and gathered weights are whole when they are read.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+import larpo_kernels as lk
+
+from . import heads, rows
+
+
+class Policy:
+    """How candidates' log-likelihoods are computed for one model: the path to them, checked on the first batch.
+
+    Args:
+        model: a causal LM of transformers, or one with a PEFT adapter.
+        schedule, memory_budget, backend: of the fused head, as in `larpo_kernels.linear_sequence_logps`.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, schedule: str = "auto", memory_budget: int | None = None, backend: str | None = None
+    ):
+        self.options = dict(schedule=schedule, memory_budget=memory_budget, backend=backend)
+        self.from_hidden: bool | None = None  # None: not known before the first batch
+        refuse(model)
+
+    def logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Sum of token log-probs of each candidate in `batch` (see larpo/rows.py): [S] float32, nats."""
+        lm = heads.causal_lm(model)
+        if self.from_hidden is None:
+            self.from_hidden = self._choose(lm, batch)
+        inputs = rows.backbone_inputs(batch, lm.config, compute_dtype(lm))
+        at, labels, cu_seqlens = batch["at"], batch["labels"], batch["cu_seqlens"]
+        if not self.from_hidden:
+            logits = _own_forward(lm)(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
+            return lk.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend=self.options["backend"])
+        hidden = lm.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, at)
+        hidden, weight, bias = heads.head_inputs(lm, hidden)
+        post = heads.post_processing(lm.config)
+        return lk.linear_sequence_logps(
+            hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, logit_scale=post.logit_scale, softcap=post.softcap,
+            **self.options,
+        )  # fmt: skip
+
+    def _choose(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+        reason = _agreed(heads.check(lm, batch["input_ids"], _own_forward(lm)), batch["input_ids"].device)
+        if reason is not None:
+            warnings.warn(
+                f"{type(lm).__name__} is trained from its logits, which takes more memory than hidden states: {reason}",
+                stacklevel=2,
+            )
+        return reason is None
+
+
+def attach(model: nn.Module, policy: Policy) -> nn.Module:
+    """Teaches `model` a second forward: model(rows=batch) -> log-likelihoods [S]. Any other call is what it was."""
+    model._larpo_policy = policy
+    if not hasattr(model, "_larpo_forward"):  # autocast may have wrapped the second forward since: it stays
+        model._larpo_forward = model.forward
+        model.forward = types.MethodType(_forward, model)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undoes `attach`."""
+    if hasattr(model, "_larpo_forward"):
+        del model.forward, model._larpo_forward, model._larpo_policy
+    return model
+
+
+def _forward(self, *args, rows: Mapping[str, Tensor] | None = None, **kwargs):
+    if rows is None:
+        return self._larpo_forward(*args, **kwargs)
+    return self._larpo_policy.logps(self, rows)
+
+
+def _own_forward(lm: nn.Module) -> Callable:
+    """The forward that lm had before `attach`: what wraps it now (autocast, FSDP) is running already, and must not be entered
+    twice (accelerate's autocast would stay on for good)."""
+    return getattr(lm, "_larpo_forward", lm.forward)
+
+
+def refuse(model: nn.Module) -> None:
+    """Raises ValueError for models that cannot be a policy here, with the reason."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be a decoder-only causal LM, got the encoder-decoder {type(model).__name__}")
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"PEFT adapter {name!r} is prompt learning ({type(config).__name__}): its virtual tokens shift every position, "
+                "which this trainer does not support. Use LoRA or another adapter on the weights"
+            )
+
+
+def compute_dtype(lm: nn.Module) -> torch.dtype:
+    """The dtype attention runs in, for additive masks."""
+    device = lm.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.dtype
+
+
+def _agreed(reason: str | None, device: torch.device) -> str | None:
+    """The same answer on every process: one that must fall back takes all along, since collectives must match."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return reason
+    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reasons, reason)
+    return next((r for r in reasons if r is not None), None)

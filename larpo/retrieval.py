@@ -1,0 +1,272 @@
+"""Evaluation as a retriever: how often is a right completion among N, how good is the best of N, how far did the policy move.
+
+Rewards are arrays [prompts, k]: k independent completions per prompt, drawn at one temperature. Prompts are the unit of
+every interval, since completions of one prompt resemble each other: means are taken per prompt first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class Estimate(NamedTuple):
+    """A mean and its confidence interval; the bounds are NaN where one prompt alone allows none."""
+
+    mean: float
+    low: float
+    high: float
+
+
+# --- N completions per prompt ------------------------------------------------------------------------------
+
+
+def expected_best(rewards: np.ndarray, ns: Sequence[int]) -> np.ndarray:
+    """The expected maximum of n of a prompt's k rewards, drawn without replacement: [prompts, len(ns)] float64.
+
+    Exact, from order statistics: the j-th smallest is the maximum of comb(j - 1, n - 1) of the comb(k, n) subsets.
+
+    Args:
+        rewards: [prompts, k], finite.
+        ns: each in 1..k.
+
+    >>> expected_best([[0.0, 3.0, 6.0]], ns=[1, 2, 3])
+    array([[3., 5., 6.]])
+    """
+    ordered = np.sort(_matrix("rewards", rewards), axis=1)
+    k = ordered.shape[1]
+    for n in ns:
+        if not 1 <= n <= k:
+            raise ValueError(f"ns must lie in 1..{k}, the number of completions per prompt; got {n}")
+    weights = [[math.comb(j - 1, n - 1) / math.comb(k, n) for n in ns] for j in range(1, k + 1)]
+    return ordered @ np.array(weights).reshape(k, len(ns))
+
+
+def best_of_n(rewards: np.ndarray, ns: Sequence[int]) -> np.ndarray:
+    """The reward of best-of-n, averaged over prompts: [len(ns)]. Unbiased for independent completions.
+
+    rewards: [prompts, k]; ns: each in 1..k. See `expected_best`.
+    """
+    return expected_best(rewards, ns).mean(axis=0)
+
+
+def recall_at_n(correct: np.ndarray, ns: Sequence[int]) -> np.ndarray:
+    """The share of prompts that at least one of n completions solves, Recall@N or pass@n: [len(ns)].
+
+    The unbiased estimator 1 - comb(k - c, n) / comb(k, n) for c right ones of k (Chen et al. 2021, arXiv 2107.03374,
+    eq. 1), which is the expected maximum of n zeros and ones.
+
+    correct: [prompts, k] bool; ns: each in 1..k.
+
+    >>> recall_at_n([[True, False, False, False], [False, False, False, False]], ns=[1, 2, 4])
+    array([0.125, 0.25 , 0.5  ])
+    """
+    return _expected_hits(correct, ns).mean(axis=0)
+
+
+def recall_curves(correct: Mapping[float, np.ndarray], ns: Sequence[int], confidence: float = 0.95) -> pandas.DataFrame:
+    """Recall@N by temperature: columns temperature, n, recall, low, high; a row per temperature and n.
+
+    correct: temperature -> [prompts, k] bool. An n above a temperature's k is left out there.
+    """
+    return _curves(correct, ns, _expected_hits, "recall", confidence)
+
+
+def best_of_n_curves(rewards: Mapping[float, np.ndarray], ns: Sequence[int], confidence: float = 0.95) -> pandas.DataFrame:
+    """Best-of-N by temperature: columns temperature, n, reward, low, high; as `recall_curves`.
+
+    rewards: temperature -> [prompts, k].
+    """
+    return _curves(rewards, ns, expected_best, "reward", confidence)
+
+
+def plot_recall(curves: pandas.DataFrame, path: str | Path) -> None:
+    """Draw `recall_curves`: Recall@N over N, a line with its interval per temperature. The path's suffix is the format."""
+    _plot(curves, "recall", "Recall@N", path)
+
+
+def plot_best_of_n(curves: pandas.DataFrame, path: str | Path) -> None:
+    """Draw `best_of_n_curves`: the best of N's reward over N, a line with its interval per temperature."""
+    _plot(curves, "reward", "reward of the best of N", path)
+
+
+def _expected_hits(correct: np.ndarray, ns: Sequence[int]) -> np.ndarray:
+    hits = np.asarray(correct)
+    if not np.isin(hits, (0, 1)).all():
+        raise ValueError("correct must hold booleans (or 0 and 1) only")
+    return expected_best(hits, ns)
+
+
+def _curves(
+    by_temperature: Mapping[float, np.ndarray], ns: Sequence[int], per_prompt: Callable, column: str, confidence: float
+) -> pandas.DataFrame:
+    import pandas
+
+    rows = []
+    for temperature, values in sorted(by_temperature.items()):
+        reachable = [n for n in ns if n <= np.shape(values)[1]]
+        for n, of_prompts in zip(reachable, per_prompt(values, reachable).T, strict=True):
+            rows.append((temperature, n, *_mean(of_prompts, confidence)))
+    return pandas.DataFrame(rows, columns=["temperature", "n", column, "low", "high"])
+
+
+def _plot(curves: pandas.DataFrame, column: str, label: str, path: str | Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)  # not through pyplot: the caller's backend stays
+    axes = figure.subplots()
+    for temperature, curve in curves.groupby("temperature"):
+        (line,) = axes.plot(curve["n"], curve[column], marker="o", label=f"temperature {temperature:g}")
+        axes.fill_between(curve["n"], curve["low"], curve["high"], color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    ns = sorted(curves["n"].unique())
+    axes.set_xticks(ns, labels=[str(n) for n in ns])
+    axes.set_xlabel("N")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+# --- means -------------------------------------------------------------------------------------------------
+
+
+def mean_reward(rewards: Sequence[Sequence[float]], confidence: float = 0.95) -> Estimate:
+    """The mean over prompts of each prompt's mean reward; normal interval over prompts (clustered by prompt).
+
+    rewards: [prompts, k], or ragged: a sequence of rewards per prompt, none empty.
+    """
+    for i, of_prompt in enumerate(rewards):
+        if len(of_prompt) == 0:
+            raise ValueError(f"rewards[{i}] is empty; leave out prompts without a scored completion")
+    return _mean([_finite("rewards", of_prompt).mean() for of_prompt in rewards], confidence)
+
+
+def win_rate(rewards_a: np.ndarray, rewards_b: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """How often a's completion has the higher reward than b's for the same prompt; a tie counts half.
+
+    With several completions per prompt, every one of a meets every one of b. The interval is Wilson's score interval
+    with prompts as trials: right for one completion per prompt, wide for more, and sensible at rates of 0 and 1.
+
+    rewards_a, rewards_b: [prompts] or [prompts, k_a] and [prompts, k_b].
+    """
+    a, b = (_matrix(name, _rows(values)) for name, values in (("rewards_a", rewards_a), ("rewards_b", rewards_b)))
+    if len(a) != len(b):
+        raise ValueError(f"rewards_a has {len(a)} prompts and rewards_b {len(b)}; expected the same prompts")
+    difference = a[:, :, None] - b[:, None, :]
+    rate = float(np.mean((np.sign(difference) + 1) / 2))
+    z, trials = _normal_quantile(confidence), len(a)
+    centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return Estimate(rate, max(0.0, centre - half), min(1.0, centre + half))
+
+
+# --- KL to the reference -----------------------------------------------------------------------------------
+
+
+class KL(NamedTuple):
+    """Estimates of KL(policy || reference), in nats; see `kl_estimate`."""
+
+    k1: Estimate  # per completion
+    k3: float  # per completion
+    k3_per_token: float | None  # None without token logps
+
+
+def kl_estimate(
+    logps_policy: np.ndarray,
+    logps_ref: np.ndarray,
+    *,
+    token_logps_policy: Sequence[np.ndarray] | None = None,
+    token_logps_ref: Sequence[np.ndarray] | None = None,
+    confidence: float = 0.95,
+) -> KL:
+    """How far the policy is from the reference, from completions sampled from the policy at temperature 1, uncut.
+
+    With d = log pi(y|x) - log pi_ref(y|x), over completions y of the policy (Schulman, "Approximating KL divergence", 2020):
+
+    k1 = d: unbiased, of either sign; its mean and interval are the figure to report.
+    k3 = exp(-d) - 1 + d: unbiased, never negative, but for whole completions useless once policies differ: one
+        completion that the reference likes by 20 nats more adds e^20, and completions nearly never drawn
+        carry the mean. It may be inf.
+    k3_per_token: the mean of the same over all tokens, where ratios are close to 1: well behaved.
+
+    Args:
+        logps_policy, logps_ref: [completions] or [prompts, k], sums of token log-probabilities, nats.
+            The second form makes the interval's unit the prompt.
+        token_logps_policy, token_logps_ref: per completion an array [tokens]; both or none.
+    """
+    policy, reference = _finite("logps_policy", logps_policy), _finite("logps_ref", logps_ref)
+    if policy.shape != reference.shape or policy.ndim not in (1, 2) or not policy.size:
+        raise ValueError(
+            "logps_policy and logps_ref must have one shape, [completions] or [prompts, k], "
+            f"got {policy.shape} and {reference.shape}"
+        )
+    if (token_logps_policy is None) != (token_logps_ref is None):
+        raise ValueError("token_logps_policy and token_logps_ref go together; one is missing")
+    per_token = None
+    if token_logps_policy is not None:
+        pairs = list(zip(token_logps_policy, token_logps_ref, strict=True))
+        for i, (ours, theirs) in enumerate(pairs):
+            if len(ours) != len(theirs):
+                raise ValueError(
+                    f"completion {i} has {len(ours)} token logps under the policy, {len(theirs)} under the reference"
+                )
+        d = np.concatenate([_finite("token_logps", ours) - _finite("token_logps", theirs) for ours, theirs in pairs])
+        per_token = float(_k3(d).mean()) if d.size else None
+    d = policy - reference
+    return KL(_mean(_rows(d).mean(axis=1), confidence), float(_k3(d).mean()), per_token)
+
+
+def _k3(d: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.maximum(np.expm1(-d) + d, 0.0)  # rounding may leave a little less than 0
+
+
+# ---
+
+
+def _mean(values: Sequence[float], confidence: float) -> Estimate:
+    """Mean of independent values [n] with the normal interval."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("got no prompts; a mean needs at least one")
+    mean, z = float(values.mean()), _normal_quantile(confidence)
+    if len(values) == 1:
+        return Estimate(mean, math.nan, math.nan)
+    half = z * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _normal_quantile(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    return values[:, None] if values.ndim == 1 else values
+
+
+def _matrix(name: str, values: np.ndarray) -> np.ndarray:
+    values = _finite(name, values)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"{name} must be [prompts, k] with at least one of each, got shape {values.shape}")
+    return values
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite; drop completions without a reward first")
+    return values

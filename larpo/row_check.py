@@ -1,0 +1,114 @@
+"""What a row of candidate lists must look like, checked one row at a time with errors that say where and which field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NoReturn
+
+REQUIRED = ("prompt", "completions", "scores")
+OPTIONAL = ("source", "ref_logps", "prompt_ids", "completion_ids")
+
+
+def check_row(row: Mapping[str, Any], where: str = "row") -> None:
+    """Raises if `row` is not a prompt with its candidates; changes nothing.
+
+    Args:
+        row: `prompt` (str, or messages: a list of {"role", "content"}), `completions` (m >= 1 strings, or m lists of
+            messages), `scores` (m finite numbers, higher is better); optional, absent or None: `source` (m strings),
+            `ref_logps` (m finite numbers, nats), `prompt_ids` with `completion_ids` (tokens, m lists of tokens).
+        where: starts the message: a file and line, or a row.
+
+    Raises:
+        ValueError: the place, the field, what it holds and what is expected.
+
+    >>> check_row({"prompt": "1 + 1 =", "completions": [" 2", " 3"], "scores": [1.0, None]}, "sums.jsonl, line 7")
+    Traceback (most recent call last):
+    ...
+    ValueError: sums.jsonl, line 7: field 'scores[1]' holds None; expected a finite number
+    """
+    for field in REQUIRED:
+        if field not in row:
+            raise ValueError(f"{where}: field {field!r} is missing; found {sorted(row)}")
+    check_text("prompt", row["prompt"], where)
+    m = check_completions("completions", row["completions"], where)
+    if isinstance(row["prompt"], str) and not isinstance(row["completions"][0], str):
+        bad_field("prompt", row["prompt"], "messages, as in 'completions'", where)
+    check_numbers("scores", row["scores"], m, where)
+    if row.get("ref_logps") is not None:
+        check_numbers("ref_logps", row["ref_logps"], m, where)
+    if row.get("source") is not None:
+        check_length("source", row["source"], m, where)
+        for i, source in enumerate(row["source"]):
+            if not isinstance(source, str):
+                bad_field(f"source[{i}]", source, "a string", where)
+    _check_ids(row, m, where)
+
+
+def present(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without the keys that are None: Arrow fills in every key that some other message has."""
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
+
+
+def check_completions(field: str, completions: Any, where: str) -> int:
+    """The number of candidates, at least one; all of them strings or all of them messages."""
+    if not isinstance(completions, list | tuple) or not completions:
+        bad_field(field, completions, "a list of at least one completion", where)
+    text = isinstance(completions[0], str)
+    for i, completion in enumerate(completions):
+        check_text(f"{field}[{i}]", completion, where)
+        if isinstance(completion, str) != text:
+            bad_field(f"{field}[{i}]", completion, f"{'a string' if text else 'messages'}, as in {field}[0]", where)
+    return len(completions)
+
+
+def check_text(field: str, value: Any, where: str) -> None:
+    """A string, or a list of at least one message."""
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list | tuple) or not value:
+        bad_field(field, value, "a string or a list of messages", where)
+    for i, message in enumerate(value):
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+            bad_field(f"{field}[{i}]", message, "a message: {'role': str, 'content': str}", where)
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            bad_field(f"{field}[{i}].content", message.get("content"), "a string", where)
+
+
+def check_numbers(field: str, values: Any, m: int, where: str) -> None:
+    check_length(field, values, m, where)
+    for i, value in enumerate(values):
+        check_number(f"{field}[{i}]", value, where)
+
+
+def check_number(field: str, value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        bad_field(field, value, "a finite number", where)
+
+
+def check_length(field: str, values: Any, m: int, where: str) -> None:
+    if not isinstance(values, list | tuple):
+        bad_field(field, values, f"a list of {m}, one for each completion", where)
+    if len(values) != m:
+        raise ValueError(f"{where}: field {field!r} has length {len(values)}; expected {m}, one for each completion")
+
+
+def _check_ids(row: Mapping[str, Any], m: int, where: str) -> None:
+    prompt, completions = row.get("prompt_ids"), row.get("completion_ids")
+    if prompt is None and completions is None:
+        return
+    for field, value in (("prompt_ids", prompt), ("completion_ids", completions)):
+        if value is None:
+            bad_field(field, None, "tokens: prompt_ids and completion_ids are given together or not at all", where)
+    check_length("completion_ids", completions, m, where)
+    for field, ids in (("prompt_ids", prompt), *((f"completion_ids[{i}]", ids) for i, ids in enumerate(completions))):
+        if not isinstance(ids, list | tuple) or (set(map(type, ids)) - {int}) or (ids and min(ids) < 0):
+            bad_field(field, ids, "a list of tokens (ints >= 0)", where)
+
+
+def bad_field(field: str, value: Any, expected: str, where: str) -> NoReturn:
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = f"{shown[:77]}... ({type(value).__name__})"
+    raise ValueError(f"{where}: field {field!r} holds {shown}; expected {expected}")

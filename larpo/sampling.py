@@ -1,0 +1,328 @@
+"""The retriever: k completions per prompt from the current policy, at a temperature (LarPO, arXiv 2502.03699, algorithm 1).
+
+A `Sampler` is a callable; two are here, `TransformersSampler` and `VLLMSampler`, and `Distinct` wraps either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from . import border
+from .rewards import Text
+from .row_check import present
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Schedule = float | Sequence[float] | tuple[Literal["linear"], float, float]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One completion as it was sampled."""
+
+    text: str  # without special tokens
+    token_ids: tuple[int, ...]  # exactly as sampled: the end-of-sequence token is the last one if the model ended
+    finished: bool  # the model ended by itself; False: cut off at max_new_tokens
+    prompt_ids: tuple[int, ...]  # the tokens it was sampled behind
+
+
+class Sampler(Protocol):
+    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+        """k completions of every prompt, in the prompts' order; equal arguments and weights give equal completions.
+
+        prompts: strings, or messages for the chat template. temperature: above 0, or 0 for greedy decoding with k = 1.
+        """
+        ...
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> tuple[int, ...]:
+    """The prompt's own tokens, as training has them: with the special tokens that the tokenizer puts in front (see
+    `larpo.border`), or through the chat template up to where the assistant begins.
+
+    Raises ValueError for a prompt without tokens.
+    """
+    if isinstance(prompt, str):
+        ids, _ = border.split(tokenizer, prompt, (), border.leading_special_tokens(tokenizer))
+    else:
+        messages = [present(message) for message in prompt]
+        ids = border.encode(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    if not ids:
+        raise ValueError(f"prompt {prompt!r} has no tokens; a model needs at least one to continue")
+    return tuple(ids)
+
+
+def temperature_at(schedule: Schedule, iteration: int, iterations: int) -> float:
+    """The temperature of an iteration (0, 1, ..., iterations - 1).
+
+    schedule: one number for all, a list with a number per iteration, or ("linear", start, end).
+
+    >>> [temperature_at(("linear", 1.2, 0.8), i, 3) for i in range(3)]
+    [1.2, 1.0, 0.8]
+    """
+    if not 0 <= iteration < iterations:
+        raise ValueError(f"iteration must be in [0, {iterations}), got {iteration}")
+    if isinstance(schedule, int | float):
+        temperature = float(schedule)
+    elif len(schedule) == 3 and schedule[0] == "linear":
+        share = iteration / max(iterations - 1, 1)
+        temperature = float((1 - share) * schedule[1] + share * schedule[2])
+    elif len(schedule) == iterations and not any(isinstance(value, str) for value in schedule):
+        temperature = float(schedule[iteration])
+    else:
+        raise ValueError(
+            f"temperature schedule must be a number, {iterations} numbers (one per iteration) or "
+            f"('linear', start, end), got {schedule!r}"
+        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature} in iteration {iteration}")
+    return temperature
+
+
+# --- transformers ------------------------------------------------------------------------------------------
+
+
+class TransformersSampler:
+    """Samples with `model.generate` from the model as it is now, where it is.
+
+    The model's generation settings (a repetition penalty, say) do not apply: completions come from the policy's own
+    distribution at the given temperature, cut by top_k and top_p only if asked for. For evaluation mode and the random
+    number generators, everything is afterwards as it was.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        batch_size: int = 32,
+        eos_token_ids: Sequence[int] | None = None,
+        progress: bool = False,
+    ):
+        """
+        Args:
+            model: the bare model (not wrapped for distributed training).
+            max_new_tokens: per completion, the end-of-sequence token included.
+            top_k, top_p: 0 and 1.0 cut nothing off.
+            batch_size: completions generated at a time; prompts are sorted by length, so that batches pad little.
+            eos_token_ids: what ends a completion; None for the model's, or else the tokenizer's. () never ends one.
+            progress: shows a bar.
+        """
+        if max_new_tokens < 1 or batch_size < 1:
+            raise ValueError(f"expected max_new_tokens and batch_size >= 1, got {max_new_tokens} and {batch_size}")
+        if top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"expected top_k >= 0 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}")
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.top_k, self.top_p, self.batch_size, self.progress = top_k, top_p, batch_size, progress
+        self.eos_token_ids = _eos_token_ids(model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
+
+    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+        """See `Sampler`. Completions depend on the seed, the prompts together and batch_size."""
+        import torch
+        from tqdm import tqdm
+
+        _check(k, temperature)
+        ids = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        # One row per completion. Longest first: a batch that does not fit in memory fails at once.
+        rows = sorted((row for row in range(len(prompts)) for _ in range(k)), key=lambda row: -len(ids[row]))
+        lists: list[list[Sampled]] = [[] for _ in prompts]
+        device = self.model.device
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _as_it_was(self.model, self._generation_config(temperature)),
+            tqdm(total=len(rows), desc="sampling", unit="completion", disable=not self.progress) as bar,
+        ):
+            # Not torch.manual_seed: it seeds the devices of others too.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index].manual_seed(seed)
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                for row, generated in zip(batch, self._generate([ids[row] for row in batch]), strict=True):
+                    lists[row].append(self._sampled(generated, ids[row]))
+                bar.update(len(batch))
+        return lists
+
+    def _generation_config(self, temperature: float):
+        from transformers import GenerationConfig
+
+        greedy = temperature == 0
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=not greedy,
+            temperature=None if greedy else temperature,
+            top_k=None if greedy else self.top_k,
+            top_p=None if greedy else self.top_p,
+            eos_token_id=list(self.eos_token_ids) or None,
+            pad_token_id=self._pad(),
+            use_cache=True,  # training may have turned it off
+        )
+
+    def _pad(self) -> int:
+        """What fills rows; which token it is does not matter, padding is masked and cut off."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else next(iter(self.eos_token_ids), 0)
+
+    def _generate(self, ids: list[tuple[int, ...]]) -> list[list[int]]:
+        """The new tokens of every row, with whatever follows the end of a row that ended early."""
+        import torch
+
+        width = max(map(len, ids))
+        inputs = torch.full((len(ids), width), self._pad())
+        mask = torch.zeros((len(ids), width), dtype=torch.long)
+        for row, one in enumerate(ids):  # padded on the left: the new tokens follow the prompt directly
+            inputs[row, width - len(one) :] = torch.tensor(one)
+            mask[row, width - len(one) :] = 1
+        model = self.model
+        ids_and_new = model.generate(
+            input_ids=inputs.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=model.generation_config,  # given, or old settings in model.config would be an error
+        )
+        return ids_and_new[:, width:].tolist()
+
+    def _sampled(self, generated: list[int], prompt_ids: tuple[int, ...]) -> Sampled:
+        end = next((i for i, token in enumerate(generated) if token in self.eos_token_ids), None)
+        token_ids = tuple(generated if end is None else generated[: end + 1])
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Sampled(text=text, token_ids=token_ids, finished=end is not None, prompt_ids=prompt_ids)
+
+
+@contextmanager
+def _as_it_was(model: PreTrainedModel, generation_config) -> Iterator[None]:
+    """Evaluation mode and another generation config for a while. `generate` fills what a config leaves open from the
+    model's own, so passing one as an argument would not be enough."""
+    modes = {module: module.training for module in model.modules()}
+    # With adapters, the model inside has one too, and `generate` overwrites it with the outer one.
+    own = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
+    model.eval()
+    for module in own:
+        module.generation_config = generation_config
+    try:
+        yield
+    finally:
+        for module, config in own.items():
+            module.generation_config = config
+        for module, training in modes.items():
+            module.training = training
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+# --- vLLM --------------------------------------------------------------------------------------------------
+
+
+class VLLMSampler:
+    """Samples with a vLLM engine (`pip install vllm`): the same tokens in and out as `TransformersSampler`.
+
+    The engine holds its own copy of the weights. After training, make a new sampler from the saved policy, or load
+    the weights into `llm` by vLLM's own means.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_new_tokens: int,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        progress: bool = False,
+        **engine,
+    ):
+        """
+        Args:
+            model: a name or folder that `vllm.LLM(model=..., **engine)` loads, or a `vllm.LLM`.
+            max_new_tokens, top_k, top_p, progress: as in `TransformersSampler`.
+            engine: keywords of `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization, max_model_len, ...
+
+        Raises ImportError where vLLM is not installed.
+        """
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError("VLLMSampler needs vLLM; install it with: pip install vllm") from error
+        self.llm = vllm.LLM(model=model, **engine) if isinstance(model, str) else model
+        self.max_new_tokens, self.top_k, self.top_p, self.progress = max_new_tokens, top_k, top_p, progress
+
+    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+        """See `Sampler`. Completions depend on the seed and on the prompt's position."""
+        from vllm import SamplingParams
+
+        _check(k, temperature)
+        tokenizer = self.llm.get_tokenizer()
+        ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+        # vLLM seeds the n completions of a request with seed, seed + 1, ...: far apart for every prompt.
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
+        parameters = [
+            SamplingParams(
+                n=k,
+                temperature=temperature,
+                top_k=self.top_k or -1,  # -1 cuts nothing off
+                top_p=self.top_p,
+                max_tokens=self.max_new_tokens,
+                seed=one,
+            )
+            for one in seeds
+        ]
+        requests = self.llm.generate([{"prompt_token_ids": list(one)} for one in ids], parameters, use_tqdm=self.progress)
+        return [
+            [
+                Sampled(text=out.text, token_ids=tuple(out.token_ids), finished=out.finish_reason == "stop", prompt_ids=one)
+                for out in request.outputs
+            ]
+            for one, request in zip(ids, requests, strict=True)
+        ]
+
+
+# --- distinct completions ----------------------------------------------------------------------------------
+
+
+class Distinct:
+    """A sampler that asks another one again until every prompt has k completions with different tokens.
+
+    After `tries` rounds it gives what there is: at low temperature fewer than k. The completions are no longer
+    independent draws, so estimates that need those (Recall@N, KL, mean reward) want the plain sampler.
+    """
+
+    def __init__(self, sampler: Sampler, tries: int = 4):
+        if tries < 1:
+            raise ValueError(f"tries must be at least 1, got {tries}")
+        self.sampler, self.tries = sampler, tries
+
+    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+        """See `Sampler`. Rounds after the first only sample what is missing."""
+        _check(k, temperature)
+        found: list[dict[tuple[int, ...], Sampled]] = [{} for _ in prompts]
+        seeds = [seed, *np.random.SeedSequence(seed).generate_state(self.tries - 1).tolist()]
+        for round_seed in seeds:
+            missing = [row for row in range(len(prompts)) for _ in range(k - len(found[row]))]
+            if not missing:
+                break
+            drawn = self.sampler([prompts[row] for row in missing], 1, temperature, seed=round_seed)
+            for row, completions in zip(missing, drawn, strict=True):
+                for completion in completions:
+                    found[row].setdefault(completion.token_ids, completion)
+        return [list(completions.values()) for completions in found]
+
+
+def _check(k: int, temperature: float) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if temperature == 0 and k > 1:
+        raise ValueError(f"temperature 0 is greedy decoding: all {k} completions would be the same; expected k = 1")

@@ -1,0 +1,114 @@
+"""Log-likelihoods of whole data sets under a policy: reference log-probs, `larpo score`, likely negatives."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from tqdm.auto import tqdm
+
+from .collator import ListCollator
+from .policy import Policy, attach
+from .tokenization import tokenize_lists
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def candidate_logps(
+    model: nn.Module,
+    tokenised: Dataset,
+    collator: ListCollator,
+    *,
+    batch_size: int,
+    device: torch.device,
+    autocast: AbstractContextManager | None = None,
+    shard: tuple[int, int] = (0, 1),
+    description: str = "Scoring",
+    progress: bool = True,
+) -> dict[int, list[float]]:
+    """Log-likelihoods under a model with a policy attached: {row: one sum of token log-probs per candidate, in nats}.
+
+    Longest lists come first, so that batches hold lists of similar length and memory runs out at once if it does.
+    shard (rank, ranks): only every ranks-th batch, from the rank-th on.
+    """
+    lengths = [
+        len(p) * len(c) + sum(map(len, c)) for p, c in zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
+    ]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)][shard[0] :: shard[1]]
+    training = model.training
+    model.eval()
+    found: dict[int, list[float]] = {}
+    with nullcontext() if autocast is None else autocast:
+        for rows in tqdm(batches, desc=description, unit="batch", disable=not progress):
+            batch = collator([tokenised[i] for i in rows])
+            parts = [model(rows=send_to_device(part, device)) for part in batch["rows"]]
+            each = torch.cat(parts).cpu().split(batch["list_sizes"].tolist())
+            found |= {i: logps.tolist() for i, logps in zip(rows, each, strict=True)}
+    model.train(training)
+    return found
+
+
+def score_lists(
+    model: nn.Module,
+    lists: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ref_model: nn.Module | None = None,
+    beta: float = 0.1,
+    batch_size: int = 8,
+    candidate_batch_size: int | None = None,
+    max_length: int | None = 1024,
+    max_prompt_length: int | None = 512,
+    append_eos: bool = True,
+    progress: bool = True,
+) -> Dataset:
+    """The data with the columns logps and num_tokens, and with a reference ref_logps and implicit_rewards.
+
+    Args:
+        model, ref_model: causal LMs, on the device they shall run on.
+        lists: prompt and completions; scores may be missing.
+        beta: implicit_rewards = beta * (logps - ref_logps).
+        batch_size: lists at a time; candidate_batch_size: candidates at a time within them.
+        max_length, max_prompt_length, append_eos: as in `LarPOConfig`.
+
+    Returns:
+        A Dataset with a list of floats per row in each new column: sums over a candidate's tokens, in nats.
+    """
+    scored = (
+        lists if "scores" in lists.column_names else lists.add_column("scores", [[0.0] * len(c) for c in lists["completions"]])
+    )
+    scored = scored.remove_columns([name for name in ("ref_logps", "source") if name in scored.column_names])
+    tokenised, _ = tokenize_lists(
+        scored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, append_eos=append_eos
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = ListCollator(0 if pad is None else pad, slice_size=candidate_batch_size)
+
+    def under(model: nn.Module, name: str) -> list[list[float]]:
+        device = next(model.parameters()).device
+        found = candidate_logps(
+            attach(model, Policy(model)), tokenised, collator, batch_size=batch_size, device=device, description=name,
+            progress=progress,
+        )  # fmt: skip
+        return [found[i] for i in range(len(tokenised))]
+
+    columns: dict[str, list[list[Any]]] = {
+        "logps": under(model, "Policy"),
+        "num_tokens": [[len(c) for c in completions] for completions in tokenised["completion_ids"]],
+    }
+    if ref_model is not None:
+        columns["ref_logps"] = under(ref_model, "Reference")
+        columns["implicit_rewards"] = [
+            [beta * (a - b) for a, b in zip(*row, strict=True)]
+            for row in zip(columns["logps"], columns["ref_logps"], strict=True)
+        ]
+    for name, values in columns.items():
+        lists = (lists.remove_columns(name) if name in lists.column_names else lists).add_column(name, values)
+    return lists

@@ -1,0 +1,413 @@
+"""LarPOTrainer: listwise preference optimisation on transformers.Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+import warnings
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object, send_to_device
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+import larpo_kernels as lk
+
+from . import heads, prefix
+from .candidates import top_bottom_indices
+from .collator import ListCollator
+from .config import LarPOConfig
+from .data import as_lists
+from .metrics import list_metrics
+from .policy import Policy, attach, compute_dtype
+from .reference import SyncReference, frozen_copy, without_dropout
+from .scoring import candidate_logps
+from .tokenization import tokenize_lists
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+class LarPOTrainer(Trainer):
+    """Trains a causal LM on ranked candidate lists (LarPO, arXiv 2502.03699); names follow trl.DPOTrainer.
+
+    Args:
+        model: a transformers causal LM, one with a PEFT adapter, or the name or path of one.
+        ref_model: the reference policy. None: the policy as it is now, held apart; with `peft_config`, the model without
+            the adapter. No reference is loaded where the data has `ref_logps` or with `reference_free`.
+        args: a `LarPOConfig`.
+        train_dataset, eval_dataset: datasets.Dataset with `prompt`, `completions`, `scores`, or anything `larpo.as_lists`
+            converts; eval_dataset may be a dict of them.
+        processing_class: the tokenizer; None loads the model's.
+        peft_config: puts this adapter on the model.
+        callbacks, optimizers: as in transformers.Trainer.
+
+    The loss of a step is the mean over its lists. Logged beside it: rewards/chosen, rewards/rejected, rewards/margins,
+    rewards/accuracies, ndcg, mrr, kendall_tau (implicit scores against rewards), list/size, list/frac_tied, logps/*,
+    tokens_per_second and memory/peak_mib (memory/rss_mib on a CPU).
+    """
+
+    _tag_names = ("larpo",)
+    loss_is_scaled_for_ga = False  # a mean over this batch's lists
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        ref_model: PreTrainedModel | nn.Module | None = None,
+        args: LarPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        args = LarPOConfig(output_dir="larpo-output") if args is None else args
+        if not isinstance(args, LarPOConfig):
+            raise TypeError(f"args must be a LarPOConfig, got {type(args).__name__}")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("train_dataset is needed (or eval_dataset, to evaluate only)")
+        set_seed(args.seed)  # adapters are drawn at random
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        elif args.model_init_kwargs is not None:
+            raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already")
+        if ref_model is model:
+            raise ValueError("ref_model must not be the model that is trained; leave it out to hold a copy of it apart")
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(heads.causal_lm(model).config._name_or_path)
+        self._reference_is_base = peft_config is not None and ref_model is None
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+            if args.gradient_checkpointing:
+                model.enable_input_require_grads()
+        if args.disable_dropout:
+            without_dropout(model)
+        self.objective = args.resolved_objective()
+
+        tokenised = {"train": train_dataset} if train_dataset is not None else {}
+        several = isinstance(eval_dataset, dict)
+        evals = eval_dataset if several else {"": eval_dataset} if eval_dataset is not None else {}
+        tokenised |= {f"eval {name}".strip(): data for name, data in evals.items()}
+        tokenised = {name: self._tokenise(data, processing_class, args) for name, data in tokenised.items()}
+        has_ref_logps = all("ref_logps" in data.column_names for data in tokenised.values())
+
+        attach(model, self._policy(model, args))
+        self.ref_model = None
+        if args.reference_free or has_ref_logps:
+            if ref_model is not None:
+                raise ValueError(
+                    f"ref_model is given, but {'reference_free is set' if args.reference_free else 'the data has ref_logps'}"
+                )
+        elif ref_model is not None:
+            self.ref_model = without_dropout(ref_model) if args.disable_dropout else ref_model
+            self.ref_model.requires_grad_(False).eval()
+        elif not self._reference_is_base and not args.precompute_ref_log_probs:
+            self.ref_model = frozen_copy(model, share_frozen=args.distributed_state.distributed_type not in SHARDED)
+        if self.ref_model is not None:
+            attach(self.ref_model, self._policy(self.ref_model, args))
+
+        self._seen: dict[str, deque] = {"train": deque(maxlen=10_000), "eval": deque(maxlen=100_000)}
+        self._tokens_since_log, self._time_of_log = 0, time.monotonic()
+        pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ListCollator(
+                pad_token_id=0 if pad is None else pad,
+                slice_size=args.candidate_micro_batch_size,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            ),
+            train_dataset=tokenised.get("train"),
+            eval_dataset={name: tokenised[f"eval {name}".strip()] for name in evals} if several else tokenised.get("eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.data_collator.layout = self._layout()
+        if self.ref_model is not None:
+            self.ref_model = self._prepare_reference(self.ref_model)
+            if args.sync_ref_model:
+                self.add_callback(SyncReference(model, self.ref_model, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+        elif args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model needs a reference model; here the reference is the model without its adapter or given"
+            )
+        if args.precompute_ref_log_probs and not (args.reference_free or has_ref_logps):
+            self._precompute_ref_logps()
+
+    # --- set-up ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig) -> Dataset:
+        lists = as_lists(dataset)
+        if args.list_top is not None:
+            lists = lists.map(_subset, fn_kwargs={"top": args.list_top, "bottom": args.list_bottom}, desc="Choosing candidates")
+        tokenised, _ = tokenize_lists(
+            lists,
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation=args.truncation_mode,
+            append_eos=args.append_eos,
+            num_proc=args.dataset_num_proc,
+        )
+        return tokenised
+
+    @staticmethod
+    def _policy(model: nn.Module, args: LarPOConfig) -> Policy:
+        return Policy(model, schedule=args.schedule, memory_budget=args.memory_budget, backend=args.kernel_backend)
+
+    def _layout(self) -> str:
+        """How candidates are laid out in rows, settled before any worker holds the collator."""
+        lm = heads.causal_lm(self.model)
+        if self.args.share_prefix:
+            reason = prefix.supports_prefix_sharing(lm.config) or self._compare_shared_prefix()
+            if reason is None:
+                return "shared"
+            warnings.warn(f"share_prefix is off, every candidate runs its own prompt: {reason}", stacklevel=3)
+        return "packed" if "flash" in (lm.config._attn_implementation or "") else "padded"
+
+    @torch.no_grad()
+    def _compare_shared_prefix(self) -> str | None:
+        """The first list with its prompt shared, against separate rows; None where they agree."""
+        if self.accelerator.distributed_type in SHARDED:
+            return None  # parameters are not whole here: the table of known architectures has to do
+        dataset = self.train_dataset if self.train_dataset is not None else self._eval_datasets()[0]
+        if len(dataset) == 0:
+            return None
+        logps = []
+        training = self.model.training
+        self.model.eval()
+        for layout in ("shared", "padded"):
+            batch = self._prepare_inputs(ListCollator(self.data_collator.pad_token_id, layout)([dataset[0]]))
+            with self.accelerator.autocast():
+                dtype = compute_dtype(heads.causal_lm(self.model))
+                logps.append(self.model(rows=batch["rows"][0]))
+        self.model.train(training)
+        return prefix.check_prefix_sharing(*logps, batch["num_tokens"], dtype)
+
+    def _eval_datasets(self) -> list[Dataset]:
+        return list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+
+    def _prepare_reference(self, reference: nn.Module) -> nn.Module:
+        if self.accelerator.distributed_type in SHARDED:
+            raise ValueError(
+                f"a reference model beside a {self.accelerator.distributed_type.value} policy is not supported: "
+                "give the data ref_logps (`larpo score` writes them), or train an adapter with peft_config"
+            )
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    # --- the reference --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Log-likelihood of each candidate under the reference: sums over tokens, [S]; None for no reference."""
+        if self.args.reference_free:
+            return None
+        if "ref_logps" in inputs:
+            return inputs["ref_logps"]
+        if self.ref_model is not None:
+            return torch.cat([self.ref_model(rows=part) for part in inputs["rows"]])
+        training = model.training
+        with self.accelerator.unwrap_model(model).disable_adapter():
+            model.eval()
+            logps = torch.cat([model(rows=part) for part in inputs["rows"]])
+            model.train(training)
+        return logps
+
+    def _precompute_ref_logps(self) -> None:
+        """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
+        if self.accelerator.distributed_type in SHARDED:
+            raise ValueError("precompute_ref_log_probs does not work with sharded parameters: `larpo score` writes ref_logps")
+        if self.train_dataset is not None:
+            self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._with_ref_logps(data, name) for name, data in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_ref_logps(self.eval_dataset, "eval")
+
+    def _with_ref_logps(self, dataset: Dataset, name: str) -> Dataset:
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        with self.model.disable_adapter() if self._reference_is_base else contextlib.nullcontext():
+            found = candidate_logps(
+                self.model if self.ref_model is None else self.ref_model,
+                dataset,
+                self.data_collator,
+                batch_size=self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
+                device=self.args.device,
+                autocast=self.accelerator.autocast(),
+                shard=(rank, ranks),
+                description=f"Reference log-probs ({name})",
+                progress=not self.args.disable_tqdm and rank == 0,
+            )
+        if ranks > 1:
+            found = {i: part for one in gather_object([found]) for i, part in one.items()}
+        return dataset.add_column("ref_logps", [found[i] for i in range(len(dataset))])
+
+    # --- the loss -------------------------------------------------------------------------------------------
+
+    def list_loss(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The objective over implicit rewards: (mean loss over the batch's lists, scores [S]).
+
+        logps, ref_logps: [S] per candidate, sums or (length_normalized) means over its tokens. Override it for another
+        loss of the same numbers.
+        """
+        scores = self.args.beta * (logps if ref_logps is None else logps - ref_logps)
+        loss = lk.listwise_loss(
+            scores,
+            inputs["relevance"],
+            list_sizes=inputs["list_sizes"],
+            objective=self.objective,
+            backend=self.args.kernel_backend,
+        )
+        return loss, scores
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
+        logps = self._per_candidate(torch.cat([model(rows=part) for part in inputs["rows"]]), inputs)
+        loss, scores = self.list_loss(logps, ref_logps, inputs)
+        self._record("train" if model.training else "eval", inputs, logps, scores)
+        return (loss, {"logps": logps, "scores": scores}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.args.candidate_micro_batch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
+            out = lk.backward_in_slices(
+                lambda at: self._per_candidate(model(rows=inputs["rows"][at.start // self._slice]), inputs, at),
+                inputs["relevance"],
+                list_sizes=inputs["list_sizes"],
+                slice_size=self._slice,
+                objective=self.objective,
+                ref_logps=ref_logps,
+                beta=self.args.beta,
+                backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
+                no_sync=getattr(model, "no_sync", contextlib.nullcontext),
+            )
+        self._record("train", inputs, out.logps, out.scores)
+        return out.loss / self.current_gradient_accumulation_steps
+
+    @property
+    def _slice(self) -> int:
+        return self.args.candidate_micro_batch_size
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def _per_candidate(self, logps: Tensor | None, inputs: dict[str, Any], at: slice = slice(None)) -> Tensor | None:
+        """Sums over tokens -> what a score is made of: the sums, or means with length_normalized."""
+        if logps is None or not self.args.length_normalized:
+            return logps
+        return logps / inputs["num_tokens"][at].clamp(min=1)
+
+    def _prepare_inputs(self, inputs):
+        """To the device, in their own dtypes: rewards and log-likelihoods must not be rounded to the model's."""
+        if self.args.device.type == "mps":
+            inputs["relevance"] = inputs["relevance"].float()  # has no float64
+        return send_to_device(inputs, self.args.device, non_blocking=True)
+
+    # --- logs -----------------------------------------------------------------------------------------------
+
+    def _record(self, split: str, inputs: dict[str, Any], logps: Tensor, scores: Tensor) -> None:
+        """Kept as they are until something is logged: no step waits for the device."""
+        self._seen[split].append((scores.detach(), inputs["relevance"], inputs["list_sizes"], logps.detach()))
+        if split == "train":
+            self._tokens_since_log += inputs["num_input_tokens"]
+
+    def _pop_metrics(self, split: str) -> dict[str, float]:
+        seen = [tuple(x.cpu() for x in record) for record in self._seen[split]]
+        self._seen[split].clear()
+        if self.accelerator.num_processes > 1:
+            seen = gather_object(seen)
+        if not seen:
+            return {}
+        scores, relevance, sizes, logps = (torch.cat(x) for x in zip(*seen, strict=True))
+        return list_metrics(scores, relevance, sizes, logps=logps, ndcg_k=self.args.ndcg_k)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now = time.monotonic()
+            logs = {**logs, **self._pop_metrics("train")}
+            logs["tokens_per_second"] = round(self._tokens_since_log / max(now - self._time_of_log, 1e-9), 1)
+            logs |= _memory(self.args.device)
+            self._tokens_since_log, self._time_of_log = 0, now
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._seen["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in self._pop_metrics("eval").items()})
+        return output
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As transformers.Trainer.train; True resumes from the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no whole checkpoint"
+                )
+        self._time_of_log = time.monotonic()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint-N in folder that was written to its end: its trainer_state.json comes last, and parses."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) is None:
+            continue
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append((int(match[1]), str(path)))
+    return max(found)[1] if found else None
+
+
+def _subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:
+    keep = top_bottom_indices(row["scores"], top, bottom)
+    m = len(row["scores"])
+    per_candidate = ("completions", "scores", "source", "ref_logps", "completion_ids")
+    return {name: [row[name][i] for i in keep] for name in per_candidate if row.get(name) is not None and len(row[name]) == m}
+
+
+def _with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("peft_config needs peft: pip install 'larpo_kernels[train]'") from None
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("model has a PEFT adapter already: give either such a model or peft_config, not both")
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig, such as peft.LoraConfig; got {type(peft_config).__name__}")
+    return peft.get_peft_model(model, peft_config)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Peak of what torch allocated on a GPU since the start; on a CPU what the process holds now. MiB."""
+    if device.type == "cuda":
+        return {"memory/peak_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)}
+    import psutil
+
+    return {"memory/rss_mib": round(psutil.Process().memory_info().rss / 2**20, 1)}
