@@ -3,12 +3,26 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "train": ["transformers>=5,<6", "accelerate>=1.0", "peft>=0.18", "datasets>=4.0", "typer>=0.15", "pyyaml>=6"],
+    "train": [
+        "transformers>=5,<6",
+        "accelerate>=1.10",
+        "peft>=0.18",
+        "datasets>=4.0",
+        "pandas>=2.2",
+        "matplotlib>=3.8",
+        "rich>=13",
+        "typer>=0.15",
+        "pyyaml>=6",
+        "psutil",
+        "tqdm",
+        "tensorboard",
+    ],
+    "vllm": ["vllm"],
     "bench": ["transformers>=5,<6", "safetensors", "gguf==0.19.0", "matplotlib>=3.8", "rich>=13", "typer>=0.15", "filelock"],
     "flash": ["flash-attn>=2.7"],
     "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6"],
 }
-EXTRAS["dev"] = [*EXTRAS["bench"], *EXTRAS["test"], "ruff==0.17.5", "rax==0.4.0"]
+EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["bench"], *EXTRAS["test"], "ruff==0.17.5", "rax==0.4.0"]
 
 setup(
     name="larpo_kernels",
@@ -21,4 +35,5 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.9", "numpy"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["larpo = larpo.cli:main"]},
 )

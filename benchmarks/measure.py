@@ -14,12 +14,12 @@ from statistics import median
 
 import torch
 
-from benchmarks import floors, peers  # noqa: F401  registers them
+from benchmarks import floors, peers, prefix  # noqa: F401  registers them
 from benchmarks.memory import peak_in_child, peak_on_gpu
 from benchmarks.problem import Problem
 from benchmarks.providers import Output, Provider
 from benchmarks.providers import select as all_providers
-from benchmarks.truth import Truth, limits
+from benchmarks.truth import Truth
 
 __all__ = ["Settings", "all_providers", "measure", "run_once"]
 
@@ -157,7 +157,7 @@ def _check(entries: list[Entry], settings: Settings, progress) -> None:
         if settings.late and _importance(entry) > 2:
             entry.row.update(status="not run", message=LATE)
             continue
-        allowed = limits(eager, entry.truth, entry.provider.computes)
+        allowed = entry.truth.limits(eager, entry.provider.computes)
         seconds = entry.check(allowed if entry.provider.name != "eager" else dict.fromkeys(allowed, math.inf))
         if entry.provider.name == "eager":
             eager = {name: error for name, error in entry.row["errors"].items() if error is not None}

@@ -81,10 +81,12 @@ def _max_rss() -> int:
 
 def _child(problem_file: str, name: str, threads: str) -> None:
     from benchmarks.measure import all_providers, run_once
+    from benchmarks.prefix import ModelStep
     from benchmarks.problem import Problem
 
     torch.set_num_threads(int(threads))
-    problem = Problem.load(Path(problem_file))
+    saved = torch.load(problem_file)
+    problem = Problem(**saved) if "labels" in saved else ModelStep.build(**saved)
     provider = next(p for p in all_providers(problem.side, problem.mode) if p.name == name)
     problem = provider.prepare(problem)
     run_once(provider, problem if provider.compiles else provider.prepare(problem.first_list()))

@@ -21,7 +21,7 @@ MARKERS = "osD^vP*Xhp<>d8"
 def draw(results: list[dict], folder: Path) -> list[Path]:
     """Every picture the results have data for -> the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [table for result in results for table in result["tables"]]
+    tables = [table for result in results for table in result["tables"] if table["side"] != "prefix"]  # two bars are a table
     drawn = [error_against_time(table, folder) for table in tables]
     drawn += [cost_bars(table, folder) for table in tables]
     for field in SWEEPS:

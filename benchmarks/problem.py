@@ -11,12 +11,13 @@ OBJECTIVE = "contrastive"  # the list stage is a few microseconds whatever the o
 BETA = 0.1
 IGNORE = -100
 
-SIDES = {"logits": ("train", "score"), "linear": ("trainable", "frozen", "score")}
+SIDES = {"logits": ("train", "score"), "linear": ("trainable", "frozen", "score"), "prefix": ("step",)}
 MODES = {
     "train": "forward and backward to the logits",
     "trainable": "forward and backward to hidden and weight",
     "frozen": "forward and backward to hidden; the weight wants no gradient",
     "score": "forward only",
+    "step": "forward and backward of a whole model, one list",
 }
 
 
@@ -171,7 +172,3 @@ class Problem:
 
     def save(self, path: Path) -> None:
         torch.save(vars(self), path)
-
-    @classmethod
-    def load(cls, path: Path) -> Problem:
-        return cls(**torch.load(path))

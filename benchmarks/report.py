@@ -24,7 +24,7 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import cells, columns, heading, machine_line, remarks, shown
+from benchmarks.tables import by_shape, cells, columns, heading, machine_line, remarks, shown
 
 UNMEASURED = "not yet measured"
 MARKER = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
@@ -106,8 +106,18 @@ def markdown(name: str, results: list[dict]) -> str:
     pairs = matching(name, results)
     if not pairs:
         return unmeasured_table(name) + "\n"
+    if all(t["side"] == "prefix" for _, t in pairs):
+        grouped = ((result, [t for r, t in pairs if r is result]) for result in results)
+        return "\n".join(_one_table(result, found) for result, found in grouped if found)
     blocks = [f"**{heading(t)}**\n\n{markdown_table(t)}\n\n{machine_line(r)}\n" for r, t in pairs]
     return "\n".join(blocks)
+
+
+def _one_table(result: dict, found: list[dict]) -> str:
+    """Whole training steps side by side, a shape a row."""
+    names, *body = by_shape(found)
+    drawn = "\n".join(_line(r) for r in [names, ["---"] * len(names), *body])
+    return f"**{found[0]['dtype']}; {found[0]['note']}**\n\n{drawn}\n\n{machine_line(result)}\n"
 
 
 def fill_markers(text: str, results: list[dict]) -> str:

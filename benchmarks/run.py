@@ -3,6 +3,7 @@
 python benchmarks/run.py                      the real case, both sides, a few minutes on two cores
 python benchmarks/run.py --suite linear       the head from hidden and weight, all CPU shapes
 python benchmarks/run.py --suite full         the GPU shapes
+python benchmarks/run.py --suite prefix       a model's training step, the prompt of a list run once or for each candidate
 python benchmarks/run.py --shape T2048-H896-V32000-m8 --dtype float32 --provider "ours*" --provider eager
 """
 
@@ -29,11 +30,13 @@ if __package__ in (None, ""):  # run as a file
 
 from benchmarks import cases, machine, report, suites, tables
 from benchmarks.measure import Settings, all_providers, measure
+from benchmarks.prefix import ModelStep, SeparateRows
 from benchmarks.problem import SIDES, Problem
 from benchmarks.truth import COMPUTES, Truth
 
 QUICK = Settings()
 PATIENT = Settings(budget_s=90, guard_s=20, memory_guard_s=120)
+STEPS = Settings(rounds=3, budget_s=8, guard_s=20)  # nine tables of whole models
 QUICK_LIMIT_S = 210  # what is under way then still ends: five minutes in all on two slow cores
 HERE = Path(__file__).resolve().parent
 console = Console(width=None if sys.stdout.isatty() else 190)
@@ -71,12 +74,17 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{suite if not shape else 'shapes'}.json"
     asked = {"rounds": rounds, "budget_s": budget, "guard_s": guard, "memory": memory}
-    settings = replace(QUICK if suite == "quick" else PATIENT, **{k: v for k, v in asked.items() if v is not None})
+    settings = replace(
+        {"quick": QUICK, "prefix": STEPS}.get(suite, PATIENT), **{k: v for k, v in asked.items() if v is not None}
+    )
     limit = limit or (QUICK_LIMIT_S if suite == "quick" and not shape else None)
     for table in _tables(todo, device, provider, settings, limit):
         result["tables"].append(table)
         file.write_text(json.dumps(result, indent=1) + "\n")  # after every table: a long run may be cut short
         console.print(report.rich_table(table))
+    steps = [table for table in result["tables"] if table["side"] == ModelStep.side]
+    if steps:
+        console.print(tables.aligned(tables.by_shape(steps)))
     _legend()
     from benchmarks.plots import draw  # matplotlib is slow to import and only needed now
 
@@ -99,13 +107,15 @@ def _tables(todo, device, globs, settings, limit):
         tables = bar.add_task("tables", total=count)
         for (name, dtype), same in groupby(todo, key=lambda job: (job.case, job.dtype)):
             bar.update(tables, description=f"building {name}, {dtype}")
-            case = cases.build(name, getattr(torch, dtype), device, 0)
+            same = list(same)
+            build = ModelStep.build if same[0].side == ModelStep.side else cases.build
+            case = build(name, getattr(torch, dtype), device, 0)
             for job in same:
                 truth = None
                 for mode in job.modes:
-                    problem = Problem.from_case(case, job.side, mode)
+                    problem = case if job.side == ModelStep.side else Problem.from_case(case, job.side, mode)
                     bar.update(tables, description=f"{job.side} {mode} {name} {dtype}: float64")
-                    truth = truth or Truth(problem)
+                    truth = truth or (SeparateRows if job.side == ModelStep.side else Truth)(problem)
                     chosen = all_providers(job.side, mode, globs)
                     say = lambda step, mode=mode, job=job: bar.update(  # noqa: E731
                         tables, description=f"{job.side} {mode} {job.case} {job.dtype}: {step}"
@@ -123,7 +133,7 @@ def _plan(problem: Problem) -> str | None:
     """Which schedule "auto" takes here, and why."""
     import larpo_kernels as lk
 
-    if problem.side == "logits" or not hasattr(lk, "plan"):
+    if problem.side != "linear" or not hasattr(lk, "plan"):
         return None
     p = problem.fresh()
     with torch.set_grad_enabled(problem.mode != "score"):

@@ -70,7 +70,19 @@ def full() -> list[Job]:
     ]
 
 
-SUITES = {"quick": quick, "logits": logits, "linear": linear, "full": full}
+def prefix() -> list[Job]:
+    """Whole training steps, the prompt shared or not: prompt to completion as 0.4, 1 and 4, by list size."""
+    shapes = ((64, 160), (128, 128), (256, 64))
+    return [Job(f"P{p}-R{r}-m{m}", "prefix", SIDES["prefix"], "float32") for p, r in shapes for m in (4, 8, 16)]
+
+
+def prefix_long() -> list[Job]:
+    """The same ratios at eight times the length, for a GPU."""
+    shapes = ((512, 1280), (1024, 1024), (2048, 512))
+    return [Job(f"P{p}-R{r}-m{m}", "prefix", SIDES["prefix"], "bfloat16") for p, r in shapes for m in (4, 8, 16)]
+
+
+SUITES = {"quick": quick, "logits": logits, "linear": linear, "full": full, "prefix": prefix, "prefix-long": prefix_long}
 
 
 def jobs(suite: str, device: str, shapes: list[str] | None = None, dtypes: list[str] | None = None) -> list[Job]:

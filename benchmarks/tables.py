@@ -50,6 +50,29 @@ def baseline(table: dict) -> dict | None:
     return next((r for r in table["rows"] if r["provider"] == "eager" and r["seconds"]), None)
 
 
+def bound_reached(table: dict, row: dict) -> tuple[float, float] | None:
+    """Times as fast as separate rows, and what share of the tokens' bound that is."""
+    rows = [r for r in table["rows"] if r["provider"] == "separate rows" and r["seconds"]]
+    if not rows or not row["seconds"] or row is rows[0]:
+        return None
+    faster = seconds(rows[0]) / seconds(row)
+    return faster, faster / table["bound"]
+
+
+def by_shape(tables: list[dict]) -> list[list[str]]:
+    """Rows of text, the names first: tables of the prefix side in one, a shape a row."""
+    names = ["prompt", "completion", "candidates", "separate", "shared", "speed-up", "bound", "share of the bound"]
+    found = [[*names, "peak, separate", "peak, shared", "logps", "d weights"]]
+    for t in tables:
+        rows = {row["provider"].split()[0]: row for row in t["rows"]}
+        if rows.keys() >= {"separate", "ours"}:
+            apart, shared = (cells(t, rows[name]) for name in ("separate", "ours"))
+            gain = [shared[name] for name in (*names[5:], "logps", "d weights")]
+            peaks = [apart["peak"], shared["peak"]]
+            found.append([str(t["P"]), str(t["R"]), str(t["m"]), apart["time"], shared["time"], *gain[:3], *peaks, *gain[3:]])
+    return found
+
+
 def duration(value: float | None) -> str:
     if value is None:
         return ""
@@ -74,6 +97,8 @@ def exponent(row: dict, name: str) -> str:
 
 
 def columns(table: dict) -> list[str]:
+    if table["side"] == "prefix":
+        return ["provider", "time", "spread", "speed-up", "bound", "share of the bound", "peak", "logps", "d weights"]
     names = ["provider", "computes", "time", "spread", "time, eager = 1"]
     if table["side"] == "linear":
         names += ["GEMMs", "GFLOP/s", "GEMMs alone / time"]
@@ -98,6 +123,7 @@ def cells(table: dict, row: dict) -> dict[str, str]:
     floor = floor_seconds(table, row["gemms"])
     gflops = row["gemms"] * table["gemm_flops"] / time / 1e9 if time and row["gemms"] else None
     bandwidth = table["traffic_bytes"] / time / 1e9 if time and table["traffic_bytes"] else None
+    gain = bound_reached(table, row) if table["side"] == "prefix" else None
     text = {
         "provider": title_of(row),
         "computes": "" if row["floor"] else row["computes"],
@@ -115,6 +141,10 @@ def cells(table: dict, row: dict) -> dict[str, str]:
         "d logits": exponent(row, "d_logits"),
         "d hidden": exponent(row, "d_hidden"),
         "d weight": exponent(row, "d_weight"),
+        "d weights": exponent(row, "d_weights"),
+        "speed-up": ratio(gain and gain[0]),
+        "bound": ratio(gain and table["bound"]),
+        "share of the bound": f"{gain[1]:.0%}" if gain else "",
     }
     if row["status"] != "ok":
         text["time"] = row["status"]

@@ -86,6 +86,9 @@ class Truth:
             found[f"d_{name}"] = float("nan") if gradient is None else compare(name, computes, gradient.detach())
         return found
 
+    def limits(self, eager: dict[str, float], computes: str) -> dict[str, float]:
+        return limits(eager, self, computes)
+
     def _logits_error(self, name, computes, gradient) -> float:
         """Rows in blocks, the true gradient formed anew for each; ignored rows must be exactly zero."""
         gradient, upstream = gradient.flatten(0, 1), self.target(computes).upstream.flatten()[self._keep]

@@ -26,13 +26,14 @@ class ListCollator:
         rows        list of dicts  the candidates' tokens (larpo/rows.py), slice_size candidates in each (None: all in one)
 
     layout: "padded", one row per candidate; "packed", one row of all, for variable-length attention; "shared", one row
-    per list in which the prompt stands once.
+    per list in which the prompt stands once, or several with at most max_completion_tokens behind it in each.
     """
 
     pad_token_id: int = 0
     layout: Layout = "padded"
     slice_size: int | None = None
     pad_to_multiple_of: int | None = None
+    max_completion_tokens: int | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         candidates = [
@@ -55,6 +56,7 @@ class ListCollator:
     def _rows(self, candidates: Sequence[rows.Candidate]) -> dict[str, torch.Tensor]:
         if self.layout == "packed":
             return rows.packed_rows(candidates)
-        multiple = {} if self.pad_to_multiple_of is None else {"multiple": self.pad_to_multiple_of}
-        build = rows.shared_rows if self.layout == "shared" else rows.padded_rows
-        return build(candidates, self.pad_token_id, **multiple)
+        options = {} if self.pad_to_multiple_of is None else {"multiple": self.pad_to_multiple_of}
+        if self.layout == "shared":
+            return rows.shared_rows(candidates, self.pad_token_id, max_completion_tokens=self.max_completion_tokens, **options)
+        return rows.padded_rows(candidates, self.pad_token_id, **options)

@@ -133,5 +133,5 @@ def check(lm: PreTrainedModel, input_ids: Tensor, forward: Callable | None = Non
     coarsest = max(torch.finfo(x.dtype).eps for x in (hidden, weight, lm.get_input_embeddings().weight))
     allowed = 4 * coarsest * size  # a few roundings of the widest kind between the two
     if not difference <= max(allowed, 1e-5 * size):
-        return f"head(hidden states) is off its logits by {difference:.3g} rms of {size:.3g}, where {allowed:.1g} would be rounding"
+        return f"head(hidden states) is off its logits by {difference:.3g} rms of {size:.3g}; {allowed:.1g} would be rounding"
     return None

@@ -16,7 +16,7 @@ Rows are made on the CPU, by a collator. A dict of tensors:
     cu_seqlens      [S+1] int64, borders of the S candidates in `at` and `labels`
   and, by layout,
     attention_mask  [R, T] int64, padded rows: 1 for a token, 0 for padding (to the right)
-    cu_seqlens_q    [S+1] int32, packed rows (R = 1): borders of the sequences along T
+    cu_seqlens_q    [S+1] int32, packed rows (R = 1): borders of the sequences along T; max_seqlen_q, an int: the longest
     segments        [R, T] int32, prefix-shared rows: 0 the prompt, i >= 1 the i-th candidate of the row, -1 padding
 """
 
@@ -79,6 +79,7 @@ def packed_rows(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
         "input_ids": _rectangle([[token for row in tokens for token in row]], 0),
         "position_ids": _rectangle([[position for row in tokens for position in range(len(row))]], 0),
         "cu_seqlens_q": torch.tensor(borders, dtype=torch.int32),
+        "max_seqlen_q": max(map(len, tokens)),
         **_counted(candidates, [start - 1 for start in starts], starts),
     }
 
@@ -166,8 +167,7 @@ def backbone_inputs(rows: dict[str, Tensor], model_config, dtype: torch.dtype) -
     elif "attention_mask" in rows:
         inputs["attention_mask"] = rows["attention_mask"]
     elif "flash_attention" in (model_config._attn_implementation or ""):
-        borders = rows["cu_seqlens_q"]
-        longest = int(borders.diff().max())
+        borders, longest = rows["cu_seqlens_q"], rows["max_seqlen_q"]
         inputs.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
     return inputs
 

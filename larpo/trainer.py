@@ -43,8 +43,9 @@ class LarPOTrainer(Trainer):
 
     Args:
         model: a transformers causal LM, one with a PEFT adapter, or the name or path of one.
-        ref_model: the reference policy. None: the policy as it is now, held apart; with `peft_config`, the model without
-            the adapter. No reference is loaded where the data has `ref_logps` or with `reference_free`.
+        ref_model: the reference policy, or its name or path. None: the policy as it is now, held apart; with
+            `peft_config`, the model without the adapter. None is needed where the data has `ref_logps`, or with
+            `reference_free`.
         args: a `LarPOConfig`.
         train_dataset, eval_dataset: datasets.Dataset with `prompt`, `completions`, `scores`, or anything `larpo.as_lists`
             converts; eval_dataset may be a dict of them.
@@ -63,7 +64,7 @@ class LarPOTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        ref_model: PreTrainedModel | nn.Module | None = None,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
         args: LarPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -78,14 +79,17 @@ class LarPOTrainer(Trainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("train_dataset is needed (or eval_dataset, to evaluate only)")
         set_seed(args.seed)  # adapters are drawn at random
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        elif args.model_init_kwargs is not None:
+        if args.model_init_kwargs is not None and not isinstance(model, str):
             raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already")
+        model, ref_model = (
+            AutoModelForCausalLM.from_pretrained(x, **(args.model_init_kwargs or {})) if isinstance(x, str) else x
+            for x in (model, ref_model)
+        )
         if ref_model is model:
             raise ValueError("ref_model must not be the model that is trained; leave it out to hold a copy of it apart")
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(heads.causal_lm(model).config._name_or_path)
+            trusted = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "trust_remote_code"}
+            processing_class = AutoTokenizer.from_pretrained(heads.causal_lm(model).config._name_or_path, **trusted)
         self._reference_is_base = peft_config is not None and ref_model is None
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
@@ -136,6 +140,8 @@ class LarPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.data_collator.layout = self._layout()
+        if heads.causal_lm(model).config._attn_implementation != "flex_attention":
+            self.data_collator.max_completion_tokens = prefix.DENSE_MASK_TOKENS
         if self.ref_model is not None:
             self.ref_model = self._prepare_reference(self.ref_model)
             if args.sync_ref_model:

@@ -1,11 +1,8 @@
 """Candidate lists as data: every published form becomes one, and a bad row is named by its place and field."""
 
-import doctest
-import importlib
 import json
 
 import pytest
-import torch
 
 datasets = pytest.importorskip("datasets")
 
@@ -41,13 +38,6 @@ def one_row(row):
     (converted,) = as_lists([row])
     assert as_lists(datasets.Dataset.from_list([row]))[0] == converted
     return converted
-
-
-@pytest.mark.parametrize("name", ["data", "metrics", "row_check", "schemas", "tokenization"])
-def test_examples_print_what_they_say(name):
-    module = importlib.import_module(f"larpo.{name}")
-    results = doctest.testmod(module, extraglobs={"torch": torch})
-    assert results.attempted and not results.failed
 
 
 # --- where lists come from

@@ -18,7 +18,7 @@ MOE = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-MIXTURES = ("deepseek_v3", "ernie4_5_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 WANTS = {  # beside the sizes of tiny.causal_lm
     "deepseek_v3": {
         "q_lora_rank": None,

@@ -1,6 +1,5 @@
 """Evaluation as a retriever: estimators against what they estimate, intervals against their coverage."""
 
-import doctest
 import itertools
 import math
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from optional_hypothesis import given, st
 
-from larpo import retrieval
 from larpo.retrieval import (
     best_of_n,
     best_of_n_curves,
@@ -21,11 +19,6 @@ from larpo.retrieval import (
     recall_curves,
     win_rate,
 )
-
-
-def test_the_examples_print_what_they_say():
-    assert doctest.testmod(retrieval).failed == 0
-
 
 # --- N completions per prompt
 

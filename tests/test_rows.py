@@ -62,7 +62,8 @@ def test_num_tokens_leaves_padding_out_and_counts_a_shared_prompt_once(name, exp
 def test_dtypes_are_what_backbone_and_kernels_take(layout):
     rows = layout(RAGGED)
     narrow = {"cu_seqlens_q", "segments"}
-    assert {n: x.dtype for n, x in rows.items()} == {n: torch.int32 if n in narrow else torch.int64 for n in rows}
+    found = {n: x.dtype for n, x in rows.items() if n != "max_seqlen_q"}
+    assert found == {n: torch.int32 if n in narrow else torch.int64 for n in found}
 
 
 def test_lengths_are_rounded_up_to_the_multiple():
@@ -81,6 +82,16 @@ def test_a_list_that_comes_back_later_gets_a_row_of_its_own():
     """Only neighbours share: places in `at` stay in the order of the candidates."""
     rows = shared_rows([RAGGED[0], RAGGED[3], RAGGED[2]], 0, multiple=1)
     assert rows["input_ids"].shape[0] == 3 and rows["labels"].tolist() == [10, 11, 13, 14, 15, 16, 12]
+
+
+@pytest.mark.parametrize("most, rows", [(None, 2), (7, 2), (3, 2), (2, 3), (1, 4)])
+def test_a_list_of_many_completion_tokens_is_spread_over_rows_with_its_prompt(most, rows):
+    made = shared_rows(RAGGED, 0, max_completion_tokens=most)
+    assert made["input_ids"].shape[0] == rows
+    borders = made["cu_seqlens"].tolist()
+    for c, a, b in zip(RAGGED, borders, borders[1:], strict=False):
+        for i, place in enumerate(made["at"][a:b].tolist()):
+            assert _history(made, place) == [*c.prompt_ids, *c.completion_ids[:i]]
 
 
 def test_a_list_of_several_prompts_is_an_error():

@@ -1,6 +1,5 @@
 """Samplers: which tokens a completion has, what it depends on, and what sampling leaves untouched."""
 
-import doctest
 import sys
 import types
 from collections import Counter
@@ -8,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 
-from larpo import sampling
 from larpo.sampling import Distinct, Sampled, TransformersSampler, VLLMSampler, prompt_tokens, temperature_at
 
 transformers = pytest.importorskip("transformers")
@@ -63,10 +61,6 @@ def forced_model(favourites):
 
 
 # --- tokens
-
-
-def test_the_examples_print_what_they_say():
-    assert doctest.testmod(sampling).failed == 0
 
 
 def test_a_completion_ends_with_its_end_token_and_nothing_follows():

@@ -364,8 +364,10 @@ def test_what_is_logged(tmp_path, data):
 
 
 def test_the_best_model_can_be_chosen_by_a_list_metric(tmp_path, data):
-    t = trainer(tmp_path, data, eval_dataset=data, max_steps=2, eval_strategy="steps", eval_steps=1,
-                save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_ndcg", greater_is_better=True)  # fmt: skip
+    t = trainer(
+        tmp_path, data, eval_dataset=data, max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_ndcg", greater_is_better=True,
+    )  # fmt: skip
     t.train()
     assert t.state.best_metric is not None
 

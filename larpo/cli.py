@@ -1,0 +1,89 @@
+"""The command `larpo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Align language models on ranked lists of candidates (LarPO, arXiv 2502.03699).",
+)
+FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+Config = Annotated[Optional[Path], typer.Option(help="A YAML file of settings; flags win over it.")]  # noqa: UP045
+
+
+@app.command(context_settings=FORWARDED)
+def train(context: typer.Context, config: Config = None) -> None:
+    """Train on a file of ranked candidate lists.
+
+    Every setting can stand in the file or be a flag: model, train_data, eval_data, ref_model, peft, and all of LarPOConfig
+    and transformers.TrainingArguments (`larpo settings` lists them). A run that was killed goes on where it was.
+    """
+    from . import jobs
+
+    job, args = jobs.train_settings(config, context.args)
+    jobs.train(job, args)
+    typer.echo(f"saved in {args.output_dir}")
+
+
+@app.command()
+def settings(everything: Annotated[bool, typer.Option("--all", help="TrainingArguments too.")] = False) -> None:
+    """List the settings of `larpo train`, with their defaults."""
+    from dataclasses import MISSING, fields
+
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import TrainingArguments
+
+    from .config import LarPOConfig
+    from .jobs import TrainJob
+
+    inherited = set() if everything else {f.name for f in fields(TrainingArguments)}
+    table = Table("setting", "default", "what it does")
+    for one in (*fields(TrainJob), *(f for f in fields(LarPOConfig) if f.name not in inherited)):
+        has_none = one.default is MISSING and one.default_factory is MISSING
+        default = "needed" if has_none else "" if one.default is MISSING else str(one.default)
+        table.add_row(one.name, default, one.metadata.get("help", ""))
+    Console().print(table)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Option(help="Name or folder of a causal LM.")],
+    data: Annotated[str, typer.Option(help="Candidate lists: .jsonl, .json, .parquet, a saved dataset or a hub name.")],
+    out: Annotated[Path, typer.Option(help="Where to write them with logps: .parquet or .jsonl.")],
+    ref_model: Annotated[Optional[str], typer.Option(help="Adds ref_logps and implicit_rewards.")] = None,  # noqa: UP045
+    beta: Annotated[float, typer.Option(help="implicit_rewards = beta * (logps - ref_logps).")] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="Lists at a time.")] = 8,
+    candidate_batch_size: Annotated[Optional[int], typer.Option(help="Candidates at a time.")] = None,  # noqa: UP045
+    max_length: Annotated[int, typer.Option(help="Most tokens of prompt and completion.")] = 1024,
+    max_prompt_length: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Dtype of the models' weights.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a model from the hub run its own code.")] = False,
+) -> None:
+    """Write the log-likelihood and implicit reward of every candidate in a file of lists."""
+    from . import jobs
+
+    scored = jobs.score(
+        model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
+        max_length=max_length, max_prompt_length=max_prompt_length, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
+
+
+def main() -> None:
+    """Runs the command; what the user got wrong ends in one sentence, not in a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        typer.echo(f"larpo: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""`larpo train` and `larpo score` from files, and what they say of bad ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("transformers", "accelerate", "datasets", "typer", "yaml"):
+    pytest.importorskip(package)
+import tiny  # noqa: E402
+
+from larpo import jobs  # noqa: E402
+from larpo.cli import main  # noqa: E402
+from larpo.yaml_config import load_yaml  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, its tokenizer and files of lists."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny.causal_lm().save_pretrained(path / "model")
+    tiny.tokenizer().save_pretrained(path / "model")
+    (path / "lists.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(8, m=None, seed=3))))
+    return path
+
+
+def config(path, folder, **settings):
+    settings = {
+        "model": str(folder / "model"), "train_data": str(folder / "lists.jsonl"), "output_dir": str(path / "out"),
+        "max_steps": 4, "save_steps": 1, "logging_steps": 1, "learning_rate": "1e-3", "per_device_train_batch_size": 2,
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings,
+    }  # fmt: skip
+    file = path / "config.yaml"
+    file.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()))
+    return file
+
+
+def larpo(monkeypatch, capsys, *arguments):
+    """Exit status, standard output and standard error of the command."""
+    monkeypatch.setattr(sys, "argv", ["larpo", *map(str, arguments)])
+    try:
+        main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_settings_come_from_the_file_and_flags_win(tmp_path, folder):
+    file = config(tmp_path, folder, objective="listmle", objective_options=None, peft={"r": 2, "target_modules": ["q_proj"]},
+                  lr_scheduler_kwargs={}, label_names=None)  # fmt: skip
+    job, args = jobs.train_settings(file, ["--beta", "0.5", "--max-steps=2", "--share_prefix"])
+    assert (args.objective, args.beta, args.max_steps, args.share_prefix) == ("listmle", 0.5, 2, True)
+    assert args.learning_rate == 1e-3
+    assert job.peft == {"r": 2, "target_modules": ["q_proj"]}
+
+
+def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+
+    file = config(tmp_path, folder, eval_data=str(folder / "lists.jsonl"))
+    status, out, err = larpo(monkeypatch, capsys, "train", "--config", file, "--max_steps", 2)
+    assert status == 0, err
+    assert "saved in" in out
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not torch.equal(trained.lm_head.weight, tiny.causal_lm().lm_head.weight)
+    assert "eval_ndcg" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, folder):
+    """SIGKILL whenever the third checkpoint has begun to appear: possibly in the middle of writing it."""
+    from safetensors.torch import load_file
+
+    steps = 6
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "larpo.cli", "train", "--max_steps", str(steps), "--config"]
+    results = {}
+    for name in ("whole", "killed"):
+        path = tmp_path / name
+        path.mkdir()
+        file = str(config(path, folder))
+        if name == "killed":
+            process = subprocess.Popen([*command, file], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 120
+            while not (path / "out" / "checkpoint-3").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert (path / "out" / "checkpoint-3").exists() and not (path / "out" / "model.safetensors").exists()
+        done = subprocess.run([*command, file], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results[name] = load_file(path / "out" / "model.safetensors")
+    for name, weight in results["whole"].items():
+        assert torch.equal(results["killed"][name], weight), name
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_score_writes_log_likelihoods_and_implicit_rewards(tmp_path, folder, monkeypatch, capsys, suffix):
+    import datasets
+    from test_trainer import eager_logps, moved
+
+    moved(tiny.causal_lm()).save_pretrained(tmp_path / "policy")
+    tiny.tokenizer().save_pretrained(tmp_path / "policy")
+    out = tmp_path / f"scored{suffix}"
+    status, _, err = larpo(
+        monkeypatch, capsys, "score", "--model", tmp_path / "policy", "--ref-model", folder / "model", "--beta", 0.5,
+        "--data", folder / "lists.jsonl", "--out", out, "--batch-size", 3, "--candidate-batch-size", 2,
+    )  # fmt: skip
+    assert status == 0, err
+    found = (datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json)(str(out))
+    policy, reference = moved(tiny.causal_lm()), tiny.causal_lm()
+    with torch.no_grad():
+        for row, original in zip(found, tiny.lists(8, m=None, seed=3), strict=True):
+            assert row["completions"] == original["completions"]
+            a, b = eager_logps(policy, original), eager_logps(reference, original)
+            torch.testing.assert_close(torch.tensor(row["logps"]), a, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(row["implicit_rewards"]), 0.5 * (a - b), rtol=1e-4, atol=1e-4)
+            assert row["num_tokens"] == [len(tiny.tokenizer()(c).input_ids) + 1 for c in row["completions"]]
+
+
+def test_lists_can_be_scored_without_rewards(folder):
+    from datasets import Dataset
+
+    from larpo.scoring import score_lists
+
+    lists = Dataset.from_list(tiny.lists(3)).remove_columns("scores")
+    scored = score_lists(tiny.causal_lm(), lists, tiny.tokenizer(), progress=False)
+    assert scored.column_names == ["prompt", "completions", "logps", "num_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: 0.1\nlearning_rat: 1.0", "line 2: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("beta: 0.1\nbeta: 0.2", "line 2: 'beta' is given twice, first on line 1"),
+        ("beta: [1", "line 1: not YAML"),
+        ("- beta", "line 1: holds list; expected"),
+    ],
+)
+def test_a_bad_config_file_is_refused_with_its_line(tmp_path, text, message):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_yaml(file, ["beta", "learning_rate"])
+    assert message in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("a: 1e-5\nb: hello\nc: {d: [2E3, e]}\nf: true")
+    assert load_yaml(file, "abcf") == {"a": 1e-5, "b": "hello", "c": {"d": [2000.0, "e"]}, "f": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--betta", "1"], "unknown flag --betta; did you mean 'beta'?"),
+        (["--objective", "dpo"], "objective must be one of"),
+        (["--max_steps", "many"], "max_steps"),
+    ],
+)
+def test_a_bad_flag_ends_in_one_sentence(tmp_path, folder, monkeypatch, capsys, flags, message):
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder), *flags)
+    assert status == 2
+    assert message in err and "Traceback" not in err
+
+
+def test_what_must_be_given_is_named(tmp_path, monkeypatch, capsys):
+    status, _, err = larpo(monkeypatch, capsys, "train", "--output_dir", tmp_path)
+    assert status == 2 and "model and train_data must be given" in err
+
+
+def test_a_bad_line_of_data_is_named(tmp_path, folder, monkeypatch, capsys):
+    bad = tmp_path / "bad.jsonl"
+    good = {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}
+    bad.write_text("\n".join(map(json.dumps, [good, good | {"completions": ["b"]}])))
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder), "--train_data", bad)
+    assert status == 2
+    assert "line 2" in err and "'scores'" in err
+    status, _, err = larpo(monkeypatch, capsys, "score", "--model", folder / "model", "--data", bad, "--out", Path("x.csv"))
+    assert status == 2 and "out must end in .parquet or .jsonl" in err
+
+
+def test_settings_are_listed(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = larpo(monkeypatch, capsys, "settings")
+    assert status == 0
+    assert "candidate_micro_batch_size" in out and "warmup_steps" not in out
