@@ -74,6 +74,7 @@ class LarPOConfig(TrainingArguments):
             if isinstance(value, str):
                 setattr(self, name, _json(name, value))
         super().__post_init__()
+        self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
         self.resolved_objective()  # refused here, not after the model is loaded
         layout.positive("beta", self.beta)
         for name in ("max_length", "max_prompt_length", "candidate_micro_batch_size", "precompute_ref_batch_size", "ndcg_k"):

@@ -78,6 +78,12 @@ class LarPOTrainer(Trainer):
             raise TypeError(f"args must be a LarPOConfig, got {type(args).__name__}")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("train_dataset is needed (or eval_dataset, to evaluate only)")
+        if args.n_gpu > 1:  # torch.nn.DataParallel would cut rows and their borders apart
+            warnings.warn(
+                f"{args.n_gpu} GPUs are visible, one is used; for all of them start with `accelerate launch` or `torchrun`",
+                stacklevel=2,
+            )
+            args._n_gpu = 1
         set_seed(args.seed)  # adapters are drawn at random
         if args.model_init_kwargs is not None and not isinstance(model, str):
             raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already")
@@ -169,6 +175,8 @@ class LarPOTrainer(Trainer):
             append_eos=args.append_eos,
             num_proc=args.dataset_num_proc,
         )
+        if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
+            raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
         return tokenised
 
     @staticmethod

@@ -162,6 +162,34 @@ def test_candidate_micro_batches_give_the_gradient_of_whole_lists(tmp_path, data
     check_against_eager(tmp_path, data, "listmle", mean=mean, candidate_micro_batch_size=size)
 
 
+class Saved:
+    """Counts the bytes that autograd keeps for a backward, at their peak."""
+
+    live = peak = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Saved.live += tensor.numel() * tensor.element_size()
+        Saved.peak = max(Saved.peak, Saved.live)
+
+    def __del__(self):
+        Saved.live -= self.tensor.numel() * self.tensor.element_size()
+
+
+def test_candidate_micro_batches_keep_the_activations_of_one_slice(tmp_path):
+    data = Dataset.from_list(tiny.lists(1, m=16))
+    peaks = []
+    for size in (None, 2):
+        t = trainer(tmp_path, data, candidate_micro_batch_size=size)
+        step(t, list(t.train_dataset))  # the check of the first batch is done
+        Saved.live = Saved.peak = 0
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            step(t, list(t.train_dataset))
+        peaks.append(Saved.peak)
+    parameters = sum(p.numel() * 4 for p in t.model.parameters())  # saved too, as views
+    assert (peaks[1] - parameters) < (peaks[0] - parameters) / 4, peaks
+
+
 def test_gradient_checkpointing_gives_the_same_gradient(tmp_path, data):
     t = check_against_eager(tmp_path, data, gradient_checkpointing=True)
     assert t.args.gradient_checkpointing
@@ -255,6 +283,17 @@ def test_reference_log_likelihoods_in_the_data_are_taken(tmp_path, data):
     assert t.ref_model is None
     loss, _ = step(t, list(t.train_dataset))
     torch.testing.assert_close(loss, eager_loss(policy, reference, data, beta=0.3).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_reference_log_likelihoods_must_be_given_for_all_rows(tmp_path):
+    rows = tiny.lists(2)
+    with pytest.raises(ValueError, match="ref_logps: row 1 has none"):
+        trainer(tmp_path, Dataset.from_list([rows[0] | {"ref_logps": [0.0] * 4}, rows[1] | {"ref_logps": None}]))
+
+
+def test_a_model_can_be_evaluated_without_training(tmp_path, data):
+    metrics = trainer(tmp_path, None, eval_dataset=data).evaluate()
+    assert metrics["eval_loss"] > 0 and "eval_ndcg" in metrics
 
 
 def test_reference_free(tmp_path, data):
