@@ -22,12 +22,14 @@ _WHERE = {
     "VLLMSampler": "sampling",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = sorted([*_WHERE, "align"])
 
 INSTALL = "pip install 'larpo_kernels[train]'"
 
 
 def __getattr__(name: str):
+    if name == "align":  # a package that can be called: larpo.align(...)
+        return importlib.import_module(".align", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module 'larpo' has no attribute {name!r}")
     try:

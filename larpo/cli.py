@@ -31,6 +31,55 @@ def train(context: typer.Context, config: Config = None) -> None:
     typer.echo(f"saved in {args.output_dir}")
 
 
+@app.command(context_settings=FORWARDED)
+def align(context: typer.Context, config: Config = None) -> None:
+    """Run the whole loop: sample, score, build lists, train, evaluate, and again.
+
+    Every setting of larpo.align.AlignConfig can stand in the file or be a flag (--iterations 5, --training.beta 0.05). A run
+    that was killed goes on where it was.
+    """
+    from . import align as package
+
+    result = package.run(package.load_config(config, flag_values(context.args)))
+    typer.echo(f"see {result.summary}")
+
+
+@app.command(context_settings=FORWARDED)
+def recipe(
+    context: typer.Context,
+    name: Annotated[Optional[str], typer.Argument(help="Which; without it they are listed.")] = None,  # noqa: UP045
+) -> None:
+    """Run a neighbouring method over the same kernels; flags go to it (`larpo recipe NAME --help`)."""
+    from . import recipes
+
+    if name is None:
+        for known, one in recipes.RECIPES.items():
+            typer.echo(f"{known:12} {one.description}")
+        return
+    recipes.load(name).main(context.args)
+
+
+def flag_values(flags: list[str]) -> dict[str, object]:
+    """`--name value` and `--name=value` as a dict; values are read as YAML, a flag without one is true.
+
+    >>> flag_values(["--iterations", "5", "--training.beta=0.05", "--distinct"])
+    {'iterations': 5, 'training.beta': 0.05, 'distinct': True}
+    """
+    import yaml
+
+    values: dict[str, object] = {}
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ValueError(f"expected a flag, got {flag!r}")
+        name, given, text = flag[2:].partition("=")
+        if not given:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        values[name.replace("-", "_")] = yaml.safe_load(text)
+    return values
+
+
 @app.command()
 def settings(everything: Annotated[bool, typer.Option("--all", help="TrainingArguments too.")] = False) -> None:
     """List the settings of `larpo train`, with their defaults."""

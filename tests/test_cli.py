@@ -193,3 +193,26 @@ def test_settings_are_listed(monkeypatch, capsys):
     status, out, _ = larpo(monkeypatch, capsys, "settings")
     assert status == 0
     assert "candidate_micro_batch_size" in out and "warmup_steps" not in out
+
+
+def test_recipes_are_listed(monkeypatch, capsys):
+    status, out, _ = larpo(monkeypatch, capsys, "recipe")
+    assert status == 0 and "twosome" in out
+    status, _, err = larpo(monkeypatch, capsys, "recipe", "nothing")
+    assert status == 2 and "recipe must be one of" in err
+
+
+def test_a_bad_setting_of_align_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
+    status, _, err = larpo(monkeypatch, capsys, "align", "--output_dir", tmp_path, "--iteration", 3)
+    assert status == 2 and "unknown setting 'iteration'; did you mean 'iterations'?" in err
+
+
+def test_the_config_in_the_docs_is_one(tmp_path, folder):
+    import re
+
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    file = tmp_path / "docs.yaml"
+    file.write_text(found)
+    job, args = jobs.train_settings(file, ["--use_cpu", "--output_dir", str(tmp_path)])
+    assert (args.list_top, args.list_bottom, job.peft) == (1, 3, {"r": 16, "target_modules": "all-linear"})
