@@ -6,13 +6,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: bench test lint clean
+.PHONY: bench test align lint clean
 
 bench: $(READY)
 	$(PY) benchmarks/run.py
 
 test: $(READY)
 	$(PY) -m pytest -n 2
+
+align: $(READY)
+	$(PY) -m larpo.align.demo
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -14,6 +14,7 @@ EXTRAS = {
         "typer>=0.15",
         "pyyaml>=6",
         "psutil",
+        "filelock",
         "tqdm",
         "tensorboard",
     ],

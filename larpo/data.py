@@ -50,7 +50,7 @@ def load_lists(source: Any, *, split: str = "train") -> Dataset:
             raise FileNotFoundError(f"no such file: {path}")
         if path.suffix == ".parquet":
             return _convert_dataset(_read_parquet(path), str(path))
-        return _convert_rows(*_read_json(path), str(path))
+        return _convert_rows(*read_json(path), str(path))
     if path.is_file():
         raise ValueError(f"{path}: expected a file that ends in {', '.join(FILES)}")
     if not path.is_dir():
@@ -97,7 +97,7 @@ def from_candidate_lists(lists: Iterable[CandidateList]) -> Dataset:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> tuple[list[Any], Callable[[int], str]]:
+def read_json(path: Path) -> tuple[list[Any], Callable[[int], str]]:
     """The objects in a file of JSON lines or of one array, and the place of the i-th one."""
     try:
         text = path.read_text(encoding="utf-8-sig")

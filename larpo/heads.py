@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+T = TypeVar("T")
 
 
 class Unsupported(Exception):
@@ -103,6 +105,24 @@ def head_inputs(lm: PreTrainedModel, hidden: Tensor) -> HeadInputs:
     return HeadInputs(hidden, weight, bias)
 
 
+def within_head(lm: PreTrainedModel, function: Callable[[Tensor], T], hidden: Tensor) -> T:
+    """function(hidden), run as the forward of the model's head.
+
+    FSDP and DeepSpeed gather a module's sharded weights around its forward: only there they are whole.
+    """
+    head = lm.get_output_embeddings()
+    if head is None:
+        return function(hidden)
+    own = vars(head).get("forward")
+    head.forward = function
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
 CHECKED_TOKENS = 16
 
 
@@ -116,21 +136,27 @@ def check(lm: PreTrainedModel, input_ids: Tensor, forward: Callable | None = Non
     ids = input_ids[:1, :CHECKED_TOKENS]
     training = lm.training
     lm.eval()  # dropout would make two forwards differ
+
+    def from_hidden(hidden: Tensor) -> tuple[Tensor, float]:
+        hidden, weight, bias = head_inputs(lm, hidden)
+        if weight.shape[1] != hidden.shape[1] or weight.shape[0] != logits.shape[1]:
+            sizes = f"hidden states {list(hidden.shape)} and head {list(weight.shape)}"
+            raise Unsupported(f"{sizes} don't make logits {list(logits.shape)}")
+        narrow = torch.promote_types(hidden.dtype, weight.dtype)
+        ours = nn.functional.linear(hidden.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow))
+        return post_processing(lm.config)(ours.float()), max(torch.finfo(x.dtype).eps for x in (hidden, weight))
+
     try:
         logits = (forward or lm.forward)(input_ids=ids, use_cache=False).logits[0]
         hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        hidden, weight, bias = head_inputs(lm, hidden)
+        ours, coarsest = within_head(lm, from_hidden, hidden)
     except (Unsupported, AttributeError, TypeError) as error:
         return str(error)
     finally:
         lm.train(training)
-    if weight.shape[1] != hidden.shape[1] or weight.shape[0] != logits.shape[1]:
-        return f"hidden states {list(hidden.shape)} and head {list(weight.shape)} don't make logits {list(logits.shape)}"
-    narrow = torch.promote_types(hidden.dtype, weight.dtype)
-    ours = nn.functional.linear(hidden.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow))
-    ours, logits = post_processing(lm.config)(ours.float()), logits.float()
+    logits = logits.float()
     difference, size = (x.square().mean().sqrt().item() for x in (ours - logits, logits))
-    coarsest = max(torch.finfo(x.dtype).eps for x in (hidden, weight, lm.get_input_embeddings().weight))
+    coarsest = max(coarsest, torch.finfo(lm.get_input_embeddings().weight.dtype).eps)
     allowed = 4 * coarsest * size  # a few roundings of the widest kind between the two
     if not difference <= max(allowed, 1e-5 * size):
         return f"head(hidden states) is off its logits by {difference:.3g} rms of {size:.3g}; {allowed:.1g} would be rounding"

@@ -89,7 +89,7 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
         args,
         train_dataset=data,
         eval_dataset=held_out,
-        peft_config=None if job.peft is None else _lora(job.peft),
+        peft_config=None if job.peft is None else lora_config(job.peft),
     )
     checkpoint = last_whole_checkpoint(args.output_dir) if job.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -100,7 +100,7 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     return trainer
 
 
-def _lora(settings: dict[str, Any]) -> Any:
+def lora_config(settings: dict[str, Any]) -> Any:
     import peft
 
     try:

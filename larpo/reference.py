@@ -30,17 +30,27 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of what FSDP2 keeps gathered until a backward (the head, the last norm); without FSDP2 it does nothing."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class SyncReference(TrainerCallback):
     """Moves the reference towards the policy: ref = alpha * policy + (1 - alpha) * ref, every `steps` steps."""
 
     def __init__(self, policy: nn.Module, reference: nn.Module, alpha: float, steps: int):
-        self.pairs = [
-            (r, p) for r, p in zip(reference.parameters(), policy.parameters(), strict=True) if r is not p
-        ]  # shared parameters are not trained
+        self.policy, self.reference = policy, reference  # not their parameters: sharded ones may take their place
         self.alpha, self.steps = alpha, steps
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
-            for reference, policy in self.pairs:
-                reference.lerp_(policy.to(reference.dtype), self.alpha)
+            for reference, policy in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+                if reference is not policy:  # shared parameters are not trained
+                    reference.lerp_(policy.to(reference.dtype), self.alpha)

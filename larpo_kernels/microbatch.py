@@ -20,6 +20,7 @@ def backward_in_slices(
     *,
     list_sizes: int | Sequence[int] | Tensor,
     slice_size: int,
+    num_slices: int | None = None,
     objective: str | Objective = "contrastive",
     ref_logps: Tensor | None = None,
     beta: float = 0.1,
@@ -40,9 +41,11 @@ def backward_in_slices(
         relevance, list_sizes, objective, ref_logps, beta, reduction: as in `fused_listwise_loss`; reduction is "mean" or
             "sum". Lists may span slices.
         slice_size: candidates per slice, >= 1; the last slice may be smaller.
+        num_slices: run at least so many slices, the last ones with no candidate. Where a forward or a backward is
+            collective (FSDP, DDP) all ranks must run as many: pass the largest number on any rank. For an empty slice
+            `logps` returns [0], with a graph through the whole model: `logps_of_any_candidate[:0]`.
         backward: called with each slice's scalar instead of `Tensor.backward` (`accelerator.backward`, a loss scaler).
-        no_sync: makes a context for all but the last backward (`ddp_model.no_sync`): gradients are reduced once. All
-            ranks must then have the same number of slices.
+        no_sync: makes a context for all but the last backward (`ddp_model.no_sync`): gradients are reduced once.
         replay_rng: run each slice's second pass with the random state of its first, so that dropout draws the same
             masks and the gradient stays exact. On CUDA the state of the current device is replayed.
 
@@ -63,6 +66,7 @@ def backward_in_slices(
     s = relevance.shape[0]
     layout.lists(list_sizes, s, relevance.device)  # refused before the first pass, not after it
     slices = [slice(a, min(a + slice_size, s)) for a in range(0, s, slice_size)]
+    slices += [slice(s, s)] * max(0, (num_slices or 0) - len(slices))
     states = []
     parts = []
     with torch.no_grad():

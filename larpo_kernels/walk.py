@@ -11,6 +11,9 @@ number per token and never touch the vocabulary: with r = -c / (e0 + s),
     d weight = E (r h)          d hidden = r (E^T W)
 
 Where s would overflow (a target some 70 nats below the largest logit), k is raised and what was summed is rescaled.
+
+Ranks that share the vocabulary (shards.py) walk their own rows. Since partial sums add up, they exchange per token k
+before the walk and s after it, and the rows of d hidden; d weight stays where its rows are.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from . import backends
 from .schedules import tile_shape
+from .shards import add_up
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Head:
     scale: float
     softcap: float | None
     dtype: torch.dtype  # of the GEMM operands and tiles
+    group: str = ""  # whose ranks own a part of the vocabulary each (shards.py); labels are local then
 
     def rows(self, a: int, b: int) -> Tensor:
         return self.weight[a:b].to(self.dtype)
@@ -113,12 +118,18 @@ def forward(
                 tiles.add_product(acc, e.t(), weight)
             if keep and e.dtype != held_dtype:
                 held[a:b] = e
+        raised = tiles.merge_ranks() if head.group else None
+        if raised is not None:
+            raised.rescale(held.t())
+            if acc is not None:
+                raised.rescale(acc)
         ends = tiles.finish()
         for name, x in ends.items():
             getattr(kept, name)[t0:t1] = x
         tiles.put_target(held, 0, tiles.at_target(ends["logps"], ends["total"]))
         if acc is not None:
             tiles.unit_grad(acc, ends["logps"], ends["total"])
+            add_up(acc, head.group)
     return kept
 
 
@@ -179,7 +190,7 @@ def backward(
         if acc is not None:
             if entries != head.sums:
                 tiles.add_targets(acc, at_target - rounded)
-            d_hidden[at] = acc.mul_(r)
+            d_hidden[at] = add_up(acc.mul_(r), head.group)
     if d_weight is not None and not once:
         d_weight.copy_(sum_weight)
     if d_bias is not None:

@@ -55,8 +55,22 @@ def test_the_check_catches_a_factor_or_a_soft_cap_that_the_table_does_not_know(m
 
 def test_the_check_catches_a_layer_before_the_head():
     model = tiny.causal_lm()
+    own = model.forward
+
+    def forward(**inputs):
+        out = own(**inputs)
+        out.logits = model.lm_head(model.base_model(**inputs).last_hidden_state * 1.5)
+        return out
+
+    assert "is off its logits by" in heads.check(model, ids(), forward)
+
+
+def test_hooks_of_the_head_are_run():
+    """FSDP and DeepSpeed gather weights in them."""
+    model = tiny.causal_lm()
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    assert "is off its logits by" in heads.check(model, ids())
+    assert heads.check(model, ids()) is None
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_the_check_reports_a_head_that_is_not_linear():

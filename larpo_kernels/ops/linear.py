@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, schedules, walk
+from ..shards import ELSEWHERE
 
 
 @torch.library.custom_op("larpo_kernels::linear_logps", mutates_args=())
@@ -24,9 +25,10 @@ def _linear_logps(
     one_pass: bool,
     stats: bool,
     backend: str,
+    group: str = "",  # of the ranks that share the vocabulary (shards.py): labels are local
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # walk.Kept; its first three over all N
-    labels, counted, wrong = _labels_in_range(labels, weight.shape[0], ignore_index)
-    head = walk.Head(weight, bias, logit_scale, softcap, compute)
+    labels, counted, wrong = _labels_in_range(labels, weight.shape[0], ignore_index, group)
+    head = walk.Head(weight, bias, logit_scale, softcap, compute, group)
     kept = walk.forward(
         head,
         _walked(hidden, keep, counted, backend),
@@ -42,10 +44,10 @@ def _linear_logps(
     return to_all(kept.logps), *stats, *kept[3:]
 
 
-def _labels_in_range(labels: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _labels_in_range(labels: Tensor, vocab_size: int, ignore_index: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """Labels that may index the weight, which of them count, and which were neither in range nor ignored."""
     counted = labels != ignore_index
-    safe = labels.long().clamp(0, vocab_size - 1)
+    safe = labels.long().clamp(ELSEWHERE if group else 0, vocab_size - 1)
     return torch.where(counted, safe, 0), counted, counted & (safe != labels)
 
 
@@ -83,8 +85,9 @@ def _to_all(x: Tensor, keep: Tensor | None, counted: Tensor, wrong: Tensor) -> T
 
 @_linear_logps.register_fake
 def _(
-    hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, stored, held_rows, one_pass, stats, backend
-):
+    hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, stored, held_rows, one_pass, stats,
+    backend, group="",
+):  # fmt: skip
     n = _num_walked(hidden.shape[0] if keep is None else keep.shape[0], backend)
     sums = torch.float64 if compute == torch.float64 else torch.float32
     all_tokens, walked = hidden.new_empty(labels.shape, dtype=sums), hidden.new_empty(n, dtype=sums)
@@ -118,11 +121,12 @@ def _linear_logps_backward(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # d hidden, d weight, d bias; empty where not needed
     new = lambda x, needed: torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)  # noqa: E731
     d_hidden, d_weight = new(hidden, needs_hidden), new(weight, needs_weight)
     d_bias = new(weight if bias is None else bias, needs_bias)
-    labels, counted, _ = _labels_in_range(labels, weight.shape[0], ignore_index)
+    labels, counted, _ = _labels_in_range(labels, weight.shape[0], ignore_index, group)
     n = hidden.shape[0] if keep is None else keep.shape[0]
     d_walked = d_hidden
     if needs_hidden and not total.shape[0] == n == hidden.shape[0]:  # padded back to N, the tokens that count are not N
@@ -132,7 +136,7 @@ def _linear_logps_backward(
     else:
         hidden, labels, grad, logps = (_walked(x, keep, counted, backend) for x in (hidden, labels, grad, logps))
         walk.backward(
-            walk.Head(weight, bias, logit_scale, softcap, compute),
+            walk.Head(weight, bias, logit_scale, softcap, compute, group),
             hidden,
             labels,
             grad,
@@ -152,17 +156,17 @@ def _linear_logps_backward(
 @_linear_logps_backward.register_fake
 def _(
     grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held,
-    ignore_index, logit_scale, softcap, compute, needs_hidden, needs_weight, needs_bias, backend,
+    ignore_index, logit_scale, softcap, compute, needs_hidden, needs_weight, needs_bias, backend, group="",
 ):  # fmt: skip
     new = lambda x, needed: x.new_empty(x.shape if needed else (0,))  # noqa: E731
     return new(hidden, needs_hidden), new(weight, needs_weight), new(weight if bias is None else bias, needs_bias)
 
 
 def _linear_setup(ctx, inputs, output):
-    hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, *_, backend = inputs
+    hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, *_, backend, group = inputs
     logps, _, _, *kept = output
     ctx.options = (ignore_index, logit_scale, softcap, compute)
-    ctx.backend = backend
+    ctx.where = (backend, group)
     ctx.save_for_backward(hidden, weight, bias, labels, keep, logps, *kept)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -170,10 +174,10 @@ def _linear_setup(ctx, inputs, output):
 
 def _linear_autograd(ctx, grad, *_):
     if grad is None:
-        return (None,) * 14
+        return (None,) * 15
     needs = ctx.needs_input_grad[:3]
-    grads = _linear_logps_backward(grad, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
-    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *(None,) * 11
+    grads = _linear_logps_backward(grad, *ctx.saved_tensors, *ctx.options, *needs, *ctx.where)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *(None,) * 12
 
 
 _linear_logps.register_autograd(_linear_autograd, setup_context=_linear_setup)
@@ -187,13 +191,18 @@ def counted_tokens(labels: Tensor, ignore_index: int) -> Tensor | None:
     return (labels != ignore_index).nonzero()[:, 0]
 
 
-def linear_logps(hidden, weight, bias, labels, keep, plan, *, ignore_index, logit_scale, softcap, stats=False, backend=None):
-    """-> logps, entropy, top1 [N] of hidden [N, H] by a schedules.Plan; keep as `counted_tokens` gives it."""
+def linear_logps(
+    hidden, weight, bias, labels, keep, plan, *, ignore_index, logit_scale, softcap, stats=False, backend=None, group=""
+):
+    """-> logps, entropy, top1 [N] of hidden [N, H] by a schedules.Plan; keep as `counted_tokens` gives it.
+
+    group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
+    """
     backend = backends.pick(backend, hidden)
     compute = schedules.compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
     stored = schedules.stored_dtype(compute, hidden.dtype)
     one_pass = plan.schedule == "frozen_head"
     return _linear_logps(
         hidden, weight, bias, labels, keep, ignore_index, float(logit_scale), softcap,
-        compute, stored, plan.held_rows, one_pass, stats, backend,
+        compute, stored, plan.held_rows, one_pass, stats, backend, group,
     )[:3]  # fmt: skip

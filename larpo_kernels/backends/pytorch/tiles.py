@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...shards import add_up, largest
+
 ROOM = 1e30  # s stays below it, so that E^T W and E (r h) stay finite too
 STEP = 256  # rows at a time where something needs a float32 copy: small enough to stay in the cache
 GROUPS = 16  # partial column sums of a bfloat16 tile, so that rounding each of them to bfloat16 does not matter
@@ -62,6 +64,8 @@ class Tiles:
             z[at] = (self.hidden[at].to(head.sums) * head.weight[self.labels[at]].to(head.dtype).to(head.sums)).sum(1)
         if head.bias is not None:
             z += head.bias[self.labels]
+        if head.group:
+            z = add_up(z.masked_fill_(self.labels < 0, 0), head.group)  # of its owner, exactly
         z *= head.scale
         return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
 
@@ -148,6 +152,19 @@ class Tiles:
         tokens = high.nonzero()[:, 0]
         return Raised(tokens, factor[tokens]), new
 
+    def merge_ranks(self) -> Raised | None:
+        """The sums over all ranks' vocabularies, relative to the largest k among them; what is held here is to be rescaled."""
+        factor = self._common_centre()
+        self.sums = Sums(add_up(self.sums.e * factor, self.head.group), None, None)
+        tokens = (factor < 1).nonzero()[:, 0]
+        return Raised(tokens, factor[tokens]) if tokens.numel() else None
+
+    def _common_centre(self) -> Tensor:
+        """Raises k to the largest of all ranks; returns exp(old - new) of each token."""
+        old = self.centre, self.level
+        self.centre, self.level = largest(torch.stack(old), self.head.group)
+        return ((old[0] - self.centre) + (old[1] - self.level)).exp()
+
     def finish(self) -> dict[str, Tensor]:
         """Results per token once every tile was formed, by their names in walk.Kept."""
         s, offset = self.sums, self.target - self.centre - self.level  # about 0; far below it where k was raised
@@ -185,7 +202,9 @@ class Tiles:
             acc += x @ y
 
     def add_targets(self, acc: Tensor, value: Tensor) -> None:
-        """acc [tokens, H] += value [tokens] times the weight of each target."""
+        """acc [tokens, H] += value [tokens] times the weight of each target, on the rank that owns it."""
+        if self.head.group:
+            value = value.masked_fill(self.labels < 0, 0)
         for at in _slices(acc.shape[0], acc.device):
             acc[at].addcmul_(self.head.weight[self.labels[at]].to(acc.dtype), value[at][:, None])
 

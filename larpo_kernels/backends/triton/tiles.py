@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ...kernels import tiles
+from ...shards import add_up
 from ..pytorch import tiles as plain
 from .launch import for_tensor, on_device
 
@@ -60,6 +61,11 @@ class Tiles(plain.Tiles):
                 out, span, self.level, rows, tokens, out.stride(0),
                 SPAN=self.launch.tile_span, R=self.launch.tile_rows, T=block, num_warps=self.launch.tile_warps,
             )  # fmt: skip
+        return Raised(factor)
+
+    def merge_ranks(self) -> Raised:
+        factor = self._common_centre()
+        self.sums = self.sums._replace(e=add_up(self.sums.e * factor, self.head.group))
         return Raised(factor)
 
     def form_again(self, a: int, weight: Tensor, out: Tensor, at_target: Tensor) -> None:

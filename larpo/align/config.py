@@ -1,0 +1,270 @@
+"""AlignConfig: what a run of the loop is. Every field can stand in a YAML file under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..candidates import PAPER_SUBSETS
+from ..rewards import name_of
+from ..sampling import temperature_at
+from ..yaml_config import load_yaml, nearest, number
+
+# Settings of LarPOConfig where neither `training` nor the loop says otherwise. "paper": arXiv 2502.03699, its experiment
+# on objectives; it states neither schedule nor warm-up, these are what comparable public recipes use.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-7,  # paper
+    "num_train_epochs": 2,  # paper
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "precompute_ref_log_probs": True,  # few epochs: one pass over the data costs less than holding a second model
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "disable_tqdm": True,
+}
+OWNED = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "sync_ref_model": "reference",
+         "list_top": "subset", "list_bottom": "subset", "eval_strategy": "eval_k", "load_best_model_at_end": "eval_k",
+         "model_init_kwargs": "model_init_kwargs"}  # fmt: skip
+MAY_CHANGE = ("iterations", "output_dir")  # of a run that has begun
+
+
+def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING) -> Any:
+    """A field and what it is for."""
+    given = {"default": default} if factory is MISSING and default is not MISSING else {}
+    given |= {"default_factory": factory} if factory is not MISSING else {}
+    return field(**given, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class AlignConfig:
+    """A run of LarPO's algorithm 1 (arXiv 2502.03699): sample, score, build lists, train, evaluate, and again.
+
+    Raises ValueError for a value that is out of its range, naming the field.
+    """
+
+    output_dir: str = _arg(text="The run folder; a run that was killed goes on from what is in it.")
+    model: str = _arg(text="Name or folder of a causal LM, or smollm2 (SmolLM2-135M-Instruct out of a Python package).")
+    prompts: Any = _arg(
+        text="A file (.txt: one per line; .json, .jsonl, .parquet: field `prompt`, other fields go to the reward), a dataset "
+        "on the hub, imdb (openings of film reviews), or a list of prompts."
+    )
+    reward: Any = _arg(
+        text="What scores a completion: imdb_sentiment, package.module:function, the name or folder of a sequence "
+        "classifier, or a list of these."
+    )
+
+    # --- the loop
+    iterations: int = _arg(3, "Iterations of the loop (paper: 3).")
+    prompts_per_iteration: int | None = _arg(
+        None, "So many prompts an iteration, the next ones of a shuffled order (None: all)."
+    )
+    prompts_split: str = _arg("train", "Split of a dataset on the hub.")
+    seed: int = _arg(0, "Equal seeds on an equal machine give an equal run.")
+    reference: str = _arg(
+        "iteration", "The reference policy: iteration (the policy at the start of the iteration; paper) or initial (`model`)."
+    )
+
+    # --- retrieve
+    k: int = _arg(10, "Completions sampled per prompt and iteration (paper: 10).")
+    temperatures: Any = _arg(1.0, "A number, one per iteration, or [linear, start, end] (paper: 0.8 to 1.2).")
+    max_new_tokens: int = _arg(256, "Most tokens of a completion.")
+    top_k: int = _arg(0, "Sample from the top_k likeliest tokens only (0: all).")
+    top_p: float = _arg(1.0, "Sample from the likeliest tokens that hold this probability only.")
+    distinct: bool = _arg(False, "Sample again until the k completions of a prompt differ (4 tries).")
+    sample_batch_size: int = _arg(64, "Completions generated at a time.")
+    chunk_size: int = _arg(64, "Prompts between two files of the sampling: what a killed process has to sample again.")
+    sampler: str = _arg("transformers", "What samples: transformers or vllm.")
+    sampler_options: dict[str, Any] = _arg(text="Keywords of vllm.LLM.", factory=dict)
+
+    # --- rerank
+    reward_weights: list[float] | None = _arg(None, "A weight per reward (None: 1 each).")
+    on_reward_error: str = _arg("raise", "A reward that fails: raise, or skip (the completions of that chunk have no score).")
+
+    # --- lists
+    memory: str = _arg("all", "Candidates of earlier iterations that enter the lists: none, previous or all (paper: all).")
+    subset: Any = _arg(
+        "paper",
+        "What is trained on of each ranked list: all, [top, bottom], or paper: 1 against 3 for contrastive, 2 and 2 for "
+        "listmle and lambdarank, 1 against 1 for pairwise.",
+    )
+    negatives: str = _arg(
+        "low",
+        "What the bottom of the subset holds: low (lowest rewards; paper), hard (of the lower half by reward those that the "
+        "policy finds likely), related or random (candidates of another prompt).",
+    )
+    baseline: str | None = _arg(
+        None, "dpo: iterative DPO, the best against the worst of the same k, so that both spend the same generations."
+    )
+
+    # --- train
+    training: dict[str, Any] = _arg(text="Settings of LarPOConfig: objective, beta, learning_rate, ...", factory=dict)
+    trained_layers: int | None = _arg(None, "Train the last so many decoder layers, and nothing else (None: everything).")
+    peft: dict[str, Any] | None = _arg(None, "Settings of peft.LoraConfig: trains an adapter.")
+    model_init_kwargs: dict[str, Any] = _arg(text="Arguments of from_pretrained: dtype, attn_implementation.", factory=dict)
+    keep_models: str = _arg("all", "Policies that stay in the run folder: all, or last.")
+
+    # --- evaluate
+    eval_prompts: Any = _arg(32, "Held-out prompts: a number of `prompts` to hold out, or as `prompts`.")
+    eval_prompts_split: str = _arg("test", "Split of a dataset on the hub.")
+    eval_k: int = _arg(4, "Completions per held-out prompt, and the largest N of best-of-N and Recall@N.")
+    eval_temperatures: list[float] = _arg(
+        text="Temperatures of best-of-N and Recall@N; 1.0 is among them, where reward and KL are measured.",
+        factory=lambda: [1.0],
+    )
+    solved_above: float | None = _arg(None, "A completion with a higher reward solves its prompt (None: no Recall@N).")
+
+    def __post_init__(self):
+        for name in ("iterations", "k", "max_new_tokens", "sample_batch_size", "chunk_size", "eval_k"):
+            self._at_least_one(name)
+        for name in ("prompts_per_iteration", "trained_layers"):
+            if getattr(self, name) is not None:
+                self._at_least_one(name)
+        for name, allowed in {
+            "reference": ("iteration", "initial"), "sampler": ("transformers", "vllm"), "on_reward_error": ("raise", "skip"),
+            "memory": ("none", "previous", "all"), "negatives": ("low", "hard", "related", "random"), "baseline": (None, "dpo"),
+            "keep_models": ("all", "last"),
+        }.items():  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for name in ("training", "model_init_kwargs", "sampler_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must hold `name: value` settings, got {getattr(self, name)!r}")
+        for iteration in range(self.iterations):
+            if temperature_at(self.temperatures, iteration, self.iterations) == 0 and self.k > 1:
+                raise ValueError("temperatures must be above 0: at 0 all completions of a prompt are the same")
+        if not isinstance(self.eval_temperatures, Sequence) or 1.0 not in self.eval_temperatures:
+            raise ValueError(
+                f"eval_temperatures must hold 1.0, where reward and KL are measured; got {self.eval_temperatures!r}"
+            )
+        if any(not temperature > 0 for temperature in self.eval_temperatures):
+            raise ValueError(f"eval_temperatures must be above 0, got {self.eval_temperatures!r}")
+        if self.k < 2 and self.memory == "none" and self.negatives in ("low", "hard"):
+            raise ValueError("k must be at least 2: a list of one candidate has no order")
+        if self.trained_layers is not None and self.peft is not None:
+            raise ValueError("trained_layers and peft exclude each other: an adapter trains nothing of the model")
+        if self.sampler == "vllm" and self.peft is not None:
+            raise ValueError("sampler vllm reads a whole model from the run folder, and peft leaves an adapter there")
+        if self.sampler == "transformers" and self.sampler_options:
+            raise ValueError("sampler_options are keywords of vllm.LLM: they need sampler vllm")
+        self._check_training_names()
+        _, bottom = self.top_and_bottom()
+        if bottom == 0 and self.negatives != "low":
+            raise ValueError(f"negatives {self.negatives!r} fill the bottom of the subset, but subset={self.subset!r} has none")
+
+    def _at_least_one(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def _check_training_names(self) -> None:
+        from ..config import LarPOConfig
+
+        known = {f.name for f in fields(LarPOConfig) if f.init} - OWNED.keys()
+        for name in self.training:
+            if name in OWNED:
+                raise ValueError(f"training.{name} is settled by the loop: see {OWNED[name]}")
+            if name not in known:
+                raise ValueError(f"unknown setting training.{name}{nearest(name, known)}")
+        if self.baseline == "dpo":
+            if self.training.get("objective", "pairwise") != "pairwise":
+                raise ValueError(f"baseline dpo is pairwise, but training.objective is {self.training['objective']!r}")
+            if self.negatives != "low" or self.subset not in ("paper", [1, 1]):
+                raise ValueError("baseline dpo takes the best against the worst: leave out subset and negatives")
+
+    # --- what follows from the fields
+
+    def training_settings(self) -> dict[str, Any]:
+        """Settings of LarPOConfig, without those of one iteration (folder, seed)."""
+        own = {"objective": "pairwise"} if self.baseline == "dpo" else {}
+        settings = {**TRAINING_DEFAULTS, **self.training, **own}
+        if settings.get("reference_free"):
+            settings["precompute_ref_log_probs"] = False
+        return settings
+
+    @property
+    def objective(self) -> str:
+        return self.training_settings().get("objective", "contrastive")
+
+    def top_and_bottom(self) -> tuple[int, int | None]:
+        """How many of the best and of the worst of a list are trained on; None: all the others."""
+        if self.subset == "all":
+            return 1, None
+        if self.subset == "paper":
+            return PAPER_SUBSETS.get(self.objective, (1, None))
+        pair = self.subset
+        if (
+            not isinstance(pair, Sequence)
+            or isinstance(pair, str)
+            or len(pair) != 2
+            or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in pair)
+            or sum(pair) < 2
+        ):
+            raise ValueError(f"subset must be 'all', 'paper' or [top, bottom] with at least 2 together, got {pair!r}")
+        return tuple(pair)
+
+    def temperature(self, iteration: int) -> float:
+        """Of an iteration, counted from 1."""
+        return temperature_at(self.temperatures, iteration - 1, self.iterations)
+
+    def reward_names(self) -> list[str]:
+        rewards = self.reward if isinstance(self.reward, list | tuple) else [self.reward]
+        return [one if isinstance(one, str) else name_of(one) for one in rewards]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.yaml holds: plain values, a reward that is a Python object by its name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        names = self.reward_names()
+        values["reward"] = names if isinstance(self.reward, list | tuple) else names[0]
+        return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Without tuples and paths, so that what is read back from a file is equal."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> AlignConfig:
+    """An AlignConfig from a YAML file, from settings that win over it, or from both.
+
+    overrides: by field name; a setting of `training`, `peft` and the other groups also as "training.learning_rate".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file and line, or the setting, and what is wrong: unknown (with the nearest name), missing, bad.
+    """
+    known = [f.name for f in fields(AlignConfig)]
+    values = {} if path is None else load_yaml(path, known)
+    for name, value in (overrides or {}).items():
+        group, _, inner = name.partition(".")
+        if group not in known:
+            raise ValueError(f"unknown setting {name!r}{nearest(group, known)}")
+        if inner:
+            if not isinstance(values.get(group) or {}, Mapping):
+                raise ValueError(f"{name!r} is set, but {group} holds {values[group]!r}")
+            values[group] = {**(values.get(group) or {}), inner: number(value)}
+        else:
+            values[name] = number(value)
+    needed = [f.name for f in fields(AlignConfig) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{' and '.join(missing)} must be given{'' if path is None else f' in {path}'}")
+    return AlignConfig(**values)
+
+
+def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
+    """The settings by which a run would become another one, as sentences; none if it may go on."""
+    now = after.to_dict()
+    found = [
+        f"{name} was {before.get(name)!r} and is {now[name]!r}"
+        for name in now
+        if name not in MAY_CHANGE and before.get(name) != now[name]
+    ]
+    linear = isinstance(after.temperatures, Sequence) and after.temperatures[0] == "linear"
+    if linear and before.get("iterations") != now["iterations"]:
+        found.append(f"iterations was {before.get('iterations')!r}, and a linear temperature depends on it")
+    return found

@@ -1,0 +1,175 @@
+"""Algorithm 1 of LarPO (arXiv 2502.03699) over a run folder: every stage of every iteration that is not done yet, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import stages
+from .config import AlignConfig, differences
+from .prompts import load_prompts
+from .run_folder import RunFolder, read_json, write_json, write_text
+from .stages import Run
+
+if TYPE_CHECKING:
+    import torch
+
+STAGES: dict[str, Callable[[Run, int], dict[str, Any]]] = {
+    "sample": stages.sample,
+    "score": stages.score,
+    "lists": stages.lists,
+    "train": stages.train,
+    "evaluate": stages.evaluate,
+}
+
+
+class Result(NamedTuple):
+    """What `run` leaves behind."""
+
+    folder: Path
+    summary: Path  # summary.md
+    metrics: list[dict[str, Any]]  # of the start and of every iteration: the counts of each stage, by its name
+
+
+def run(config: AlignConfig, *, progress: bool = True) -> Result:
+    """Runs the loop, or what is left of it: stages that are done are not done again, one that was begun goes on.
+
+    Args:
+        config: the run. In a folder that holds a run, the same one (more iterations are welcome).
+        progress: bars, and a line per stage.
+
+    Raises:
+        ValueError: a bad setting; a folder that holds another run, naming every difference, or where another process is
+            at work; more than one process.
+        RuntimeError: a reward raised (with on_reward_error="raise"); nothing that was sampled is lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the loop runs in one process; start it without torchrun or accelerate launch")
+    folder = RunFolder(config.output_dir)
+    with folder.lock(), _quiet_datasets():
+        state = _prepare(config, folder, progress)
+        _stage(state, 0, "evaluate")
+        for iteration in range(1, config.iterations + 1):
+            for stage in STAGES:
+                _stage(state, iteration, stage)
+            stages.clean_up(state, iteration)
+        return _summarise(state)
+
+
+def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
+    """The run with its prompts, which are read once: later changes of their file don't reach a run that has begun."""
+    import torch
+    import yaml
+
+    from .models import Models
+    from .training import arguments
+
+    settings = folder.path / "config.yaml"
+    before = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    if before is not None:
+        changed = differences(before, config)
+        if changed:
+            raise ValueError(f"output_dir={str(folder.path)!r} holds another run: {'; '.join(changed)}")
+    device = torch.device(arguments(config, str(folder.path), seed=config.seed).device)  # refuses bad training settings
+    rewards = _rewards(config, device)
+    prompts = folder.path / "prompts.json"
+    if not prompts.exists():
+        train, held_out = load_prompts(config)
+        write_json(prompts, {"train": train, "held_out": held_out})
+    if before != config.to_dict():
+        write_text(settings, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    read = read_json(prompts)
+    return Run(config, folder, Models(config, device), rewards, read["train"], read["held_out"], progress)
+
+
+def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
+    from ..rewards import BUILT_IN, from_name, sequence_classifier
+
+    def find(name: str) -> Any:
+        if name in BUILT_IN or (":" in name and not Path(name).exists()):
+            return from_name(name)
+        classifier = sequence_classifier(name)
+        classifier.model.to(device)
+        return classifier
+
+    rewards = config.reward if isinstance(config.reward, list | tuple) else [config.reward]
+    if not rewards:
+        raise ValueError("reward is empty; expected at least one")
+    if config.reward_weights is not None and len(config.reward_weights) != len(rewards):
+        given = len(config.reward_weights)
+        raise ValueError(f"reward_weights has {given} values; expected one for each of the {len(rewards)} rewards")
+    return [one if callable(one) else find(one) for one in rewards]
+
+
+def _stage(run: Run, iteration: int, name: str) -> dict[str, Any]:
+    """The counts of a stage, which is run if it is not done."""
+    folder = run.folder.iteration(iteration)
+    counts = stages.done(folder, name)
+    if counts is not None:
+        return counts
+    started = time.perf_counter()
+    counts = STAGES[name](run, iteration)
+    counts["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(folder / f"{name}.json", counts)
+    if run.progress:
+        print(f"{folder.name:>12} {name:<8} {counts['seconds']:7.1f} s  {_line(name, counts)}", flush=True)
+    return counts
+
+
+def _line(stage: str, counts: dict[str, Any]) -> str:
+    """What was done, in a line."""
+    if stage == "evaluate":
+        reward, kl = counts["reward"], counts["kl"]
+        shown = "no reward" if reward is None else f"reward {interval(reward)}"
+        return f"{shown}, KL {interval(kl)} nats, {counts['distinct']:.0%} distinct"
+    if stage == "train":
+        last = counts["log"][-1] if counts["log"] else {}
+        figures = [f"{name} {value:.3g}" for name, value in last.items() if name != "step"]
+        return ", ".join([f"{counts['steps']} steps", *figures])
+    skipped = ("seconds", "sizes", "sources")
+    said = {name: value for name, value in counts.items() if name not in skipped and value is not None}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in said.items())
+
+
+def interval(estimate: dict[str, float | None]) -> str:
+    """A mean with half the width of its interval.
+
+    >>> interval({"mean": 0.5, "low": 0.25, "high": 0.75})
+    '+0.50 ± 0.25'
+    """
+    half = "" if estimate["low"] is None else f" ± {(estimate['high'] - estimate['low']) / 2:.2f}"
+    return f"{estimate['mean']:+.2f}{half}"
+
+
+def _summarise(run: Run) -> Result:
+    from . import plots, summary
+
+    metrics = [
+        {"iteration": i} | {name: stages.done(run.folder.iteration(i), name) for name in STAGES if i > 0 or name == "evaluate"}
+        for i in range(run.config.iterations + 1)
+    ]
+    write_json(run.folder.path / "metrics.json", metrics)
+    pictures = plots.draw(metrics, run.config, run.folder.path / "plots")
+    page = run.folder.path / "summary.md"
+    write_text(page, summary.page(run, metrics, pictures))
+    if run.progress:
+        print(f"\n{summary.table(metrics)}\n\n{page}", flush=True)
+    return Result(run.folder.path, page, metrics)
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without a bar for every small table."""
+    import datasets
+
+    were_off = datasets.utils.logging.is_progress_bar_enabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()

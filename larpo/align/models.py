@@ -1,0 +1,99 @@
+"""The models of a run, loaded from where they stand: at most one is held at a time."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .config import AlignConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Models:
+    """Loads policies for the stages, and keeps the one that was asked for last.
+
+    Policies are always read back from the run folder, so that a run that goes on after a kill has the same one as a
+    run that was never killed.
+    """
+
+    config: AlignConfig
+    device: torch.device
+    _name: str | None = None
+    _model: Any = None
+    _tokenizer: Any = field(default=None)
+
+    def initial(self) -> str:
+        """Name or folder of the model that the run starts from."""
+        if self.config.model == "smollm2":
+            from ..offline import smollm2_folder
+
+            return str(smollm2_folder())
+        return str(self.config.model)
+
+    def load(self, name: str | Path) -> PreTrainedModel:
+        """The model of this name or folder, in eval mode, on the device; an adapter's folder gives its model with it."""
+        name = str(name)
+        if name != self._name:
+            if self._model is not None:
+                self.forget()
+            self._model = self._load(name)
+            self._name = name
+        return self._model
+
+    def take(self, name: str | Path) -> PreTrainedModel:
+        """As `load`, to be trained: the next `load` of this name reads it again."""
+        model = self.load(name)
+        self._name = self._model = None
+        return model
+
+    def forget(self) -> None:
+        """Frees the model that is held, and whatever a trainer that is done with left behind."""
+        self._name = self._model = None
+        gc.collect()  # a trainer and its model hold each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.initial())
+        return self._tokenizer
+
+    def _load(self, name: str) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        adapter = Path(name) / "adapter_config.json"
+        base = self.initial() if adapter.is_file() else name
+        model = AutoModelForCausalLM.from_pretrained(base, **self.config.model_init_kwargs)
+        if adapter.is_file():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name, is_trainable=True)
+        return model.to(self.device).eval()
+
+
+def train_last_layers(model: nn.Module, n: int) -> nn.Module:
+    """Only the last n decoder layers require grad: what lies below needs no backward, and the reference shares it.
+
+    Raises ValueError where the model has fewer layers, or its layers are not one list.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+    if layers is None:
+        raise ValueError(f"trained_layers={n}: {type(model).__name__} has no list of its {depth} layers")
+    if n > depth:
+        raise ValueError(f"trained_layers={n}, but {type(model).__name__} has {depth} layers")
+    model.requires_grad_(False)
+    for layer in layers[depth - n :]:
+        layer.requires_grad_(True)
+    return model

@@ -1,0 +1,92 @@
+"""The prompts of a run: rows {"prompt": text or messages, and any columns that the reward wants}."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..row_check import check_text
+from .config import AlignConfig
+
+Prompt = dict[str, Any]
+
+
+def load_prompts(config: AlignConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, in a shuffled order, and held-out ones. None comes twice, none is in both.
+
+    Raises ValueError where prompts can't be read, or too few are left to train or to evaluate on.
+    """
+    prompts = _distinct(_read(config.prompts, config.prompts_split, "prompts"))
+    random.Random(config.seed).shuffle(prompts)
+    if isinstance(config.eval_prompts, int):
+        n = config.eval_prompts
+        if not 0 < n < len(prompts):
+            raise ValueError(f"eval_prompts must be at least 1 and below the {len(prompts)} different prompts, got {n}")
+        held_out, prompts = prompts[:n], prompts[n:]
+    else:
+        held_out = _distinct(_read(config.eval_prompts, config.eval_prompts_split, "eval_prompts"))
+        keys = {_key(row) for row in held_out}
+        prompts = [row for row in prompts if _key(row) not in keys]
+    if not prompts or not held_out:
+        raise ValueError(f"{len(prompts)} prompts to train on and {len(held_out)} held out; expected at least one of each")
+    return prompts, held_out
+
+
+def of_iteration(prompts: list[Prompt], per_iteration: int | None, iteration: int) -> list[Prompt]:
+    """The prompts of an iteration (from 1): the next `per_iteration` in order, from the start again after the last one."""
+    if per_iteration is None or per_iteration >= len(prompts):
+        return prompts
+    first = (iteration - 1) * per_iteration
+    return [prompts[i % len(prompts)] for i in range(first, first + per_iteration)]
+
+
+def imdb_openings(words: int = 5) -> list[Prompt]:
+    """ "Movie review: " and the first words of each of the 200 film reviews in `larpo.offline.imdb_reviews`."""
+    from ..offline import imdb_reviews
+
+    reviews, _ = imdb_reviews()
+    return [{"prompt": f"Movie review: {' '.join(review.split()[:words])}"} for review in reviews]
+
+
+def _read(source: Any, split: str, name: str) -> list[Prompt]:
+    if source == "imdb":
+        return imdb_openings()
+    if not isinstance(source, str | Path):
+        rows = list(source)
+    elif (path := Path(source).expanduser()).suffix == ".txt":
+        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif path.suffix in (".json", ".jsonl", ".parquet"):
+        rows = _read_file(path)
+    else:
+        import datasets
+
+        rows = list(datasets.load_dataset(str(source), split=split))
+    return [_row(row, f"{name}, row {i}") for i, row in enumerate(rows)]
+
+
+def _read_file(path: Path) -> list:
+    from ..data import read_json
+    from .run_folder import read_rows
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    return read_rows(path) if path.suffix == ".parquet" else read_json(path)[0]
+
+
+def _row(row: Any, where: str) -> Prompt:
+    row = dict(row) if isinstance(row, Mapping) else {"prompt": row}
+    if "prompt" not in row:
+        raise ValueError(f"{where}: field 'prompt' is missing; found {sorted(row)}")
+    check_text("prompt", row["prompt"], where)
+    return row
+
+
+def _distinct(rows: list[Prompt]) -> list[Prompt]:
+    return list({_key(row): row for row in reversed(rows)}.values())[::-1]
+
+
+def _key(row: Prompt) -> str:
+    return json.dumps(row["prompt"], sort_keys=True)

@@ -1,0 +1,328 @@
+"""The five stages of an iteration. Each is a function of a run and the iteration's number (from 1) that reads the files of
+the stages before it, writes its own, and returns the counts that a reader wants to know. `larpo.align.run_folder` lists
+the files.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import candidates as lists_of
+from .. import rewards
+from ..candidates import Candidate, PromptList, from_rows, to_rows
+from ..row_check import present
+from . import evaluation, training
+from .config import AlignConfig
+from .models import Models
+from .prompts import Prompt, of_iteration
+from .run_folder import Rows, RunFolder, in_chunks, read_json, read_rows, remove, rows_once, write_rows
+
+SAMPLE, EVALUATE, NEGATIVES = 1, 2, 3  # what a seed is for; 0 is training
+
+
+@dataclass
+class Run:
+    """What every stage works with."""
+
+    config: AlignConfig
+    folder: RunFolder
+    models: Models
+    rewards: Sequence[rewards.Reward]
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    progress: bool = True
+
+    def seed(self, *purpose: int) -> int:
+        """A seed that depends on the run's seed and on nothing but the purpose."""
+        return int(np.random.SeedSequence([self.config.seed, *purpose]).generate_state(1)[0])
+
+    def policy(self, iteration: int) -> str:
+        """Name or folder of the policy after an iteration; after iteration 0 it is the initial model."""
+        return self.models.initial() if iteration == 0 else str(self.folder.model(iteration))
+
+    def of_iteration(self, iteration: int) -> list[Prompt]:
+        return of_iteration(self.prompts, self.config.prompts_per_iteration, iteration)
+
+
+# --- sample ------------------------------------------------------------------------------------------------
+
+
+def sample(run: Run, iteration: int) -> dict[str, Any]:
+    """k completions per prompt from the policy at the start of the iteration, at the iteration's temperature."""
+    folder, temperature = run.folder.iteration(iteration), run.config.temperature(iteration)
+    chunks = folder / "sample-chunks"
+
+    def build() -> Rows:
+        return draw(
+            run, run.policy(iteration - 1), run.of_iteration(iteration), run.config.k, temperature,
+            seed=(SAMPLE, iteration), source=f"iteration {iteration}", chunks=chunks, to_train_on=True,
+        )  # fmt: skip
+
+    rows = rows_once(folder / "sampled.parquet", build)
+    remove(chunks)
+    lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
+    return {
+        "temperature": temperature,
+        "prompts": len(rows),
+        "candidates": len(lengths),
+        "duplicates": lists_of.deduplicate(from_rows(rows))[1],
+        "ended_by_themselves": float(np.mean([flag for row in rows for flag in row["finished"]])),
+        "tokens_per_candidate": float(np.mean(lengths)),
+    }
+
+
+def draw(
+    run: Run,
+    policy: str,
+    prompts: Sequence[Prompt],
+    k: int,
+    temperature: float,
+    *,
+    seed: tuple[int, ...],
+    source: str,
+    chunks: Path,
+    to_train_on: bool = False,
+) -> Rows:
+    """Rows of k completions per prompt with their tokens, and `finished` (ended by themselves).
+
+    to_train_on: with the run's top_k, top_p and distinct. Without, they are independent draws from the policy itself, which
+    is what means, KL and Recall@N are defined on.
+    """
+
+    sampler = functools.cache(lambda: _sampler(run, policy, to_train_on))  # not loaded where no chunk is missing
+
+    def work(chunk: int, part: Sequence[Prompt]) -> Rows:
+        texts = [row["prompt"] for row in part]
+        sampled = sampler()(texts, k, temperature, seed=run.seed(*seed, chunk))
+        rows = []
+        for prompt, completions in zip(texts, sampled, strict=True):
+            found = (Candidate(_answer(prompt, c.text), source=source, completion_ids=c.token_ids) for c in completions)
+            one = PromptList(prompt, tuple(found), prompt_ids=completions[0].prompt_ids)
+            rows.append(one.to_row() | {"finished": [c.finished for c in completions]})
+        return rows
+
+    return in_chunks(chunks, prompts, run.config.chunk_size, work)
+
+
+def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
+    """Log-likelihoods of the rows' exact tokens under a policy: sums, nats, one per candidate."""
+    from datasets import Dataset
+
+    from ..policy import detach
+    from ..scoring import score_lists
+
+    tokens = [{name: row[name] for name in ("prompt_ids", "completion_ids")} for row in rows]
+    texts = [{"prompt": plain(row["prompt"]), "completions": [plain(one) for one in row["completions"]]} for row in rows]
+    model = run.models.load(policy)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*completions? empty")  # a policy may end at once
+        scored = score_lists(
+            model,
+            Dataset.from_list([a | b for a, b in zip(texts, tokens, strict=True)]),
+            run.models.tokenizer,
+            batch_size=max(1, run.config.sample_batch_size // run.config.k),
+            max_length=None,
+            max_prompt_length=None,
+            progress=False,
+        )
+    detach(model)  # an adapter may be put on it next, which has a forward of its own to teach
+    return scored["logps"][:]
+
+
+def _sampler(run: Run, policy: str, to_train_on: bool) -> Callable:
+    from ..sampling import Distinct, TransformersSampler, VLLMSampler
+
+    config = run.config
+    cut: dict[str, Any] = {"top_k": config.top_k, "top_p": config.top_p} if to_train_on else {}
+    cut["progress"] = run.progress
+    if config.sampler == "vllm":
+        sampler = VLLMSampler(policy, config.max_new_tokens, **cut, **config.sampler_options)
+    else:
+        sampler = TransformersSampler(
+            run.models.load(policy), run.models.tokenizer, config.max_new_tokens, batch_size=config.sample_batch_size, **cut
+        )
+    return Distinct(sampler) if to_train_on and config.distinct else sampler
+
+
+def _answer(prompt: rewards.Text, text: str) -> rewards.Text:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+# --- score -------------------------------------------------------------------------------------------------
+
+
+def score(run: Run, iteration: int) -> dict[str, Any]:
+    """The reward of every candidate; None where no reward has an opinion."""
+    folder = run.folder.iteration(iteration)
+    chunks = folder / "score-chunks"
+
+    def build() -> Rows:
+        return with_scores(run, read_rows(folder / "sampled.parquet"), run.of_iteration(iteration), chunks)
+
+    rows = rows_once(folder / "candidates.parquet", build)
+    remove(chunks)
+    found = [score for row in rows for score in row["scores"] if score is not None]
+    return {
+        "unscored": sum(len(row["scores"]) for row in rows) - len(found),
+        "reward": float(np.mean(found)) if found else None,
+        "reward_spread_in_a_list": _mean_spread(rows),
+    }
+
+
+def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path) -> Rows:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt if name != "prompt")
+
+    def work(_: int, part: Sequence[tuple[dict[str, Any], Prompt]]) -> Rows:
+        flat = [(plain(row["prompt"]), plain(one), prompt) for row, prompt in part for one in row["completions"]]
+        columns = {name: [prompt.get(name) for *_, prompt in flat] for name in names}
+        scores = iter(
+            rewards.score(
+                run.rewards,
+                run.config.reward_weights,
+                [prompt for prompt, *_ in flat],
+                [completion for _, completion, _ in flat],
+                on_error=run.config.on_reward_error,
+                **columns,
+            )
+        )
+        return [row | {"scores": [next(scores) for _ in row["completions"]]} for row, _ in part]
+
+    return in_chunks(chunks, list(zip(rows, prompts, strict=True)), run.config.chunk_size, work)
+
+
+def plain(text: Any) -> rewards.Text:
+    """A text, or messages without the keys that Arrow filled in."""
+    return text if isinstance(text, str) else [present(message) for message in text]
+
+
+def _mean_spread(rows: Rows) -> float | None:
+    scored = [[score for score in row["scores"] if score is not None] for row in rows]
+    spreads = [float(np.std(scores)) for scores in scored if len(scores) > 1]
+    return float(np.mean(spreads)) if spreads else None
+
+
+# --- lists -------------------------------------------------------------------------------------------------
+
+
+def lists(run: Run, iteration: int) -> dict[str, Any]:
+    """What is trained on: earlier candidates merged in, duplicates and candidates without a score dropped, negatives and the
+    subset chosen, lists without an order left out."""
+    config, folder = run.config, run.folder.iteration(iteration)
+    first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[config.memory]
+    old, new = [], _candidates(run, iteration)
+    for earlier in range(first, iteration):
+        old += _candidates(run, earlier)
+    pool, duplicates = lists_of.memorise(old, new) if old else lists_of.deduplicate(new)
+    pool, unscored = lists_of.rank(pool)
+    chosen = _choose(run, iteration, [one for one in pool if one.candidates])
+    kept, tied, short = lists_of.drop_uninformative(chosen)
+    write_rows(folder / "lists.parquet", to_rows(kept))
+    return {
+        "memorised_candidates": sum(len(one.candidates) for one in old),
+        "duplicates": duplicates,
+        "unscored": unscored,
+        "pool_per_prompt": float(np.mean([len(one.candidates) for one in pool])),
+        "tied_lists": len(tied),
+        "short_lists": len(short) + sum(not one.candidates for one in pool),
+        "lists": len(kept),
+        "candidates": sum(len(one.candidates) for one in kept),
+        "sizes": {str(size): n for size, n in sorted(Counter(len(one.candidates) for one in kept).items())},
+        "sources": dict(sorted(Counter(c.source for one in kept for c in one.candidates).items())),
+    }
+
+
+def _candidates(run: Run, iteration: int) -> list[PromptList]:
+    return from_rows(read_rows(run.folder.iteration(iteration) / "candidates.parquet"))
+
+
+def _choose(run: Run, iteration: int, pool: list[PromptList]) -> list[PromptList]:
+    """The subset of every ranked list, by `negatives` and `subset`."""
+    top, bottom = run.config.top_and_bottom()
+    wanted = bottom if bottom is not None else max(1, run.config.k - top)
+    if run.config.negatives == "hard":
+        rows = to_rows(pool)
+        logps = logps_under(run, run.policy(iteration - 1), rows)
+        likely = [row | {"logps": found} for row, found in zip(rows, logps, strict=True)]
+        return lists_of.hard_negatives(from_rows(likely), top=top, negatives=wanted)
+    if run.config.negatives == "related":  # added negatives rank below all others, so the bottom is made of them
+        pool, _ = lists_of.negatives_of_related_prompt(pool, wanted)
+    elif run.config.negatives == "random":
+        pool, _ = lists_of.random_negatives(pool, wanted, seed=run.seed(NEGATIVES, iteration))
+    if run.config.negatives in ("related", "random"):
+        bottom = wanted
+    return lists_of.top_bottom(pool, top, bottom)
+
+
+# --- train -------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, iteration: int) -> dict[str, Any]:
+    """LarPOTrainer on the lists, from the policy at the start of the iteration; see `larpo.align.training`."""
+    folder, model = run.folder.iteration(iteration), run.folder.model(iteration)
+    rows = read_rows(folder / "lists.parquet")
+    if not model.exists():
+        training.train(
+            run.config, rows, run.models,
+            policy=run.policy(iteration - 1), model=model, checkpoints=folder / "checkpoints", seed=run.seed(0, iteration),
+            progress=run.progress,
+        )  # fmt: skip
+        run.models.forget()
+    remove(folder / "checkpoints")
+    return training.report(model)
+
+
+# --- evaluate ----------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run, iteration: int) -> dict[str, Any]:
+    """The policy after an iteration (0: the initial model) on the held-out prompts: completions at every temperature, their
+    rewards, and at temperature 1 their log-likelihoods under this policy and the initial model."""
+    folder = run.folder.iteration(iteration)
+    chunks = folder / "evaluation-chunks"
+    rows = rows_once(folder / "evaluation.parquet", lambda: _held_out_rows(run, iteration, chunks))
+    remove(chunks)
+    start = rows if iteration == 0 else read_rows(run.folder.iteration(0) / "evaluation.parquet")
+    return evaluation.metrics(rows, start, run.config)
+
+
+def _held_out_rows(run: Run, iteration: int, chunks: Path) -> Rows:
+    config, policy, initial = run.config, run.policy(iteration), run.policy(0)
+    rows: Rows = []
+    for i, temperature in enumerate(config.eval_temperatures):
+        drawn = draw(
+            run, policy, run.held_out, config.eval_k, temperature,
+            seed=(EVALUATE, i), source=run.folder.iteration(iteration).name, chunks=chunks / f"sampled-{i}",
+        )  # fmt: skip
+        scored = with_scores(run, drawn, run.held_out, chunks / f"scored-{i}")
+        rows += [row | {"temperature": float(temperature)} for row in scored]
+
+    at_one = [row for row in rows if row["temperature"] == 1.0]
+    for name, model in (("logps", policy), ("initial_logps", initial)):
+
+        def under(_: int, part: Rows, model: str = model) -> Rows:
+            return [{"logps": logps} for logps in logps_under(run, model, part)]
+
+        found = in_chunks(chunks / ("logps" if model == policy else name), at_one, config.chunk_size, under)
+        for row, logps in zip(at_one, found, strict=True):
+            row[name] = logps["logps"]
+    return [{"logps": None, "initial_logps": None} | row for row in rows]
+
+
+def clean_up(run: Run, iteration: int) -> None:
+    """After an iteration is evaluated: with keep_models last, the policy of the iteration before goes."""
+    if run.config.keep_models == "last" and iteration > 1:
+        remove(run.folder.model(iteration - 1))
+
+
+def done(folder: Path, stage: str) -> dict[str, Any] | None:
+    """The counts of a stage that is done, or None."""
+    file = folder / f"{stage}.json"
+    return read_json(file) if file.exists() else None

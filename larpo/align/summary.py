@@ -1,0 +1,121 @@
+"""summary.md: what a run was, what came of it, and what its completions look like before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..rewards import text_of
+from .loop import interval
+from .run_folder import read_rows
+from .stages import Run
+
+Metrics = list[dict[str, Any]]
+EXAMPLES = 5
+LISTS = (
+    "iteration",
+    "temperature",
+    "sampled",
+    "duplicates",
+    "unscored",
+    "memorised",
+    "tied lists",
+    "lists",
+    "candidates",
+    "steps",
+)
+
+
+def table(metrics: Metrics) -> str:
+    """Reward and KL of the start and of every iteration, as a Markdown table."""
+    rows = [_row(one) for one in metrics]
+    head = ("", "held-out reward", "KL to start, nats", "win rate", "distinct", "sampled reward", "lists", "minutes")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    rule = " | ".join("-" * width for width in widths)
+    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def _row(one: dict[str, Any]) -> tuple[str, ...]:
+    """Without a sampled reward and lists for the start, which trains on nothing."""
+    found, started = one["evaluate"], one["iteration"] == 0
+    seconds = sum(counts["seconds"] for counts in one.values() if isinstance(counts, dict))
+    sampled = None if started else one["score"]["reward"]
+    return (
+        "start" if started else f"iteration {one['iteration']}",
+        "–" if found["reward"] is None else interval(found["reward"]),
+        interval(found["kl"]),
+        "–" if started or found["win_rate"] is None else f"{found['win_rate']['mean']:.0%}",
+        f"{found['distinct']:.0%}",
+        "–" if sampled is None else f"{sampled:+.2f}",
+        "–" if started else f"{one['lists']['lists']}",
+        f"{seconds / 60:.1f}",
+    )
+
+
+def page(run: Run, metrics: Metrics, pictures: dict[str, Path]) -> str:
+    config = run.config
+    parts = [
+        f"# {config.objective} on {Path(str(config.model)).name}, {config.iterations} iterations",
+        f"{len(run.held_out)} held-out prompts x {config.eval_k} completions at temperature 1; ± is half of the 95 % interval "
+        "over prompts. KL is the policy's to the initial model, per completion. Read reward and KL together: a reward "
+        "that rises at a large KL, or with completions that repeat, may have been gamed.",
+        table(metrics),
+        *(f"## {title}\n\n![{title}]({_relative(file, run)})" for title, file in pictures.items()),
+        "## What was trained on\n\n" + _lists(metrics),
+        "## Before and after\n\n" + _examples(run, len(metrics) - 1),
+        "## Settings\n\n`config.yaml` holds all of them. Start the same command again to go on after an interruption, or with "
+        "more iterations to go further.\n\n" + _settings(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _relative(file: Path, run: Run) -> str:
+    return file.relative_to(run.folder.path).as_posix()
+
+
+def _lists(metrics: Metrics) -> str:
+    lines = [
+        f"| {' | '.join(LISTS)} |",
+        f"|{' - |' * len(LISTS)}",
+    ]
+    for one in metrics[1:]:
+        sampled, lists = one["sample"], one["lists"]
+        cells = (
+            one["iteration"], f"{sampled['temperature']:g}", sampled["candidates"], lists["duplicates"], lists["unscored"],
+            lists["memorised_candidates"], lists["tied_lists"], lists["lists"], lists["candidates"], one["train"]["steps"],
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _examples(run: Run, last: int) -> str:
+    """The first completion of the first held-out prompts: chosen before anything was known of them."""
+    lines = ["| prompt | start | | after the last iteration | |", "| - | - | - | - | - |"]
+    pair = [read_rows(run.folder.iteration(i) / "evaluation.parquet") for i in (0, last)]
+    at_one = ([row for row in rows if row["temperature"] == 1.0][:EXAMPLES] for rows in pair)
+    for before, after in zip(*at_one, strict=True):
+        cells = [_cell(before["prompt"])]
+        for row in (before, after):
+            score = row["scores"][0]
+            cells += [_cell(row["completions"][0]), "–" if score is None else f"{score:+.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(text: Any, limit: int = 200) -> str:
+    """A text in a table: on one line, and nothing in it is Markdown."""
+    if not isinstance(text, str):
+        text = text_of(text)
+    shown = " ".join(text.split())
+    shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return "".join("\\" + c if c in "\\|`*_[]<>#~$" else c for c in shown)
+
+
+def _settings(run: Run) -> str:
+    import yaml
+
+    config = run.config.to_dict()
+    config |= {name: f"{len(value)} prompts" for name, value in config.items() if "prompts" in name and isinstance(value, list)}
+    del config["output_dir"]  # a path of this machine
+    return f"```yaml\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip()}\n```"

@@ -1,0 +1,123 @@
+"""One iteration's training: lists in, a policy's folder out. Killed inside, it goes on from the trainer's last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import AlignConfig
+from .run_folder import Rows, write_whole
+
+if TYPE_CHECKING:
+    from .models import Models
+
+logger = logging.getLogger(__name__)
+
+REPORTED = ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "ndcg", "kendall_tau")
+STATE = "trainer_state.json"
+
+
+def train(
+    config: AlignConfig, rows: Rows, models: Models, *, policy: str, model: Path, checkpoints: Path, seed: int, progress: bool
+) -> None:
+    """Trains `policy` (a name or folder) on lists and writes the result, with the trainer's log, as the folder `model`.
+
+    The reference is the policy before training, or the initial model with reference="initial". Without lists the policy
+    is written as it is, with a warning.
+    """
+    from ..trainer import LarPOTrainer, last_whole_checkpoint
+    from .models import train_last_layers
+
+    own = models.take(policy)
+    if not rows:
+        logger.warning("no list has an order to learn from: the policy stays as it is (%s)", checkpoints.parent)
+        write_whole(model, lambda folder: _save(own, models.tokenizer, folder, None))
+        return
+    if config.trained_layers is not None:
+        train_last_layers(own, config.trained_layers)
+    settings = config.training_settings()
+    trainer = LarPOTrainer(
+        own,
+        models.load(models.initial()) if config.reference == "initial" and not settings.get("reference_free") else None,
+        arguments(config, str(checkpoints), seed),
+        train_dataset=_dataset(rows),
+        processing_class=models.tokenizer,
+        peft_config=_peft_config(config, own),
+    )
+    if settings["precompute_ref_log_probs"]:
+        trainer.ref_model = None  # has said what it had to
+        models.forget()
+    _quiet(trainer, progress)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+    write_whole(model, lambda folder: _save(trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, folder, trainer))
+
+
+def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
+    """The LarPOConfig of one iteration. Raises what LarPOConfig raises for a bad setting."""
+    from ..config import LarPOConfig
+
+    try:
+        return LarPOConfig(output_dir=output_dir, seed=seed, **config.training_settings())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from error
+
+
+def report(model: Path) -> dict[str, Any]:
+    """What the trainer's log in a policy's folder says: steps, and by step the loss and how well lists are ordered."""
+    log = json.loads((model / STATE).read_text(encoding="utf-8")) if (model / STATE).is_file() else None
+    if log is None:
+        return {"steps": 0, "log": []}
+    steps = [
+        {"step": entry["step"]} | {name: entry[name] for name in REPORTED if name in entry and math.isfinite(entry[name])}
+        for entry in log["log_history"]
+        if "loss" in entry
+    ]
+    return {"steps": log["global_step"], "log": steps}
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, trainer: Any) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if trainer is not None:
+        trainer.state.save_to_json(str(folder / STATE))
+
+
+def _dataset(rows: Rows) -> Any:
+    from datasets import Dataset
+
+    from .stages import plain
+
+    columns = ("scores", "source", "prompt_ids", "completion_ids")
+    return Dataset.from_list(
+        [
+            {"prompt": plain(row["prompt"]), "completions": [plain(one) for one in row["completions"]]}
+            | {name: row[name] for name in columns}
+            for row in rows
+        ]
+    )
+
+
+def _peft_config(config: AlignConfig, policy: Any) -> Any:
+    if config.peft is None or hasattr(policy, "peft_config"):  # after the first iteration the policy has its adapter
+        return None
+    from ..jobs import lora_config
+
+    return lora_config(config.peft)
+
+
+def _quiet(trainer: Any, progress: bool) -> None:
+    """A bar instead of a dict per logged step: the log goes into the policy's folder."""
+    from transformers import PrinterCallback
+    from transformers.trainer_callback import ProgressCallback
+
+    class Bar(ProgressCallback):
+        def on_log(self, *args, **kwargs):
+            pass
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if progress:
+        trainer.add_callback(Bar)

@@ -1,0 +1,91 @@
+"""A vocabulary cut over processes: which rows of the head a rank owns, and the sums over all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import layout
+
+ELSEWHERE = -1  # local label of a token whose target another rank owns; it is no row of any tile
+IGNORED = -100
+
+_groups: dict[str, dist.ProcessGroup] = {}  # by name: an op's arguments cannot hold a group
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows start : start + rows of a vocabulary of `size`, owned by this rank of `group`; the other ranks own the rest.
+
+    Made once, by `of` or `even`; the calls of the head then need no further agreement on sizes.
+    """
+
+    start: int
+    rows: int
+    size: int
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, rows: int, group: dist.ProcessGroup | None = None) -> VocabShard:
+        """From the number of rows that this rank owns, >= 1; ranks own consecutive rows, in rank order. Collective.
+
+        group: None for all processes.
+        """
+        group = process_group(group)
+        counts: list[int] = [0] * dist.get_world_size(group)
+        dist.all_gather_object(counts, rows, group=group)
+        if min(counts) < 1:
+            raise ValueError(f"every rank must own at least one row of the vocabulary, got {counts} rows")
+        start = sum(counts[: dist.get_rank(group)])
+        return cls(start, rows, sum(counts), group)
+
+    @classmethod
+    def even(cls, size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
+        """As torch.chunk and DTensor's Shard(0) cut it: ceil(size / ranks) rows each, the last ranks own fewer."""
+        group = process_group(group)
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        chunk = -(-size // ranks)
+        if chunk * (ranks - 1) >= size:
+            raise ValueError(f"a vocabulary of {size} in chunks of {chunk} leaves the last of {ranks} ranks without a row")
+        return cls(rank * chunk, min(chunk, size - rank * chunk), size, group)
+
+    @property
+    def name(self) -> str:
+        """Of the group, for the arguments of an op."""
+        _groups[self.group.group_name] = self.group
+        return self.group.group_name
+
+    def local_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Rows of this rank's weight; ELSEWHERE where another rank owns the target, IGNORED where not counted. int64."""
+        local = labels.long() - self.start
+        local = torch.where((local >= 0) & (local < self.rows), local, ELSEWHERE)
+        return torch.where(labels == ignore_index, IGNORED, local)
+
+    def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """A label that no rank owns: where labels can be read it was refused at the door."""
+        if layout.readable(labels):
+            return logps
+        return logps.masked_fill((labels != ignore_index) & ((labels < 0) | (labels >= self.size)), torch.nan)
+
+
+def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("torch.distributed must be initialised first: torch.distributed.init_process_group(...)")
+    return dist.group.WORLD if group is None else group
+
+
+def add_up(x: Tensor, name: str) -> Tensor:
+    """x summed over the ranks of the named group, in place; no group (""): as it is."""
+    if name:
+        dist.all_reduce(x, group=_groups[name])
+    return x
+
+
+def largest(x: Tensor, name: str) -> Tensor:
+    """The largest of each entry over the ranks, in place."""
+    if name:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=_groups[name])
+    return x
