@@ -78,8 +78,10 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 
 def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     """Trains, evaluates if there is something to evaluate on, and saves model and tokenizer in args.output_dir."""
+    from .adapters import lora_config
+    from .checkpoints import last_whole_checkpoint
     from .data import load_lists
-    from .trainer import LarPOTrainer, last_whole_checkpoint
+    from .trainer import LarPOTrainer
 
     data = load_lists(job.train_data)
     held_out = None if job.eval_data is None else load_lists(job.eval_data)
@@ -98,15 +100,6 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     trainer.save_model()
     trainer.save_state()
     return trainer
-
-
-def lora_config(settings: dict[str, Any]) -> Any:
-    import peft
-
-    try:
-        return peft.LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
-    except TypeError as error:
-        raise ValueError(f"peft: {error}") from None
 
 
 def score(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import re
 import time
 import warnings
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +19,15 @@ from transformers.trainer_utils import EvalLoopOutput
 import larpo_kernels as lk
 
 from . import heads, prefix
-from .candidates import top_bottom_indices
+from .adapters import with_adapter
+from .checkpoints import last_whole_checkpoint
 from .collator import ListCollator
 from .config import LarPOConfig
-from .data import as_lists
 from .metrics import list_metrics
 from .policy import Policy, attach, compute_dtype
 from .reference import SyncReference, frozen_copy, reshard, without_dropout
 from .scoring import candidate_logps
-from .tokenization import tokenize_lists
+from .training_data import training_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,7 +97,7 @@ class LarPOTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(heads.causal_lm(model).config._name_or_path, **trusted)
         self._reference_is_base = peft_config is not None and ref_model is None
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            model = with_adapter(model, peft_config)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
         if args.disable_dropout:
@@ -111,7 +108,7 @@ class LarPOTrainer(Trainer):
         several = isinstance(eval_dataset, dict)
         evals = eval_dataset if several else {"": eval_dataset} if eval_dataset is not None else {}
         tokenised |= {f"eval {name}".strip(): data for name, data in evals.items()}
-        tokenised = {name: self._tokenise(data, processing_class, args) for name, data in tokenised.items()}
+        tokenised = {name: training_lists(data, processing_class, args) for name, data in tokenised.items()}
         has_ref_logps = all("ref_logps" in data.column_names for data in tokenised.values())
 
         attach(model, self._policy(model, args))
@@ -163,24 +160,6 @@ class LarPOTrainer(Trainer):
             self._precompute_ref_logps()
 
     # --- set-up ---------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig) -> Dataset:
-        lists = as_lists(dataset)
-        if args.list_top is not None:
-            lists = lists.map(_subset, fn_kwargs={"top": args.list_top, "bottom": args.list_bottom}, desc="Choosing candidates")
-        tokenised, _ = tokenize_lists(
-            lists,
-            tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation=args.truncation_mode,
-            append_eos=args.append_eos,
-            num_proc=args.dataset_num_proc,
-        )
-        if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
-            raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
-        return tokenised
 
     @staticmethod
     def _policy(model: nn.Module, args: LarPOConfig) -> Policy:
@@ -427,37 +406,6 @@ def _will_shard(args: LarPOConfig) -> bool:
     """Whether parameters will be sharded over processes; known before accelerate is set up."""
     asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
     return bool(args.fsdp or args.deepspeed) or any(asked)
-
-
-def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint-N in folder that was written to its end: its trainer_state.json comes last, and parses."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) is None:
-            continue
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(match[1]), str(path)))
-    return max(found)[1] if found else None
-
-
-def _subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:
-    keep = top_bottom_indices(row["scores"], top, bottom)
-    m = len(row["scores"])
-    per_candidate = ("completions", "scores", "source", "ref_logps", "completion_ids")
-    return {name: [row[name][i] for i in keep] for name in per_candidate if row.get(name) is not None and len(row[name]) == m}
-
-
-def _with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("peft_config needs peft: pip install 'larpo_kernels[train]'") from None
-    if isinstance(model, peft.PeftModel):
-        raise ValueError("model has a PEFT adapter already: give either such a model or peft_config, not both")
-    if not isinstance(peft_config, peft.PeftConfig):
-        raise TypeError(f"peft_config must be a peft.PeftConfig, such as peft.LoraConfig; got {type(peft_config).__name__}")
-    return peft.get_peft_model(model, peft_config)
 
 
 def _memory(device: torch.device) -> dict[str, float]:

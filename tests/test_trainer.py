@@ -12,8 +12,9 @@ for package in ("transformers", "accelerate", "datasets"):
 import tiny  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
+from larpo.checkpoints import last_whole_checkpoint  # noqa: E402
 from larpo.config import LarPOConfig  # noqa: E402
-from larpo.trainer import LarPOTrainer, last_whole_checkpoint  # noqa: E402
+from larpo.trainer import LarPOTrainer  # noqa: E402
 
 OBJECTIVES = ["pairwise", "contrastive", "listmle", "lambdarank"]
 

@@ -28,7 +28,8 @@ def train(
     The reference is the policy before training, or the initial model with reference="initial". Without lists the policy
     is written as it is, with a warning.
     """
-    from ..trainer import LarPOTrainer, last_whole_checkpoint
+    from ..checkpoints import last_whole_checkpoint
+    from ..trainer import LarPOTrainer
     from .models import train_last_layers
 
     own = models.take(policy)
@@ -103,7 +104,7 @@ def _dataset(rows: Rows) -> Any:
 def _peft_config(config: AlignConfig, policy: Any) -> Any:
     if config.peft is None or hasattr(policy, "peft_config"):  # after the first iteration the policy has its adapter
         return None
-    from ..jobs import lora_config
+    from ..adapters import lora_config
 
     return lora_config(config.peft)
 

@@ -1,0 +1,111 @@
+"""gymnasium's FrozenLake-v1 in words: cross a 4 x 4 lake from one corner to the other without falling into a hole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import report, toy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# In gymnasium's order (left, down, right, up). Lengths differ on purpose: 1, 4, 3 and 2 words; 1, 5, 3 and 3 tokens.
+ACTIONS = ("retreat", "step carefully downwards now", "walk along right", "climb upwards")
+ENDINGS = ("wards",)
+NUMBERS = ("one", "two", "three", "four")
+SIDE = len(NUMBERS)
+STATES = SIDE * SIDE
+MAP = ("SFFF", "FHFH", "FFFH", "HFFG")  # gymnasium's 4x4
+KINDS = {"S": "ice", "F": "ice", "H": "hole", "G": "goal"}
+MOVES = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}  # rows, columns
+
+
+def make(*, slippery: bool, max_steps: int = 40):
+    """The environment; ImportError naming the extra where gymnasium is not installed."""
+    gymnasium = report.need("gymnasium", "recipes")
+    return gymnasium.make("FrozenLake-v1", desc=list(MAP), is_slippery=slippery, max_episode_steps=max_steps)
+
+
+def describe(state: int) -> str:
+    """What a player sees there.
+
+    >>> describe(0)
+    'you stand at row one column one : left is edge down is ice right is ice up is edge'
+    """
+    row, column = divmod(state, SIDE)
+    around = [f"{name} is {_kind(row + y, column + x)}" for name, (y, x) in MOVES.items()]
+    return f"you stand at row {NUMBERS[row]} column {NUMBERS[column]} : {' '.join(around)}"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = [*(word for state in range(STATES) for word in describe(state).split()), *" ".join(ACTIONS).split()]
+    whole = [word for word in words if not word.endswith(ENDINGS)]
+    stems = [word.removesuffix(ENDINGS[0]) for word in words if word.endswith(ENDINGS)]
+    return toy.tokenizer([*whole, *stems], ENDINGS)
+
+
+def draw_action(chances: np.ndarray, draw: np.random.Generator) -> int:
+    """One of the actions, by chances [actions] that sum to 1 up to rounding."""
+    return min(int(np.searchsorted(chances.cumsum(), draw.random())), len(chances) - 1)
+
+
+def returns(episodes: Sequence[Sequence[float]], discount: float) -> list[np.ndarray]:
+    """Discounted sums of what was still to come, per episode and step.
+
+    >>> returns([[0.0, 0.0, 1.0]], 0.5)
+    [array([0.25, 0.5 , 1.  ])]
+    """
+    found = []
+    for rewards in episodes:
+        total, sums = 0.0, []
+        for reward in reversed(rewards):
+            total = reward + discount * total
+            sums.append(total)
+        found.append(np.array(sums[::-1]))
+    return found
+
+
+def _kind(row: int, column: int) -> str:
+    return KINDS[MAP[row][column]] if 0 <= row < SIDE and 0 <= column < SIDE else "edge"
+
+
+# --- what is known of the lake exactly ---------------------------------------------------------------------------
+
+
+def exact_return(policy: Tensor, env) -> float:
+    """The expected return of policy [horizon, S, A] in gymnasium's table of transitions."""
+    moves, rewards = true_tables(env)
+    value = torch.zeros(len(rewards), dtype=torch.float64)
+    for act in policy.flip(0):
+        value = (act * (rewards + moves @ value)).sum(1)
+    return float(value[0])
+
+
+def true_tables(env) -> tuple[Tensor, Tensor]:
+    """Transitions [S, A, S], 0 where the episode ends, and expected rewards [S, A]."""
+    table = env.unwrapped.P
+    moves = torch.zeros(len(table), len(table[0]), len(table), dtype=torch.float64)
+    rewards = torch.zeros(len(table), len(table[0]), dtype=torch.float64)
+    for state, actions in table.items():
+        for action, outcomes in actions.items():
+            for probability, after, reward, over in outcomes:
+                rewards[state, action] += probability * reward
+                if not over:
+                    moves[state, action, after] += probability
+    return moves, rewards
+
+
+def best_plan(env, horizon: int) -> Tensor:
+    """The optimal policy [horizon, S, A], one-hot."""
+    moves, rewards = true_tables(env)
+    value, policy = torch.zeros(len(rewards), dtype=torch.float64), []
+    for _ in range(horizon):
+        q = rewards + moves @ value
+        value = q.max(1).values
+        policy.append(torch.nn.functional.one_hot(q.argmax(1), q.shape[1]).double())
+    return torch.stack(policy[::-1])

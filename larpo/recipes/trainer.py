@@ -1,0 +1,115 @@
+"""LarPOTrainer with a loss that is a function: the data, the reference, the rows and the logs stay as they are."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from larpo.candidates import PromptList, drop_uninformative, to_rows
+from larpo.config import LarPOConfig
+from larpo.trainer import LarPOTrainer
+
+from . import toy
+
+# (logps [S], ref_logps [S] or None, num_tokens [S], relevance [S], list_sizes [L]) -> (mean loss over lists, scores [S])
+Loss = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ObjectiveTrainer(LarPOTrainer):
+    """LarPOTrainer that minimises `loss`, one of `larpo.recipes.objectives` or any function of that form."""
+
+    def __init__(self, *args, loss: Loss, **kwargs):
+        """loss: see `Loss`; other arguments as in LarPOTrainer.
+
+        Raises ValueError for options that would not reach the function: candidate_micro_batch_size computes LarPO's own
+        objectives, and length_normalized would divide by lengths that the function divides by itself.
+        """
+        self.loss = loss
+        super().__init__(*args, **kwargs)
+        for option in ("candidate_micro_batch_size", "length_normalized"):
+            if getattr(self.args, option):
+                raise ValueError(f"{option} must be off with a loss of your own, got {getattr(self.args, option)!r}")
+
+    def list_loss(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return self.loss(logps, ref_logps, inputs["num_tokens"], inputs["relevance"], inputs["list_sizes"])
+
+
+def train(
+    model,
+    tokenizer,
+    lists: Sequence[PromptList],
+    loss: Loss,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    trainer: type[ObjectiveTrainer] = ObjectiveTrainer,
+    **options,
+) -> dict[str, int]:
+    """Trains the model in place against itself as it was; counts lists, lists without an order, and empty completions.
+
+    All of them stay in the batches. Where no list has an order there is nothing to learn, and the model stays as it is.
+    options: further keywords of the trainer.
+    """
+    from transformers import PrinterCallback
+
+    kept, tied, short = drop_uninformative(lists)
+    counts = {"lists": len(lists), "tied": len(tied), "too short": len(short)}
+    counts["empty completions"] = sum(not c.completion for one in lists for c in one.candidates)
+    if not kept:
+        return counts  # nothing to learn from: the optimiser would divide noise by noise
+    with toy.quiet(), tempfile.TemporaryDirectory() as folder:
+        arguments = LarPOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            lr_scheduler_type="constant",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        data = Dataset.from_list(to_rows(lists))
+        one = trainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, loss=loss, **options)
+        one.remove_callback(PrinterCallback)
+        one.train()
+    model.eval()
+    return counts
+
+
+def said(counts: Mapping[str, int]) -> str:
+    """What `train` counted, summed over trainings, as a sentence.
+
+    >>> said({"lists": 40, "tied": 1, "too short": 0, "empty completions": 2})
+    'Of 40 lists trained on, 1 tied in all scores and 0 had no two candidates; 2 completions were empty. None was dropped.'
+    """
+    return (
+        f"Of {counts['lists']} lists trained on, {counts['tied']} tied in all scores and {counts['too short']} had no two "
+        f"candidates; {counts['empty completions']} completions were empty. None was dropped."
+    )
+
+
+@torch.no_grad()
+def logps_of(model, tokenizer, lists: Sequence[PromptList]) -> tuple[Tensor, Tensor]:
+    """Log-likelihoods [S] and tokens [S] of all candidates, lists one after the other."""
+    from larpo.collator import ListCollator
+    from larpo.policy import Policy, attach
+    from larpo.scoring import candidate_logps, tokenize_lists
+
+    with toy.quiet():
+        tokens, _ = tokenize_lists(Dataset.from_list(to_rows(lists)), tokenizer)
+    attach(model, Policy(model))
+    found = candidate_logps(
+        model, tokens, ListCollator(tokenizer.pad_token_id), batch_size=64, device=model.device, progress=False
+    )
+    lengths = [len(ids) for row in tokens["completion_ids"] for ids in row]
+    return torch.tensor([x for i in range(len(tokens)) for x in found[i]]), torch.tensor(lengths)

@@ -1,0 +1,42 @@
+"""What a training run makes of the lists it is given: converted, cut to the subset asked for, tokenised."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .candidates import top_bottom_indices
+from .data import as_lists
+from .tokenization import tokenize_lists
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from .config import LarPOConfig
+
+PER_CANDIDATE = ("completions", "scores", "source", "ref_logps", "completion_ids")
+
+
+def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig) -> Dataset:
+    """Tokenised rows of anything that `as_lists` converts, by the settings of `args`."""
+    lists = as_lists(dataset)
+    if args.list_top is not None:
+        options = {"top": args.list_top, "bottom": args.list_bottom}
+        lists = lists.map(_subset, fn_kwargs=options, desc="choosing candidates")
+    tokenised, _ = tokenize_lists(
+        lists,
+        tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        truncation=args.truncation_mode,
+        append_eos=args.append_eos,
+        num_proc=args.dataset_num_proc,
+    )
+    if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
+        raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
+    return tokenised
+
+
+def _subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:
+    keep = top_bottom_indices(row["scores"], top, bottom)
+    return {name: [row[name][i] for i in keep] for name in PER_CANDIDATE if row.get(name) is not None}
