@@ -23,7 +23,7 @@ from .adapters import with_adapter
 from .checkpoints import last_whole_checkpoint
 from .collator import ListCollator
 from .config import LarPOConfig
-from .metrics import list_metrics
+from .metrics import MetricMeans, list_metric_sums
 from .policy import Policy, attach, compute_dtype
 from .reference import SyncReference, frozen_copy, reshard, without_dropout
 from .scoring import candidate_logps
@@ -364,14 +364,17 @@ class LarPOTrainer(Trainer):
             self._tokens_since_log += inputs["num_input_tokens"]
 
     def _pop_metrics(self, split: str) -> dict[str, float]:
-        seen = [tuple(x.cpu() for x in record) for record in self._seen[split]]
+        """Means over the lists of all ranks since the last call."""
+        means = MetricMeans()
+        for scores, relevance, sizes, logps in self._seen[split]:
+            means.add_sums(list_metric_sums(scores, relevance, sizes, logps, self.args.ndcg_k))
         self._seen[split].clear()
         if self.accelerator.num_processes > 1:
-            seen = gather_object(seen)
-        if not seen:
-            return {}
-        scores, relevance, sizes, logps = (torch.cat(x) for x in zip(*seen, strict=True))
-        return list_metrics(scores, relevance, sizes, logps=logps, ndcg_k=self.args.ndcg_k)
+            everybodys = gather_object([means.sums])
+            means = MetricMeans()
+            for sums in everybodys:
+                means.add_sums(sums)
+        return means.pop()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -68,3 +68,13 @@ def _scores(rows: Rows, at: list[int]) -> np.ndarray:
 
 def _estimate(estimate: retrieval.Estimate) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else float(value) for name, value in estimate._asdict().items()}
+
+
+def interval(estimate: dict[str, float | None]) -> str:
+    """A mean with half the width of its interval.
+
+    >>> interval({"mean": 0.5, "low": 0.25, "high": 0.75})
+    '+0.50 ± 0.25'
+    """
+    half = "" if estimate["low"] is None else f" ± {(estimate['high'] - estimate['low']) / 2:.2f}"
+    return f"{estimate['mean']:+.2f}{half}"

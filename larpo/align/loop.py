@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import stages
 from .config import AlignConfig, differences
+from .evaluation import interval
 from .prompts import load_prompts
 from .run_folder import RunFolder, read_json, write_json, write_text
 from .stages import Run
@@ -133,16 +134,6 @@ def _line(stage: str, counts: dict[str, Any]) -> str:
     skipped = ("seconds", "sizes", "sources")
     said = {name: value for name, value in counts.items() if name not in skipped and value is not None}
     return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in said.items())
-
-
-def interval(estimate: dict[str, float | None]) -> str:
-    """A mean with half the width of its interval.
-
-    >>> interval({"mean": 0.5, "low": 0.25, "high": 0.75})
-    '+0.50 ± 0.25'
-    """
-    half = "" if estimate["low"] is None else f" ± {(estimate['high'] - estimate['low']) / 2:.2f}"
-    return f"{estimate['mean']:+.2f}{half}"
 
 
 def _summarise(run: Run) -> Result:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..row_check import present
+
 Rows = list[dict[str, Any]]
 
 
@@ -102,6 +104,11 @@ def read_rows(path: Path) -> Rows:
 
     # Not read_table on a path: it takes a folder's name for a partition.
     return parquet.ParquetFile(path).read().to_pylist()
+
+
+def plain(text: Any) -> str | list[dict[str, Any]]:
+    """A text, or messages without the keys that Arrow filled in."""
+    return text if isinstance(text, str) else [present(message) for message in text]
 
 
 def rows_once(path: Path, build: Callable[[], Rows]) -> Rows:

@@ -18,12 +18,11 @@ import numpy as np
 from .. import candidates as lists_of
 from .. import rewards
 from ..candidates import Candidate, PromptList, from_rows, to_rows
-from ..row_check import present
 from . import evaluation, training
 from .config import AlignConfig
 from .models import Models
 from .prompts import Prompt, of_iteration
-from .run_folder import Rows, RunFolder, in_chunks, read_json, read_rows, remove, rows_once, write_rows
+from .run_folder import Rows, RunFolder, in_chunks, plain, read_json, read_rows, remove, rows_once, write_rows
 
 SAMPLE, EVALUATE, NEGATIVES = 1, 2, 3  # what a seed is for; 0 is training
 
@@ -196,11 +195,6 @@ def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path) -
         return [row | {"scores": [next(scores) for _ in row["completions"]]} for row, _ in part]
 
     return in_chunks(chunks, list(zip(rows, prompts, strict=True)), run.config.chunk_size, work)
-
-
-def plain(text: Any) -> rewards.Text:
-    """A text, or messages without the keys that Arrow filled in."""
-    return text if isinstance(text, str) else [present(message) for message in text]
 
 
 def _mean_spread(rows: Rows) -> float | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rewards import text_of
-from .loop import interval
+from .evaluation import interval
 from .run_folder import read_rows
 from .stages import Run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import AlignConfig
-from .run_folder import Rows, write_whole
+from .run_folder import Rows, plain, write_whole
 
 if TYPE_CHECKING:
     from .models import Models
@@ -88,8 +88,6 @@ def _save(model: Any, tokenizer: Any, folder: Path, trainer: Any) -> None:
 
 def _dataset(rows: Rows) -> Any:
     from datasets import Dataset
-
-    from .stages import plain
 
     columns = ("scores", "source", "prompt_ids", "completion_ids")
     return Dataset.from_list(
