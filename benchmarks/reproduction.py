@@ -38,7 +38,7 @@ BASE: dict[str, Any] = {
 
 ARMS: dict[str, dict[str, Any]] = {
     "contrastive, k = 8": {},
-    "best against worst of 8": {"baseline": "dpo"},
+    "best against worst of 8": {"baseline": "dpo", "subset": "paper", "training.objective": "pairwise"},
     "ListMLE": {"training.objective": "listmle"},
     "LambdaRank": {"training.objective": "lambdarank"},
     "k = 2": {"k": 2},
