@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.steps import ROOT, Step, run, write_rows
-from benchmarks.tables import aligned, plain
+from benchmarks.tables import aligned, by_shape, plain
 
 NO_GPU = "gpu_check needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
 LAST_S = 15  # seconds kept for plots and tables
@@ -36,6 +36,7 @@ STEPS = {
     "determinism": ("gpu_correct", 60, "the same numbers in 100 runs, and in any company"),
     "profile": ("gpu_speed", 40, "kernels by time"),
     "suites": ("gpu_speed", 240, "against eager, torch.compile and installed libraries"),
+    "prefix": ("gpu_speed", 60, "a prompt that runs once for its candidates, against separate rows"),
 }
 
 
@@ -116,7 +117,17 @@ def _rows(rows: list[dict]) -> str:
     )
 
 
-TABLES = {"suites": _suites, "profile": _profile, "linear": _linear, "rows": _rows}  # in the order they are printed
+def _prefix(rows: list[dict]) -> str:
+    return "A prompt run once\n" + aligned(by_shape([row["table"] for row in rows]))
+
+
+TABLES = {
+    "prefix": _prefix,
+    "suites": _suites,
+    "profile": _profile,
+    "linear": _linear,
+    "rows": _rows,
+}  # in the order they are printed
 
 
 def _short(value: float) -> str:

@@ -14,6 +14,7 @@ import larpo_kernels as lk
 from benchmarks import cases
 from benchmarks.gpu_timing import medians
 from benchmarks.measure import Settings, all_providers, measure
+from benchmarks.prefix import ModelStep, SeparateRows
 from benchmarks.problem import IGNORE, Problem
 from benchmarks.truth import Truth
 
@@ -211,6 +212,18 @@ def suites() -> Iterator[dict]:
             what = f"{side} {mode} {name}" + (f": {', '.join(wrong)}" if wrong else "")
             yield {"what": what, "ok": not wrong, "seconds": time.perf_counter() - start, "table": table}
         del case, truth, problem
+        torch.cuda.empty_cache()
+
+
+def prefix() -> Iterator[dict]:
+    """A model's training step with the prompt of a list run once (FlexAttention), against a row for every candidate."""
+    for name in ("P1024-R1024-m8", "P2048-R512-m8"):
+        start = time.perf_counter()
+        step = ModelStep.build(name, torch.bfloat16, "cuda", 0)
+        table = measure(step, all_providers("prefix", "step"), SeparateRows(step), Settings(rounds=5, budget_s=8, guard_s=10))
+        wrong = [f"{r['provider']} {r['status']}" for r in table["rows"] if _failed(r)]
+        yield {"what": name, "ok": not wrong, "seconds": time.perf_counter() - start, "table": table}
+        del step
         torch.cuda.empty_cache()
 
 
