@@ -403,6 +403,19 @@ def test_what_is_logged(tmp_path, data):
     assert {"eval_one_ndcg", "eval_two_rewards/margins", "eval_one_loss"} <= metrics.keys()
 
 
+def test_tensorboard_shows_list_metrics(tmp_path, data, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer(
+        tmp_path, data, eval_dataset=data, report_to="tensorboard", max_steps=2, eval_strategy="steps", eval_steps=2
+    ).train()
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert {"train/rewards/margins", "train/ndcg", "eval/kendall_tau"} <= set(board.Tags()["scalars"])
+
+
 def test_the_best_model_can_be_chosen_by_a_list_metric(tmp_path, data):
     t = trainer(
         tmp_path, data, eval_dataset=data, max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps",
