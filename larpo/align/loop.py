@@ -51,7 +51,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the loop runs in one process; start it without torchrun or accelerate launch")
     folder = RunFolder(config.output_dir)
-    with folder.lock(), _quiet_datasets():
+    with folder.lock(), _quiet_libraries():
         state = _prepare(config, folder, progress)
         _stage(state, 0, "evaluate")
         for iteration in range(1, config.iterations + 1):
@@ -153,14 +153,26 @@ def _summarise(run: Run) -> Result:
 
 
 @contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Without a bar for every small table."""
+def _quiet_libraries() -> Iterator[None]:
+    """Without a bar for every small table that is mapped and every model that is loaded."""
     import datasets
+    from transformers.utils import logging as transformers_logging
 
-    were_off = datasets.utils.logging.is_progress_bar_enabled() is False
-    datasets.disable_progress_bars()
+    libraries = (
+        (datasets.utils.logging.is_progress_bar_enabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
+        (
+            transformers_logging.is_progress_bar_enabled,
+            transformers_logging.disable_progress_bar,
+            transformers_logging.enable_progress_bar,
+        ),
+    )
+    silenced = []
+    for is_enabled, disable, enable in libraries:
+        if is_enabled():
+            disable()
+            silenced.append(enable)
     try:
         yield
     finally:
-        if not were_off:
-            datasets.enable_progress_bars()
+        for enable in silenced:
+            enable()

@@ -58,10 +58,13 @@ def train(
 
 def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
     """The LarPOConfig of one iteration. Raises what LarPOConfig raises for a bad setting."""
+    import torch
+
     from ..config import LarPOConfig
 
+    here = {"dataloader_pin_memory": torch.cuda.is_available()}  # without a GPU torch warns that it has no effect
     try:
-        return LarPOConfig(output_dir=output_dir, seed=seed, **config.training_settings())
+        return LarPOConfig(output_dir=output_dir, seed=seed, **here | config.training_settings())
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from error
 
