@@ -35,7 +35,7 @@ from larpo_kernels import schedules
 
 NO_GPU = "tune needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
 NOISE = 0.02  # a candidate must be faster by this share
-SCHEDULE_VALUES = ("GPU_TILE_BYTES", "MAX_TOKENS")  # names in larpo_kernels/schedules.py; the rest are fields of Launch
+SCHEDULE_VALUES = ("GPU_TILE_BYTES", "GPU_TILE_TOKENS")  # names in larpo_kernels/schedules.py; the rest are fields of Launch
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ GROUPS = (
     ),
     Group(
         "schedule",
-        {"GPU_TILE_BYTES": (1 << 28, 1 << 29, 1 << 30, 1 << 31), "MAX_TOKENS": (2048, 4096, 8192, 16384)},
+        {"GPU_TILE_BYTES": (1 << 28, 1 << 29, 1 << 30, 1 << 31), "GPU_TILE_TOKENS": (4096, 8192, 16384, 32768)},
         share=0.3,
     ),
 )

@@ -180,13 +180,20 @@ def lists(list_sizes: int | Sequence[int] | torch.Tensor, num_candidates: int, d
             raise ValueError(f"list_sizes must be an int or [lists], got shape {shape(list_sizes)}")
         if readable(list_sizes):
             _check_sizes(list_sizes.tolist(), num_candidates)
-        sizes = list_sizes.to(device=device, dtype=torch.int64)
+        sizes = _to_device(list_sizes.long(), device)
     else:
         if not all(isinstance(m, int) and not isinstance(m, bool) for m in list_sizes):
             raise TypeError(f"list_sizes must hold ints, got {list(list_sizes)!r}")
         _check_sizes(list_sizes, num_candidates)
-        sizes = torch.tensor(list(list_sizes), dtype=torch.int64, device=device)
+        sizes = _to_device(torch.tensor(list(list_sizes), dtype=torch.int64), device)
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x there. From pageable memory the copy would wait for all work that the GPU has under way."""
+    if x.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def _check_sizes(sizes: Sequence[int], num_candidates: int) -> None:

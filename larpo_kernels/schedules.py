@@ -186,19 +186,20 @@ def stored_dtype(compute: torch.dtype, hidden: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if hidden == torch.bfloat16 else compute
 
 
-CPU_TILE_BYTES = 8 << 20
-GPU_TILE_BYTES = 1 << 30
-MAX_TOKENS = 4096  # per block of tokens; below, every slice of d weight is one GEMM over all tokens
+# A tile at most. Up to so many tokens every slice of d weight is one GEMM over all of them, and nothing is added up.
+CPU_TILE_BYTES, CPU_TILE_TOKENS = 8 << 20, 4096
+GPU_TILE_BYTES, GPU_TILE_TOKENS = 1 << 30, 16384
 
 
 def tile_shape(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Tokens and vocabulary rows of a tile.
 
-    On a CPU thin slices of the vocabulary that stay in the cache. On a GPU as much of the vocabulary as fits, so that
-    d hidden is one GEMM over it and nothing is added up in memory. The rows of the weight fit the budget too: where they
-    are cast, few tokens must not mean a copy of the whole weight.
+    On a CPU thin slices of the vocabulary that stay in the cache. On a GPU so much of it that sums of d hidden over
+    slices cost little (docs/performance.md). The rows of the weight fit the budget too: where they are cast, few tokens
+    must not mean a copy of the whole weight.
     """
-    budget = GPU_TILE_BYTES if device.type == "cuda" else CPU_TILE_BYTES
-    tokens = max(1, min(num_tokens, MAX_TOKENS))
+    gpu = device.type == "cuda"
+    budget, most = (GPU_TILE_BYTES, GPU_TILE_TOKENS) if gpu else (CPU_TILE_BYTES, CPU_TILE_TOKENS)
+    tokens = max(1, min(num_tokens, most))
     rows = max(budget // (max(tokens, hidden_size) * dtype.itemsize) // 64 * 64, 256)
     return tokens, min(rows, vocab_size)

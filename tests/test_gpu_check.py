@@ -229,12 +229,12 @@ def test_a_candidate_is_in_place_only_while_it_is_measured():
     launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
     from larpo_kernels import schedules
 
-    shipped, tokens = launch.TABLE["sm_90"], schedules.MAX_TOKENS
-    with pytest.raises(KeyError), tune.using({"row_block": 512, "MAX_TOKENS": 77}, "sm_90"):
+    shipped, tokens = launch.TABLE["sm_90"], schedules.GPU_TILE_TOKENS
+    with pytest.raises(KeyError), tune.using({"row_block": 512, "GPU_TILE_TOKENS": 77}, "sm_90"):
         assert launch.TABLE["sm_90"].row_block == 512 and launch.TABLE["sm_90"].row_warps == shipped.row_warps
-        assert schedules.MAX_TOKENS == 77
+        assert schedules.GPU_TILE_TOKENS == 77
         raise KeyError
-    assert launch.TABLE["sm_90"] is shipped and tokens == schedules.MAX_TOKENS
+    assert launch.TABLE["sm_90"] is shipped and tokens == schedules.GPU_TILE_TOKENS
 
 
 def test_the_fastest_wins_only_if_it_beats_noise():
@@ -267,12 +267,12 @@ def test_problems_past_the_deadline_are_not_measured(monkeypatch):
 
 def test_the_printed_entry_is_a_line_of_the_launch_table():
     launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
-    values = tune.shipped("sm_90") | {"row_block": 2048, "GPU_TILE_BYTES": 1 << 29, "MAX_TOKENS": 8192}
+    values = tune.shipped("sm_90") | {"row_block": 2048, "GPU_TILE_BYTES": 1 << 29, "GPU_TILE_TOKENS": 8192}
     line, tile_bytes, tokens = tune.entry("sm_90", values, "measured, NVIDIA H200, 2026-11-21").splitlines()
     found = eval("{" + line + "}", {"Launch": launch.Launch})["sm_90"]
     assert found.row_block == 2048 and found.row_warps == launch.TABLE["sm_90"].row_warps
     assert found.origin == "measured, NVIDIA H200, 2026-11-21"
-    assert tile_bytes.startswith("GPU_TILE_BYTES = 1 << 29 ") and tokens.startswith("MAX_TOKENS = 8192 ")
+    assert tile_bytes.startswith("GPU_TILE_BYTES = 1 << 29 ") and tokens.startswith("GPU_TILE_TOKENS = 8192 ")
 
 
 def test_a_table_of_candidates_shows_the_fastest_first_and_says_when_there_is_none():
@@ -315,9 +315,11 @@ def test_limits_are_the_arithmetic_of_the_documentation():
 
 
 def test_limits_use_the_tiles_of_the_walk():
-    from larpo_kernels.schedules import GPU_TILE_BYTES, MAX_TOKENS, tile_shape
+    from larpo_kernels.schedules import GPU_TILE_BYTES, GPU_TILE_TOKENS, tile_shape
 
     for t in (1000, 8192, 16384):
         for v in (32000, 128256, 262144):
             tokens, rows = tile_shape(t, 4096, v, torch.bfloat16, torch.device("cuda"))
-            assert (tokens, rows) == pytest.approx(limits.tile(limits.Head(t, 4096, v), MAX_TOKENS, GPU_TILE_BYTES), abs=64)
+            assert (tokens, rows) == pytest.approx(
+                limits.tile(limits.Head(t, 4096, v), GPU_TILE_TOKENS, GPU_TILE_BYTES), abs=64
+            )

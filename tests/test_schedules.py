@@ -22,7 +22,7 @@ VOCABULARY, HIDDEN, COUNTED = 1500, 64, 300  # of 500 tokens
 def tiles(request, monkeypatch):
     """Tiles of at least 256 vocabulary rows by at most this many tokens."""
     monkeypatch.setattr(schedules, "CPU_TILE_BYTES", TILE_BYTES)
-    monkeypatch.setattr(schedules, "MAX_TOKENS", request.param)
+    monkeypatch.setattr(schedules, "CPU_TILE_TOKENS", request.param)
     monkeypatch.setattr(plain, "STEP", 32)  # rows at a time where a float32 copy is needed
     return request.param
 
@@ -128,11 +128,11 @@ def test_schedules_that_cannot_be_raise(backend, device):
 @pytest.mark.parametrize("tokens", [1, 7, 100, 5000])
 @pytest.mark.parametrize("vocabulary", [1, 200, 50257])
 def test_tiles_are_within_their_bounds(tokens, vocabulary):
-    for device in ("cpu", "cuda"):
+    for device, kind in (("cpu", "CPU"), ("cuda", "GPU")):
         t, rows = schedules.tile_shape(tokens, 64, vocabulary, torch.float32, torch.device(device))
-        assert 1 <= t <= min(tokens, schedules.MAX_TOKENS) and 1 <= rows <= vocabulary
+        budget, most = (getattr(schedules, f"{kind}_TILE_{what}") for what in ("BYTES", "TOKENS"))
+        assert 1 <= t <= min(tokens, most) and 1 <= rows <= vocabulary
         assert rows >= min(vocabulary, 256)
-        budget = schedules.CPU_TILE_BYTES if device == "cpu" else schedules.GPU_TILE_BYTES
         assert rows == min(vocabulary, 256) or t * rows * 4 <= budget
 
 

@@ -1,0 +1,134 @@
+"""Runs the code of a GPU on tensors without data that say they are on one: no driver, no card, no kernels.
+
+    python gpu_path.py GUARD.so
+
+Such tensors refuse to mix devices, and to tell the host their values: that would be a wait in the middle of a step. Kernels
+are replaced by a check of their arguments. GUARD is a do-nothing device guard (guard.cpp), which CPU builds of torch lack.
+"""
+
+import contextlib
+import sys
+from collections import Counter
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+torch.ops.load_library(sys.argv[1])
+
+import larpo_kernels as lk  # noqa: E402
+from larpo_kernels import schedules, walk  # noqa: E402
+from larpo_kernels.backends import triton as primitives  # noqa: E402
+from larpo_kernels.backends.triton import launch, lists, rows, tiles  # noqa: E402
+from larpo_kernels.ops import linear  # noqa: E402
+
+S, T, H, V = 8, 16, 256, 1000
+BF16 = torch.bfloat16
+LAUNCHED: Counter[str] = Counter()
+
+
+class Kernels:
+    """In place of a module of kernels: `kernels.name[grid](...)` counts, and looks where its tensors are."""
+
+    def __getattr__(self, name):
+        def run(*args, **options):
+            strangers = [x.device for x in args if isinstance(x, torch.Tensor) and not x.is_cuda]
+            assert not strangers, f"{name} got a tensor on {strangers[0]}"
+            LAUNCHED[name] += 1
+
+        return type("Launcher", (), {"__getitem__": lambda self, grid: run})()
+
+
+def stand_in_for_a_gpu():
+    tiles.tiles, rows.rows, lists.lists = Kernels(), Kernels(), Kernels()
+    for module in (tiles, rows, lists):
+        module.on_device = lambda x: contextlib.nullcontext()
+    tiles.for_tensor = rows.for_tensor = lambda x: launch.TABLE["sm_90"]
+    schedules.free_bytes = lambda device: 1 << 36
+    torch.cuda.is_current_stream_capturing = lambda: True  # so that no step may ask how many tokens count
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def labels(*shape):
+    return torch.zeros(*shape, device="cuda", dtype=torch.long)
+
+
+def the_walk():
+    """Every schedule, forward and backward, in one block of tokens and in two."""
+    held = {"score_only": 0, "frozen_head": 0, "list_hold": V, "recompute": 0, "partly held": 512}
+    for schedule, held_rows in held.items():
+        for dtype, softcap, biased, n in [
+            (BF16, None, False, 512),
+            (BF16, 30.0, True, 20000),
+            (torch.float32, None, True, 20000),
+        ]:
+            hidden, weight = randn(n, H, dtype=dtype), randn(V, H, dtype=dtype)
+            bias = randn(V, dtype=dtype) if biased else None
+            head = walk.Head(weight, bias, 1.0, softcap, dtype)
+            kept = walk.forward(
+                head, hidden, labels(n), held_rows=held_rows, held_dtype=BF16, one_pass=schedule == "frozen_head",
+                stats=biased, backend="triton",
+            )  # fmt: skip
+            if schedule not in ("score_only", "frozen_head"):
+                new = [None if x is None else torch.empty_like(x) for x in (hidden, weight, bias)]
+                outputs = dict(zip(("d_hidden", "d_weight", "d_bias"), new, strict=True))
+                walk.backward(head, hidden, labels(n), randn(n), kept, **outputs, backend="triton")
+
+
+def the_ops():
+    """Around the walk: tokens that count or all of them, padding, and back."""
+    hidden, weight, y = randn(130, H, dtype=BF16), randn(V, H, dtype=BF16), labels(130)
+    for keep in (None, torch.arange(100, device="cuda")):
+        for one_pass, held_rows in ((True, 0), (False, V)):
+            out = linear._linear_logps._init_fn(
+                hidden, weight, None, y, keep, -100, 1.0, None, BF16, BF16, held_rows, one_pass, True, "triton"
+            )
+            grads = linear._linear_logps_backward._init_fn(
+                randn(130), hidden, weight, None, y, keep, out[0], *out[3:], -100, 1.0, None, BF16, True, not one_pass, False,
+                "triton",
+            )  # fmt: skip
+            assert out[0].shape == y.shape and grads[0].shape == hidden.shape
+
+
+def the_rows_and_lists():
+    logits, y = randn(S, T, V, dtype=BF16), labels(S, T)
+    logps, _, _ = primitives.token_logps(logits, y, -100, 1.0, None, True)
+    primitives.token_logps_backward(randn(S, T), logits, y, logps, -100, 1.0, None, torch.empty_like(logits))
+    borders = torch.arange(S + 1, device="cuda") * T
+    primitives.candidate_logps(logps.view(-1), y.view(-1) != -100, borders)
+    primitives.list_stage(
+        logps.view(-1), None, borders, torch.arange(3, device="cuda") * 4, randn(S), randn(S), 0.1, "listmle", "none", 0, 1.0
+    )
+
+
+def the_api():
+    """From the user's line to the ops: what is checked at the door must not read a tensor."""
+    y, relevance, ref_logps = labels(S, T), randn(S), randn(S)
+    for list_sizes in (4, torch.tensor([3, 5], device="cuda")):
+        options = {"list_sizes": list_sizes, "ref_logps": ref_logps, "length_normalized": True, "return_stats": True}
+        for dtype in (BF16, torch.float32):
+            logits, hidden = randn(S, T, V, dtype=dtype), randn(S, T, H, dtype=dtype).requires_grad_()
+            out = lk.fused_listwise_loss(logits.requires_grad_(), y, relevance, objective="lambdarank", **options)
+            assert out.loss.is_cuda and out.loss.requires_grad and out.entropy.shape == y.shape
+            for trained in (True, False):
+                weight = randn(V, H).requires_grad_(trained)
+                out = lk.fused_linear_listwise_loss(hidden, weight, y, relevance, **options)
+                assert out.loss.is_cuda and out.loss.requires_grad
+                assert lk.plan(hidden, weight, y).schedule == ("list_hold" if trained else "frozen_head")
+    borders = torch.arange(S + 1, device="cuda") * T
+    lk.sequence_logps(randn(S * T, V, dtype=BF16), y.view(-1), cu_seqlens=borders)
+    lk.listwise_loss(randn(S).requires_grad_(), relevance, list_sizes=4, objective="listnet")
+
+
+if __name__ == "__main__":
+    stand_in_for_a_gpu()
+    with FakeTensorMode():
+        for widens in (True, False):  # torch 2.9's addmm does not write float32
+            tiles.ADDMM_WIDENS = widens
+            the_walk()
+        the_ops()
+        the_rows_and_lists()
+        the_api()
+    print("launched:", *sorted(LAUNCHED))
