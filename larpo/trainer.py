@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+DEEPSPEED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LarPOTrainer(Trainer):
@@ -122,7 +123,7 @@ class LarPOTrainer(Trainer):
             self.ref_model = without_dropout(ref_model) if args.disable_dropout else ref_model
             self.ref_model.requires_grad_(False).eval()
         elif not self._reference_is_base and not args.precompute_ref_log_probs:
-            self.ref_model = frozen_copy(model, share_frozen=not _will_shard(args))
+            self.ref_model = frozen_copy(model, share_frozen=not _will_replace_parameters(args))
         if self.ref_model is not None:
             attach(self.ref_model, self._policy(self.ref_model, args))
 
@@ -144,6 +145,8 @@ class LarPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        if self._on_deepspeed and not self._sharded:
+            model.to(args.device)  # DeepSpeed takes it there when training starts; the reference may be scored before
         self._keep_logps_exact()
         self.data_collator.layout = self._layout()
         if heads.causal_lm(model).config._attn_implementation != "flex_attention":
@@ -178,7 +181,7 @@ class LarPOTrainer(Trainer):
     @torch.no_grad()
     def _compare_shared_prefix(self) -> str | None:
         """The first list with its prompt shared, against separate rows; None where they agree."""
-        if self.accelerator.distributed_type in SHARDED:
+        if self._sharded:
             return None  # parameters are not whole here: the table of known architectures has to do
         dataset = self.train_dataset if self.train_dataset is not None else self._eval_datasets()[0]
         if len(dataset) == 0:
@@ -207,12 +210,28 @@ class LarPOTrainer(Trainer):
     def _prepare_reference(self, reference: nn.Module) -> nn.Module:
         if self.accelerator.is_fsdp2:
             return fsdp2_prepare_model(self.accelerator, reference)
-        if self.accelerator.distributed_type in SHARDED:
+        if self._sharded:
             raise ValueError(
-                f"a reference model beside a {self.accelerator.distributed_type.value} policy is not supported: "
+                f"a reference model beside a policy sharded by {'ZeRO-3' if self._on_deepspeed else 'FSDP1'} is not supported: "
                 "give the data ref_logps (`larpo score` writes them), or train an adapter with peft_config"
             )
+        if self._on_deepspeed:  # it casts the policy's parameters, not its buffers: rotary frequencies stay in float32
+            dtype = DEEPSPEED_DTYPES.get(self.accelerator.mixed_precision)
+            for p in reference.parameters() if dtype else ():
+                p.data = p.data.to(dtype)
+            return reference.to(self.args.device)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    @property
+    def _on_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether parameters are cut over processes: by FSDP and ZeRO-3. ZeRO-1 and 2 leave them whole."""
+        if self._on_deepspeed:
+            return self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     # --- the reference --------------------------------------------------------------------------------------
 
@@ -237,7 +256,7 @@ class LarPOTrainer(Trainer):
 
     def _precompute_ref_logps(self) -> None:
         """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
-        if self.accelerator.distributed_type in SHARDED:
+        if self._sharded:
             raise ValueError("precompute_ref_log_probs does not work with sharded parameters: `larpo score` writes ref_logps")
         if self.train_dataset is not None:
             self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
@@ -307,11 +326,30 @@ class LarPOTrainer(Trainer):
                 objective=self.objective,
                 ref_logps=ref_logps,
                 beta=self.args.beta,
-                backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
-                no_sync=getattr(model, "no_sync", contextlib.nullcontext),
+                backward=self._backward,
+                no_sync=lambda: self._more_to_come(model),
             )
         self._record("train", inputs, out.logps, out.scores)
         return out.loss / self.current_gradient_accumulation_steps
+
+    def _backward(self, loss: Tensor) -> None:
+        options = {"scale_wrt_gas": False} if self._on_deepspeed else {}  # or it divides a second time
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **options)
+
+    @contextlib.contextmanager
+    def _more_to_come(self, model: nn.Module) -> Iterator[None]:
+        """Around all but the last backward of a step: no gradient is exchanged; DeepSpeed, whose backward steps, does not."""
+        if not self._on_deepspeed:
+            with getattr(model, "no_sync", contextlib.nullcontext)():
+                yield
+            return
+        state = self.accelerator.gradient_state
+        syncs = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(syncs)
 
     @property
     def _slice(self) -> int:
@@ -405,8 +443,8 @@ class LarPOTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
-def _will_shard(args: LarPOConfig) -> bool:
-    """Whether parameters will be sharded over processes; known before accelerate is set up."""
+def _will_replace_parameters(args: LarPOConfig) -> bool:
+    """Whether FSDP or DeepSpeed will shard or cast parameters in place; known before accelerate is set up."""
     asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
     return bool(args.fsdp or args.deepspeed) or any(asked)
 

@@ -73,7 +73,16 @@ def make_trainer(folder, ranks, *, fsdp=False, ref_model=None, adapter=False, mo
 def whole(model):
     """Every parameter that is trained, whole, by name."""
     named = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for name, p in named.items()}
+    return {name: gathered(p).detach().clone() for name, p in named.items()}
+
+
+def gathered(p):
+    if hasattr(p, "ds_id"):  # of ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.data.clone()
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 def train(folder, ranks, evaluate=False, **options):
