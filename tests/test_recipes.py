@@ -24,6 +24,7 @@ SMALL = {
     ),
     "selm": dict(alphas=(0.0, 0.5), rounds=1, k=3, steps=1, fit_steps=5),
     "copo": dict(alpha=0.1, rounds=1, k=3, steps=1, fit_steps=5),
+    "rlrf": dict(rounds=1, k=4, steps=1, fit_steps=5),
     "twosome": dict(updates=2, steps=20, epochs=1),
     "linvit": dict(horizon=10, steps=40, every=20, fit_steps=3),
     "read": dict(rounds=1, episodes=3, most_steps=5, updates=1, critic_updates=2, fit_steps=3, tests=3),

@@ -3,7 +3,7 @@
     python -m larpo.recipes.selm --out results
 
 >>> sorted(RECIPES)
-['copo', 'linvit', 'objectives', 'read', 'selm', 'twosome']
+['copo', 'linvit', 'objectives', 'read', 'rlrf', 'selm', 'twosome']
 >>> RECIPES["twosome"].description
 'TWOSOME (2401.14151): policy over valid actions, softmax of log-likelihood per token, word or action'
 
@@ -29,6 +29,7 @@ RECIPES = {
     ),
     "selm": Recipe("larpo.recipes.selm", "SELM (2405.19332): optimistic exploration by the reference's own completions"),
     "copo": Recipe("larpo.recipes.copo", "COPO (2501.12735): exploration bonus from pseudo-counts of completions"),
+    "rlrf": Recipe("larpo.recipes.rlrf", "RLRF (2403.14238): refinements by the policy itself as candidates"),
     "twosome": Recipe(
         "larpo.recipes.twosome",
         "TWOSOME (2401.14151): policy over valid actions, softmax of log-likelihood per token, word or action",

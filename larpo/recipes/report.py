@@ -101,9 +101,9 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str) -> None:
-    """The mean of the seeds' curves, and all of them faintly behind it."""
+def band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, color: str | None = None) -> None:
+    """The mean of the seeds' curves, and all of them faintly behind it; None: the axes' next colour."""
     mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-    (line,) = axes.plot(x, mean, label=label)
+    (line,) = axes.plot(x, mean, label=label, color=color)
     for curve in curves:
         axes.plot(x, curve, color=line.get_color(), alpha=0.25, linewidth=0.8)

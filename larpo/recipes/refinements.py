@@ -1,0 +1,113 @@
+"""Refinements as candidates: the policy is asked for a better answer than its own, given feedback on it.
+
+`refine` works with any sampler, feedback, reward and objective. For a chat model and a critique in words:
+
+    def ask(prompt, candidate):
+        return [*prompt, *candidate.completion, {"role": "user", "content": f"{critique(candidate)} Answer again."}]
+
+    lists, gains, counts = refine(TransformersSampler(model, tokenizer, 256), lists, ask, reward, seed=0)
+    LarPOTrainer(model, args=config, train_dataset=Dataset.from_list(to_rows(lists)), processing_class=tokenizer).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from larpo.candidates import Candidate, PromptList, deduplicate, rank, top_bottom
+from larpo.rewards import Reward, Text, score, text_of
+from larpo.sampling import Sampled, Sampler
+
+ORIGINAL, REFINEMENT = "original", "refinement"  # `Candidate.source`
+
+Ask = Callable[[Text, Candidate], Text]  # (prompt, one of its candidates) -> the prompt for a better one: both and a critique
+
+
+class Refined(NamedTuple):
+    lists: list[PromptList]  # originals and refinements as one list per prompt, ranked by the reward
+    gains: list[float]  # of each refinement sampled: its reward less its original's, where both have one
+    counts: dict[str, int]  # refinements; of them empty, unchanged; duplicates, no longer in the lists; unscored, there
+
+
+def refine(
+    sampler: Sampler,
+    lists: Sequence[PromptList],
+    ask: Ask,
+    reward: Reward | Sequence[Reward],
+    *,
+    k: int = 1,
+    promising: int | None = None,
+    temperature: float = 1.0,
+    seed: int,
+) -> Refined:
+    """Every list with its candidates' refinements.
+
+    A refinement has the tokens that were sampled, and its list the original prompt and prompt_ids. (Where an original has no
+    completion_ids, its refinement has none either: a list has exact tokens for all candidates or for none.) `source` tells the
+    two apart; an original that has one already keeps it. Of candidates that are the same, as a refinement and an original
+    that it repeats, the first stays, and the others are counted. Empty refinements and lists without candidates stay; so do,
+    last and counted, candidates to which the reward gives None (`larpo.candidates.rank` drops those).
+
+    Args:
+        sampler: draws from the policy.
+        lists: the policy's own answers.
+        ask: the prompt for a better answer, of the same kind as the list's prompt: text, or messages.
+        reward: see `larpo.rewards`; asked about all candidates without a score.
+        k: refinements of each candidate.
+        promising: refines only that many of the best of each list; None for all.
+        temperature, seed: the sampler's.
+    """
+    if k < 1 or (promising is not None and promising < 1):
+        raise ValueError(f"expected k >= 1 and promising >= 1 or None, got k={k} and promising={promising}")
+    lists = _scored([replace(one, candidates=tuple(map(_original, one.candidates))) for one in lists], reward)
+    chosen = lists if promising is None else top_bottom(lists, promising, 0)
+    asked = [(place, candidate) for place, one in enumerate(chosen) for candidate in one.candidates]
+    prompts = [ask(lists[place].prompt, candidate) for place, candidate in asked]
+    sampled = sampler(prompts, k, temperature, seed=seed) if prompts else []
+    olds = [original for (_, original), drawn in zip(asked, sampled, strict=True) for _ in drawn]
+    refinements: list[list[Candidate]] = [[] for _ in lists]
+    for (place, original), drawn in zip(asked, sampled, strict=True):
+        refinements[place] += [_refinement(original, one) for one in drawn]
+    refined = _scored([replace(a, candidates=tuple(b)) for a, b in zip(lists, refinements, strict=True)], reward)
+    news = [candidate for one in refined for candidate in one.candidates]  # each beside its original in `olds`
+    pools = [replace(a, candidates=a.candidates + b.candidates) for a, b in zip(lists, refined, strict=True)]
+    distinct, duplicates = deduplicate(pools)
+    ranked, unscored = rank(distinct, unscored="last")
+    both = list(zip(olds, news, strict=True))
+    return Refined(
+        ranked,
+        [new.score - old.score for old, new in both if new.score is not None and old.score is not None],
+        {
+            "refinements": len(news),
+            "empty": sum(not text_of(new.completion) for new in news),
+            "unchanged": sum(text_of(new.completion) == text_of(old.completion) for old, new in both),
+            "duplicates": duplicates,
+            "unscored": unscored,
+        },
+    )
+
+
+def _original(candidate: Candidate) -> Candidate:
+    return replace(candidate, source=candidate.source or ORIGINAL)
+
+
+def _refinement(original: Candidate, sampled: Sampled) -> Candidate:
+    """In the form of its original: text or a message, with or without tokens."""
+    return Candidate(
+        sampled.text if isinstance(original.completion, str) else [{"role": "assistant", "content": sampled.text}],
+        source=REFINEMENT,
+        completion_ids=None if original.completion_ids is None else sampled.token_ids,
+    )
+
+
+def _scored(lists: Sequence[PromptList], reward: Reward | Sequence[Reward]) -> list[PromptList]:
+    """The lists with a reward for every candidate that had none."""
+    open_ = [(i, j) for i, one in enumerate(lists) for j, candidate in enumerate(one.candidates) if candidate.score is None]
+    prompts = [lists[i].prompt for i, _ in open_]
+    found = score(reward, None, prompts, [lists[i].candidates[j].completion for i, j in open_])
+    given = dict(zip(open_, found, strict=True))
+    return [
+        replace(one, candidates=tuple(replace(c, score=given.get((i, j), c.score)) for j, c in enumerate(one.candidates)))
+        for i, one in enumerate(lists)
+    ]
