@@ -52,10 +52,16 @@ def for_device(index: int | None) -> Launch:
     return TABLE["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
 
 
-def registers(x: torch.Tensor, most: int) -> dict:
-    """Launch option: registers a thread may take. Left alone, ptxas spills a few to fit more warps on a multiprocessor."""
+def options(x: torch.Tensor, warps: int = 4, registers: int | None = None) -> dict:
+    """Launch options for tensors like x.
+
+    registers: that a thread may take. Left alone, ptxas spills a few to fit more warps on a multiprocessor.
+    """
+    chosen = {"num_warps": warps, "enable_fp_fusion": True}  # multiply-adds: later Tritons fuse only where asked to
     nvidia = _absent_gpu().backend == "cuda" if x.is_meta else x.is_cuda and not torch.version.hip
-    return {"maxnreg": most} if nvidia else {}
+    if registers is not None and nvidia:
+        chosen["maxnreg"] = registers
+    return chosen
 
 
 def _absent_gpu():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import lists
-from .launch import on_device, registers
+from .launch import on_device, options
 
 TOKENS = 1024  # token log-probs per step: 4 KB, one load per thread and vector at 4 warps
 PAIRS, PAIR_WARPS = 16, 8  # a tile of 16 x 16 pairs, one a thread: most lists are one tile
@@ -18,8 +18,9 @@ def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) ->
     if s:
         with on_device(logps):
             lists.candidate_logps[(s,)](
-                logps, _int8(counted, logps), cu_tokens, out, share, logps.shape[0], MEAN=counted is not None, TOKENS=TOKENS
-            )
+                logps, _int8(counted, logps), cu_tokens, out, share, logps.shape[0], MEAN=counted is not None, TOKENS=TOKENS,
+                **options(logps),
+            )  # fmt: skip
     return out, share
 
 
@@ -49,7 +50,7 @@ def list_stage(
                 logps.shape[0], s, beta, temperature, k,
                 TOKEN_IS_CANDIDATE=cu_tokens is None, MEAN=counted is not None, HAS_REF=ref_logps is not None,
                 OBJECTIVE=objective, WEIGHTING=weighting, TOKENS=TOKENS, M=PAIRS,
-                num_warps=PAIR_WARPS, **registers(logps, 255),
+                **options(logps, PAIR_WARPS, registers=255),
             )  # fmt: skip
     return loss, candidates, scores, c
 

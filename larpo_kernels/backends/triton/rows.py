@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ...kernels import rows
-from .launch import for_tensor, on_device, registers
+from .launch import for_tensor, on_device, options
 
 
 def _shape(logits: Tensor, labels: Tensor) -> tuple:
@@ -36,9 +36,9 @@ def token_logps(
     args = (logits, labels, logps, entropy, top1, partial, *sizes, *strides, ignore_index, *floats)
     flags |= {"STATS": stats, "SPLITS": splits}
     with on_device(logits):
-        rows.token_logps_forward[(n, splits)](*args, **flags, BLOCK=block, num_warps=launch.row_warps, **registers(logits, 128))
+        rows.token_logps_forward[(n, splits)](*args, **flags, BLOCK=block, **options(logits, launch.row_warps, registers=128))
         if splits > 1:
-            rows.merge_splits[(n,)](*args, **flags, num_warps=1)
+            rows.merge_splits[(n,)](*args, **flags, **options(logits, 1))
     return logps, entropy, top1
 
 
@@ -62,5 +62,5 @@ def token_logps_backward(
     with on_device(logits):
         rows.token_logps_backward[(n,)](
             grad, logits, labels, logps, out, *sizes, *strides, ignore_index, *floats, **flags,
-            BLOCK=block, num_warps=launch.row_warps,
+            BLOCK=block, **options(logits, launch.row_warps),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels import tiles
 from ...shards import add_up
 from ..pytorch import tiles as plain
-from .launch import for_tensor, on_device
+from .launch import for_tensor, on_device, options
 
 # torch 2.8 and 2.9 refuse an accumulator that is wider than the operands (pytorch/pytorch#167931)
 ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
@@ -30,7 +30,7 @@ class Raised:
             t, n = 64, 64
             grid = (triton.cdiv(x.shape[0], t), triton.cdiv(x.shape[1], n))
             with on_device(x):
-                tiles.scale_rows[grid](x, self.factor, *x.shape, *x.stride(), T=t, N=n)
+                tiles.scale_rows[grid](x, self.factor, *x.shape, *x.stride(), T=t, N=n, **options(x))
 
 
 class Tiles(plain.Tiles):
@@ -55,11 +55,11 @@ class Tiles(plain.Tiles):
         with on_device(out):
             tiles.merge_spans[(triton.cdiv(tokens, few),)](
                 span, s.e, self.level, s.ex if self.stats else unused, s.above if self.stats else unused, factor,
-                spans, tokens, STATS=self.stats, S=MERGED_SPANS, T=few,
+                spans, tokens, STATS=self.stats, S=MERGED_SPANS, T=few, **options(out),
             )  # fmt: skip
             tiles.level_spans[(spans, triton.cdiv(tokens, block))](
                 out, span, self.level, rows, tokens, out.stride(0),
-                SPAN=self.launch.tile_span, R=self.launch.tile_rows, T=block, num_warps=self.launch.tile_warps,
+                SPAN=self.launch.tile_span, R=self.launch.tile_rows, T=block, **options(out, self.launch.tile_warps),
             )  # fmt: skip
         return Raised(factor)
 
@@ -86,13 +86,14 @@ class Tiles(plain.Tiles):
                 CENTRED=centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
                 FOR_GRAD=for_grad and head.softcap is not None,  # without a soft cap one kernel serves both
                 FINAL=final, STATS=self.stats and not final, SPAN=launch.tile_span, R=launch.tile_rows,
-                T=launch.tile_tokens, num_warps=launch.tile_warps,
+                T=launch.tile_tokens, **options(out, launch.tile_warps),
             )  # fmt: skip
 
     def put_target(self, e: Tensor, a: int, at_target: Tensor) -> None:
         if e.numel():
             with on_device(e):
-                tiles.put_target[(triton.cdiv(e.shape[1], 256),)](e, at_target, self.labels, a, *e.shape, e.stride(0), T=256)
+                grid = (triton.cdiv(e.shape[1], 256),)
+                tiles.put_target[grid](e, at_target, self.labels, a, *e.shape, e.stride(0), T=256, **options(e))
 
     def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
         if not acc.is_cuda or acc.dtype == x.dtype:
