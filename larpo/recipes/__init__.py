@@ -3,7 +3,7 @@
     python -m larpo.recipes.selm --out results
 
 >>> sorted(RECIPES)
-['copo', 'linvit', 'objectives', 'read', 'rlrf', 'selm', 'twosome']
+['compound', 'copo', 'linvit', 'objectives', 'read', 'rlrf', 'selection', 'selm', 'twosome']
 >>> RECIPES["twosome"].description
 'TWOSOME (2401.14151): policy over valid actions, softmax of log-likelihood per token, word or action'
 
@@ -36,6 +36,8 @@ RECIPES = {
     ),
     "linvit": Recipe("larpo.recipes.linvit", "LINVIT (2402.16181): value iteration regularised by a language model's policy"),
     "read": Recipe("larpo.recipes.read", "ReAd (2405.14314): advantage-weighted plans of two cooperating agents"),
+    "selection": Recipe("larpo.recipes.selection", "Self-Selection RAG (2502.06148): answers with and without passages"),
+    "compound": Recipe("larpo.recipes.compound", "a compound system (2410.16392): choice of passage and of answer, two lists"),
 }
 
 

@@ -79,12 +79,20 @@ def need(module: str, extra: str) -> ModuleType:
         raise ImportError(f"this recipe needs {package}: pip install 'larpo_kernels[{extra}]'") from error
 
 
-def over_seeds(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds.
+def mean(values: Sequence[float]) -> float | None:
+    """None of no values."""
+    return statistics.fmean(values) if values else None
 
-    >>> over_seeds([1.0, 2.0, 3.0], digits=1)
+
+def over_seeds(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds, those without a value left out.
+
+    >>> over_seeds([1.0, 2.0, None, 3.0], digits=1)
     '2.0 ± 1.0'
     """
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
 
@@ -107,3 +115,11 @@ def band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str
     (line,) = axes.plot(x, mean, label=label, color=color)
     for curve in curves:
         axes.plot(x, curve, color=line.get_color(), alpha=0.25, linewidth=0.8)
+
+
+def bars(axes, values: Mapping[str, Sequence[float]]) -> None:
+    """A bar for the mean of each kind's seeds, and a dot for every seed."""
+    for place, seeds in enumerate(values.values()):
+        axes.bar(place, statistics.fmean(seeds), color="tab:blue", alpha=0.6)
+        axes.plot([place] * len(seeds), seeds, ".", color="black")
+    axes.set_xticks(range(len(values)), list(values), fontsize=8)

@@ -1,0 +1,76 @@
+"""A language model reads questions: rows in which it scores the question behind each passage, and every option behind both.
+
+One row is "Passage: ... Question: q Answer: option 1 option 2 ...", each option behind the prompt alone (see
+`larpo.rows.shared_rows`). On the way to them the same forward gives log p(q | passage), the query likelihood that language
+models rank passages by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from larpo import rows
+
+from .questions import Question, exact_match
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = dict[str, Any]
+
+
+def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Sequence[Sequence[str]], fill: int) -> Rows:
+    """One batch: a row for every set of passages shown, () for none.
+
+    Its candidates are, for E sets and M options, the question behind each set [E] and then the options behind each [E * M].
+    fill: a token id for the padding.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    asked, options = ids(f" {question.text}"), [ids(f" {option}") for option in question.options]
+    before = [ids("".join(f"Passage: {passage}\n" for passage in one) + "Question:") for one in shown]
+    behind = ids("\nAnswer:")
+    batch = rows.shared_rows(
+        [rows.Candidate(head + asked + behind, option, i) for i, head in enumerate(before) for option in options],
+        fill, multiple=1,
+    )  # fmt: skip
+    width = batch["input_ids"].shape[1]
+    at = [i * width + len(head) - 1 + j for i, head in enumerate(before) for j in range(len(asked))]
+    borders = torch.arange(len(shown) + 1) * len(asked)
+    return {
+        **batch,
+        "at": torch.cat([torch.tensor(at), batch["at"]]),
+        "labels": torch.cat([torch.tensor(asked * len(shown)), batch["labels"]]),
+        "cu_seqlens": torch.cat([borders, borders[-1] + batch["cu_seqlens"][1:]]),
+    }
+
+
+def part(batch: Rows, first: int, last: int) -> Rows:
+    """The same rows with their candidates first..last - 1 only: the head computes no others."""
+    borders = batch["cu_seqlens"][first : last + 1]
+    tokens = slice(int(borders[0]), int(borders[-1]))
+    return {**batch, "at": batch["at"][tokens], "labels": batch["labels"][tokens], "cu_seqlens": borders - borders[0]}
+
+
+class Lists(NamedTuple):
+    """The two kinds of list in what a model says of a batch of `rows_of`."""
+
+    questions: Tensor  # [E]: log p(question | passages)
+    options: Tensor  # [E, M]: log p(option | passages, question) per token, by which options of several lengths compare
+
+
+def as_lists(logps: Tensor, batch: Rows, sets: int) -> Lists:
+    """logps [E + E * M], of all candidates, nats."""
+    tokens = batch["cu_seqlens"].diff()
+    return Lists(logps[:sets], (logps / tokens)[sets:].view(sets, -1))
+
+
+def correct(question: Question) -> Tensor:
+    """[M] float: 1 for the options that match the answer."""
+    return torch.tensor([float(exact_match(option, question.answer)) for option in question.options])

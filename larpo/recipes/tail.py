@@ -1,0 +1,75 @@
+"""The last layers of a causal LM as a model of its own, over states that the frozen layers below compute once.
+
+Training only the last layers runs all the others again in every step, to the same result. `cut` runs them once for all rows of
+an experiment and keeps their output in a table. The tail is a causal LM whose embedding is that table: its `input_ids` are
+places in the table, and everything else (rows, masks, `larpo.policy`, the head) stays what it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from larpo.policy import Policy, attach
+from larpo.rows import backbone_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Rows = dict[str, Any]
+
+
+@torch.no_grad()
+def cut(
+    model: PreTrainedModel, batches: Sequence[Rows], layers: int, description: str = ""
+) -> tuple[PreTrainedModel, list[Rows]]:
+    """The last `layers` layers of `model` as a tail with the forward model(rows=batch), and the batches it reads.
+
+    Args:
+        model: a causal LM built as Llama is: model.model has embed_tokens, layers and norm. It is left as it was.
+        batches: of `larpo.rows`.
+        layers: between 1 and the model's number of layers.
+
+    The tail's layers and last norm are copies that can be trained; its head is the model's, frozen.
+    """
+    most = len(model.model.layers)
+    if not 1 <= layers <= most:
+        raise ValueError(f"layers must lie in 1..{most}, the model's layers; got {layers}")
+    below = copy.copy(model.model)
+    below._modules = {**below._modules, "layers": model.model.layers[: most - layers], "norm": nn.Identity()}
+    states, moved, start = [], [], 0
+    for batch in tqdm(batches, desc=description, unit="batch"):
+        found = below(**backbone_inputs(batch, model.config, model.dtype), use_cache=False).last_hidden_state
+        places = torch.arange(start, start + batch["input_ids"].numel()).view_as(batch["input_ids"])
+        states.append(found.flatten(0, 1))
+        moved.append({**batch, "input_ids": places})
+        start += places.numel()
+    return _tail(model, torch.cat(states), layers), moved
+
+
+def _tail(model: PreTrainedModel, states: Tensor, layers: int) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.tie_word_embeddings = layers, False
+    with torch.device("meta"):
+        tail = type(model)(config)
+    inner = tail.model
+    inner.embed_tokens = nn.Embedding.from_pretrained(states, freeze=True)
+    inner.layers, inner.norm = copy.deepcopy(model.model.layers[-layers:]), copy.deepcopy(model.model.norm)
+    inner.rotary_emb = model.model.rotary_emb
+    head = model.get_output_embeddings()
+    tail.lm_head = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    tail.lm_head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
+    tail.requires_grad_(False)
+    inner.layers.requires_grad_(True)
+    inner.norm.requires_grad_(True)
+    return attach(tail.eval(), Policy(tail))
+
+
+def weights(tail: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of what is trained, for `load_state_dict(..., strict=False)`: the way back to the start."""
+    return {name: parameter.detach().clone() for name, parameter in tail.named_parameters() if parameter.requires_grad}
