@@ -83,7 +83,8 @@ def fused_listwise_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return lists.loss(token_outputs, counted(labels, ignore_index, length_normalized), labels.shape, return_stats, backend)
+    mean_over = counted(tokens.labels, ignore_index, length_normalized)
+    return lists.loss(token_outputs, mean_over, labels.shape, return_stats, backend)
 
 
 def fused_linear_listwise_loss(
@@ -136,7 +137,8 @@ def fused_linear_listwise_loss(
     )
     lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
     token_outputs = head.token_logps(return_stats)
-    return lists.loss(token_outputs, counted(labels, ignore_index, length_normalized), labels.shape, return_stats, backend)
+    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
+    return lists.loss(token_outputs, mean_over, labels.shape, return_stats, backend)
 
 
 class Lists:

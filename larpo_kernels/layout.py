@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,7 +26,7 @@ class Tokens(NamedTuple):
     """Logits or hidden states with their labels, in one form."""
 
     values: torch.Tensor  # [S, T, V or H]; packed input has S = 1 here
-    labels: torch.Tensor  # [S, T], any integer dtype
+    labels: torch.Tensor  # [S, T], int32 or int64
     cu_tokens: torch.Tensor | None  # [candidates + 1], None if nothing was said about candidates (token_logps)
 
     @property
@@ -62,6 +63,8 @@ def check_floats(name: str, x: Any, dims: Sequence[int], what: str) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() not in dims:
         raise ValueError(f"{name} must be {what}, got shape {shape(x)}")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(f"{name} carries a tangent: these ops have no forward-mode derivative (jvp, jacfwd)")
 
 
 def tokens(
@@ -83,6 +86,8 @@ def tokens(
     _tensor("labels", labels)
     if not is_integer(labels):
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    if labels.dtype.itemsize < 4 or not labels.dtype.is_signed:
+        labels = labels.long()  # ignore_index or the size of the vocabulary may lie outside their range
     if labels.shape != values.shape[:-1]:
         want = shape(values[..., 0])
         raise ValueError(f"labels must have the shape {want} of {name} without its last axis, got {shape(labels)}")
@@ -192,6 +197,11 @@ def lists(list_sizes: int | Sequence[int] | torch.Tensor, num_candidates: int, d
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x there. From pageable memory the copy would wait for all work that the GPU has under way."""
     if x.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "list_sizes is on the CPU, and a CUDA graph is being captured: its copy would be gone at the first replay. "
+                f"Pass an int or a tensor on {device}"
+            )
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
@@ -254,7 +264,7 @@ def check_options(*, beta: float = 1.0, logit_scale: float = 1.0, softcap: float
 def _number(name: str, x: Any) -> None:
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a float, got {type(x).__name__}")
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:  # math.isfinite can't be traced
         raise ValueError(f"{name} must be finite, got {x}")
 
 

@@ -107,7 +107,7 @@ def sequence_logps(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return ops.candidate_logps(logps, counted(labels, ignore_index, length_normalized), tokens.cu_tokens, backend)
+    return ops.candidate_logps(logps, counted(tokens.labels, ignore_index, length_normalized), tokens.cu_tokens, backend)
 
 
 def linear_token_logps(
@@ -178,7 +178,7 @@ def linear_sequence_logps(
     head = LinearTokens(
         hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
     )  # fmt: skip
-    mean_over = counted(labels, ignore_index, length_normalized)
+    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
     return ops.candidate_logps(head.token_logps(False)[0], mean_over, head.tokens.cu_tokens, backend)
 
 

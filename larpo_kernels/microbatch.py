@@ -25,6 +25,7 @@ def backward_in_slices(
     ref_logps: Tensor | None = None,
     beta: float = 0.1,
     reduction: str = "mean",
+    loss: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     no_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     replay_rng: bool = True,
@@ -40,6 +41,8 @@ def backward_in_slices(
             (`linear_sequence_logps` of that slice, say). Called twice for each slice.
         relevance, list_sizes, objective, ref_logps, beta, reduction: as in `fused_listwise_loss`; reduction is "mean" or
             "sum". Lists may span slices.
+        loss: another loss of the same numbers, instead of objective, beta and reduction: given all log-likelihoods [S] and
+            ref_logps, returns (one number, scores [S]). Only what it does with the log-likelihoods gets a gradient.
         slice_size: candidates per slice, >= 1; the last slice may be smaller.
         num_slices: run at least so many slices, the last ones with no candidate. Where a forward or a backward is
             collective (FSDP, DDP) all ranks must run as many: pass the largest number on any rank. For an empty slice
@@ -76,13 +79,16 @@ def backward_in_slices(
     all_logps = torch.cat(parts).detach().requires_grad_() if parts else relevance.new_zeros(0).float().requires_grad_()
     ref = layout.ref_logps(ref_logps, s, all_logps)
     with torch.enable_grad():
-        scores = beta * (all_logps if ref is None else all_logps - ref)
-        loss = listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective, reduction=reduction)
-    (c,) = torch.autograd.grad(loss, all_logps)
+        if loss is None:
+            scores = beta * (all_logps if ref is None else all_logps - ref)
+            value = listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective, reduction=reduction)
+        else:
+            value, scores = loss(all_logps, ref)
+    (c,) = torch.autograd.grad(value, all_logps)
     for i, at in enumerate(slices):
         with no_sync() if i < len(slices) - 1 else contextlib.nullcontext(), _replayed(states[i]):
             backward((c[at] * logps(at)).sum())
-    return ListwiseLossOutput(loss.detach(), all_logps.detach(), scores.detach())
+    return ListwiseLossOutput(value.detach(), all_logps.detach(), scores.detach())
 
 
 def _checked(part: Tensor, at: slice) -> Tensor:

@@ -10,7 +10,6 @@ E of some of the vocabulary may be held and the rest formed again: `auto` does s
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 from dataclasses import dataclass
@@ -158,14 +157,18 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 1 << 30
 
 
-@functools.cache
-def native_bf16(device_type: str) -> bool:
-    """Whether bf16 GEMMs run on bf16 hardware. Elsewhere they are many times slower than float32 ones."""
-    if device_type != "cpu":
-        return True
+def _cpu_has_bf16() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+CPU_HAS_BF16 = _cpu_has_bf16()  # once: the question can't be traced
+
+
+def native_bf16(device_type: str) -> bool:
+    """Whether bf16 GEMMs run on bf16 hardware. Elsewhere they are many times slower than float32 ones."""
+    return CPU_HAS_BF16 if device_type == "cpu" else True
 
 
 def compute_dtype(hidden: torch.dtype, weight: torch.dtype, device_type: str) -> torch.dtype:

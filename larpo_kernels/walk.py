@@ -18,6 +18,7 @@ before the walk and s after it, and the rows of d hidden; d weight stays where i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,6 +75,18 @@ def _of_block(held: Tensor, t0: int, t1: int) -> Tensor:
     return held.view(-1)[rows * t0 : rows * t1].view(rows, t1 - t0)
 
 
+def _in_own_dtypes(function):
+    """Autocast would round products that are chosen to be in float32."""
+
+    @functools.wraps(function)
+    def run(head: Head, hidden: Tensor, *args, **options):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(head, hidden, *args, **options)
+
+    return run
+
+
+@_in_own_dtypes
 def forward(
     head: Head,
     hidden: Tensor,
@@ -133,6 +146,7 @@ def forward(
     return kept
 
 
+@_in_own_dtypes
 def backward(
     head: Head,
     hidden: Tensor,

@@ -223,6 +223,24 @@ def check_logits_cut_over_ranks(rank, ranks):
             heads.assert_within(1, grad, eager_grad, true_grad, gradient_eps(logps), f"{regime} {dtype}")
 
 
+def check_logits_cut_over_ranks_whose_targets_a_mask_has_pushed_down(rank, ranks):
+    """The gradient of the others is their probability; the rule of check_logits_cut_over_ranks allows what l rounds to."""
+    shard = shard_of(rank)
+    labels = torch.randint(V, (12,), generator=torch.Generator().manual_seed(2))
+    for mask in (-70.0, -1e4, -1e9):
+        logits = torch.randn(12, V, generator=torch.Generator().manual_seed(1))
+        logits[torch.arange(12), labels] = mask
+        logits[:, : UNEVEN[0]] -= 100  # a rank whose logits are all far below
+        mine = leaf(own(shard, logits, -1))
+        parallel.token_logps(mine, labels, shard=shard).sum().backward()
+        whole = torch.zeros_like(logits)
+        own(shard, whole, -1).copy_(mine.grad)
+        dist.all_reduce(whole)
+        expected = leaf(logits.double())
+        slow_loop.token_logps(expected, labels).sum().backward()
+        torch.testing.assert_close(whole.double(), expected.grad, rtol=1e-4, atol=1e-6)
+
+
 def check_triton_kernels_give_the_numbers_of_the_torch_backend(rank, ranks):
     try:
         import triton  # noqa: F401

@@ -90,6 +90,33 @@ def test_one_graph_gives_eagers_numbers_on_each_backend(backend, device):
     assert_compiled_is_eager(listwise_loss, *head_and_batch(device, False), ALL, backend, "aot_eager")
 
 
+def test_bfloat16_in_one_graph(device):
+    """Which dtype to compute in is asked of the processor."""
+    head, _ = head_and_batch(device, False)
+    head = replace(head, **{name: getattr(head, name).bfloat16() for name in ALL})
+
+    def function(hidden, weight, bias):
+        return lk.linear_token_logps(hidden, weight, head.labels, bias=bias)
+
+    compiled, _ = run(torch.compile(function, fullgraph=True, backend="aot_eager"), head, ALL)
+    torch.testing.assert_close(compiled, run(function, head, ALL)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["beta", "logit_scale", "softcap"])
+def test_an_option_that_changes_from_step_to_step(device, name):
+    """The second value of a number is traced as a symbol."""
+    head, batch = head_and_batch(device, False)
+
+    def loss(hidden, value):
+        return lk.fused_linear_listwise_loss(
+            hidden, head.weight, head.labels, batch.relevance, **batch.layout, **{name: value}
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for value in (0.5, 0.7, 0.9):
+        torch.testing.assert_close(compiled(head.hidden, value), loss(head.hidden, value), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["list_hold", "recompute"])
 def test_a_schedule_of_ones_own_in_one_graph(device, schedule):
     head, _ = head_and_batch(device, False)

@@ -469,6 +469,32 @@ def test_a_list_gives_the_same_bits_in_any_company_and_order(backend, device, pa
                 assert torch.equal(part, expected)
 
 
+def strided(x):
+    """The same values, two apart in memory."""
+    return torch.stack([x, torch.full_like(x, 9)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("name", ["ref_logps", "relevance", "cu_seqlens", "list_sizes"])
+def test_columns_of_a_matrix_are_read_by_their_stride(backend, device, name):
+    batch = make_batch(device=device).packed()
+    options = {**batch.layout, "ref_logps": batch.ref_logps, "relevance": batch.relevance, "beta": 1.0, "objective": "listmle"}
+    options["list_sizes"] = torch.tensor(batch.list_sizes, device=device)
+    expected = lk.fused_listwise_loss(batch.logits, batch.labels, **options, backend=backend).loss
+    options[name] = strided(options[name])
+    assert torch.equal(lk.fused_listwise_loss(batch.logits, batch.labels, **options, backend=backend).loss, expected)
+
+
+def test_scores_that_are_a_column_of_a_matrix_or_one_number(backend, device):
+    relevance = torch.tensor([3.0, 1.0, 2.0, 0.0], device=device)
+    options = dict(list_sizes=4, objective="listmle", backend=backend)
+    scores = torch.randn(4, device=device)
+    x = leaf(strided(scores))
+    loss = lk.listwise_loss(x.as_strided((4,), (1,)), relevance, **options)
+    assert torch.equal(lk.listwise_loss(strided(scores), relevance, **options), loss)
+    equal = lk.listwise_loss(torch.ones((), device=device).expand(4), relevance, **options)
+    torch.testing.assert_close(equal, lk.listwise_loss(torch.ones(4, device=device), relevance, **options))
+
+
 @given(
     lists=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=4),
     prompt=st.integers(0, 1),

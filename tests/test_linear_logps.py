@@ -14,7 +14,7 @@ from heads import ALL, SCHEDULES, WALKS, assert_matches_float64, eager, make_hea
 from tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
 import larpo_kernels as lk
-from larpo_kernels import schedules
+from larpo_kernels import backends, schedules
 
 each_walk = pytest.mark.parametrize("schedule", WALKS)
 each_training_walk = pytest.mark.parametrize("schedule", WALKS[1:])
@@ -138,6 +138,35 @@ def test_mixed_dtypes_give_each_its_own_gradient(backend, device, hidden, weight
     for name in wanted:
         assert grads[name].dtype == getattr(head, name).dtype
         heads.assert_within(1.5, grads[name], eager_grads[name], true_grads[name], gradient_eps(logps))
+
+
+def test_backward_within_autocast_is_as_exact_as_without(device, fast_backend):
+    """Autocast would run products that are chosen to be in float32 in bfloat16."""
+    head = make_head(500, 32, (64,), torch.float32, device, bias=True)
+
+    def gradients(within):
+        x = [leaf(getattr(head, name)) for name in ALL]
+        with torch.autocast(device, torch.bfloat16):
+            out = lk.linear_token_logps(x[0], x[1], head.labels, bias=x[2], backend=fast_backend)
+            loss = (out * head.upstream.to(out.dtype)).sum()
+            if within:
+                loss.backward()
+        if not within:
+            loss.backward()
+        return [y.grad for y in x]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_float64_parameters_of_float32_states_compute_in_float64(device):
+    head = make_head(50, 16, (4,), torch.float32, device)
+    out = lk.linear_token_logps(head.hidden, head.weight.double(), head.labels)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, lk.linear_token_logps(head.hidden.double(), head.weight.double(), head.labels))
+    if backends.has_triton():
+        with pytest.raises(TypeError, match="computes in float32, got float64"):
+            lk.linear_token_logps(head.hidden, head.weight.double(), head.labels, backend="triton")
 
 
 @pytest.mark.parametrize("schedule", ["recompute", "frozen_head", "score_only"])

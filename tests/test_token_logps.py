@@ -8,7 +8,7 @@ import torch
 from allocations import allocations
 from batches import IGNORE, gradient, leaf
 from regimes import REGIMES
-from tolerance import assert_no_worse_than_eager, gradient_eps
+from tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
 import larpo_kernels as lk
 
@@ -312,6 +312,63 @@ def test_backward_allocates_one_gradient_and_no_float32_copy():
     logps = lk.token_logps(logits, labels, backend="torch")
     large = [n for n in allocations(lambda: logps.sum().backward()) if n > logits.nbytes / 2]
     assert large == [logits.nbytes]
+
+
+@pytest.mark.parametrize("mask", [-70.0, -1e4, -1e9, "lowest"])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5}], ids=["", "scaled"])
+def test_gradient_at_a_target_that_a_mask_has_pushed_down(backend, device, dtype, mask, options):
+    """Others' gradients are their probabilities, however far below them the target lies."""
+    logits, labels, upstream = some_tokens(1000, dtype, device)
+    lowest = torch.finfo(dtype).min
+    logits = logits.scatter(-1, labels.clamp(min=0)[..., None], lowest if mask == "lowest" else max(mask, lowest))
+
+    def eager(x):
+        return slow_loop.token_logps(x, labels, compute=torch.float32, **options)
+
+    def truth(x):
+        return slow_loop.token_logps(x, labels, **options)
+
+    grad = gradient(lambda x: lk.token_logps(x, labels, backend=backend, **options), logits, upstream)
+    expected = gradient(truth, logits.double(), upstream)
+    # z - k + l still serves a target 64 nats down: that rounds as 64 does
+    assert_no_worse_than_eager(grad, gradient(eager, logits, upstream), expected, 64 * FLOAT32_ROUNDING)
+
+
+@pytest.mark.parametrize("above", [80.0, 85.0, 88.0, 95.0])
+def test_entropy_where_the_sum_is_finite_and_its_product_is_not(backend, device, above):
+    logits = torch.zeros(1, 300, device=device)
+    logits[0, 5] = above
+    out = lk.token_logps(logits, torch.tensor([0], device=device), return_stats=True, backend=backend)
+    assert 0 <= out.entropy.item() < 1e-4 and out.top1.item() == 0
+    assert out.logps.item() == pytest.approx(-above)
+
+
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32], ids=str)
+@pytest.mark.parametrize("vocabulary", [256, 1000, 40000])
+def test_labels_narrower_than_the_vocabulary_and_than_ignore_index(fast_backend, device, integer, vocabulary):
+    labels = torch.tensor([3, 100, 127 if integer == torch.int8 else 156], device=device)
+    narrow = labels.to(integer)
+    logits = torch.randn(3, vocabulary, device=device)
+    expected = lk.token_logps(logits, labels, backend=fast_backend)
+    assert (expected < 0).all()
+    assert torch.equal(lk.token_logps(logits, narrow, backend=fast_backend), expected)
+    hidden, weight = torch.randn(1, 3, 8, device=device), torch.randn(vocabulary, 8, device=device)
+    means = [
+        lk.linear_sequence_logps(hidden, weight, y[None], length_normalized=True, backend=fast_backend)
+        for y in (narrow, labels)
+    ]
+    assert torch.equal(*means) and means[0] < 0
+
+
+def test_inplace_backward_of_logits_that_share_memory_is_right_all_the_same(backend, device):
+    logits, labels, _ = some_tokens(31, torch.float32, device, shape=(1, 3))
+    labels, upstream = labels.expand(4, 3), torch.randn(4, 3, device=device)
+
+    def grad(inplace):
+        options = dict(inplace_backward=inplace, backend=backend)
+        return gradient(lambda x: lk.token_logps((x * 1).expand(4, 3, 31), labels, **options), logits, upstream)
+
+    torch.testing.assert_close(grad(True), grad(False))
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int16, torch.int64], ids=str)

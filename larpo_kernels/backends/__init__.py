@@ -32,10 +32,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def pick(backend: str | None, x: torch.Tensor) -> str:
-    """The backend to use for tensors like x; the caller's choice if it can serve them."""
+def pick(backend: str | None, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """The backend to use for tensors like x; the caller's choice if it can serve them. dtype: computed in, by default x's."""
+    dtype = x.dtype if dtype is None else dtype
     if backend is None:
-        return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "torch"
+        return "triton" if x.is_cuda and dtype != torch.float64 and has_triton() else "torch"
     if backend not in MODULES:
         raise ValueError(f"backend must be None or one of {list(MODULES)}, got {backend!r}")
     if backend == "triton":
@@ -46,6 +47,6 @@ def pick(backend: str | None, x: torch.Tensor) -> str:
                 f"backend='triton' needs tensors on a GPU, got {x.device}; on a CPU use backend='torch' "
                 "(or TRITON_INTERPRET=1 in the environment to run the kernels in Triton's interpreter)"
             )
-        if x.dtype == torch.float64:
+        if dtype == torch.float64:
             raise TypeError("backend='triton' computes in float32, got float64; use backend='torch'")
     return backend

@@ -4,14 +4,18 @@ A row is one token's V logits. With k the target's logit, E = exp(z - k) without
 
     l = -log1p(s)          d l / dz = -exp(z - k + l), 1 - exp(l) at the target
 
-One exp per element and no running maximum. s can only overflow where l < -88; such a row (a scalar test, so a whole
-program takes the branch) is read again relative to its maximum.
+One exp per element and no running maximum. Where s gets large, a target far below others, the row (a scalar test, so a
+whole program takes the branch) is read again relative to its maximum: s may overflow, and z - k + l is small only in theory
+where k is a mask's -1e9.
 """
 
 import triton
 import triton.language as tl
 
 from .math import LOG2E, log1p, one_minus_exp, tanh
+
+MOST: tl.constexpr = tl.constexpr(1e36)  # of s: times an x of a hundred it is still finite
+FAR: tl.constexpr = tl.constexpr(-64.0)  # of l
 
 
 @triton.jit
@@ -82,7 +86,7 @@ def token_logps_forward(
     sum_e = tl.sum(total)
     sum_ex = tl.sum(weighted)
     top = tl.max(above)
-    if not (sum_e < float("inf")):  # overflow, a target at -inf, or NaN: relative to the largest logit instead
+    if not (sum_e < MOST):  # a target far below others or at -inf, or NaN: relative to the largest logit instead
         best = tl.full([BLOCK], -float("inf"), tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
@@ -185,6 +189,23 @@ def merge_splits(
 
 
 @triton.jit
+def largest_instead(row_ptr, V, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """-> the largest logit of a row, and its log-prob."""
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    for v in range(0, V, BLOCK):
+        cols = v + tl.arange(0, BLOCK)
+        z, _slope = read_logits(row_ptr, cols, cols < V, scale, softcap, SCALE, SOFTCAP)
+        best = tl.maximum(best, z)
+    k = tl.max(best)
+    total = tl.zeros([BLOCK], tl.float32)
+    for v in range(0, V, BLOCK):
+        cols = v + tl.arange(0, BLOCK)
+        z, _slope = read_logits(row_ptr, cols, cols < V, scale, softcap, SCALE, SOFTCAP)
+        total += tl.exp2((z - k) * LOG2E)
+    return k, -tl.log(tl.sum(total))
+
+
+@triton.jit
 def token_logps_backward(
     grad_ptr,  # [S, T], any strides
     logits_ptr,
@@ -206,6 +227,7 @@ def token_logps_backward(
     softcap,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,  # the logits are of the whole vocabulary
     BLOCK: tl.constexpr,
 ):
     """d logits of one row; an ignored row is zeroed without being read, a row whose target is at -inf likewise."""
@@ -224,6 +246,9 @@ def token_logps_backward(
     c = tl.load(grad_ptr + s * grad_stride_s + t * grad_stride_t).to(tl.float32)
     k, _ = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
     at_target = c * one_minus_exp(l)
+    if WHOLE:  # noqa: SIM102  a constant, and a number
+        if l < FAR:  # then the largest logit is a better k, and l its log-prob
+            k, l = largest_instead(row_ptr, V, scale, softcap, SCALE, SOFTCAP, BLOCK)
     if SCALE:
         c *= scale
         at_target *= scale

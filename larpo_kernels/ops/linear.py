@@ -198,8 +198,8 @@ def linear_logps(
 
     group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
     """
-    backend = backends.pick(backend, hidden)
     compute = schedules.compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
+    backend = backends.pick(backend, hidden, compute)
     stored = schedules.stored_dtype(compute, hidden.dtype)
     one_pass = plan.schedule == "frozen_head"
     return _linear_logps(

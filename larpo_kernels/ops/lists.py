@@ -81,10 +81,24 @@ def _(logps, counted, cu_tokens, cu_lists, relevance, ref_logps, beta, objective
     return out.new_empty(cu_lists.shape[0] - 1), out, torch.empty_like(out), torch.empty_like(out)
 
 
+@torch.library.custom_op("larpo_kernels::list_stage_backward", mutates_args=())
+def _list_stage_backward(grad: Tensor, logps: Tensor, cu_tokens: Tensor | None, cu_lists: Tensor, c: Tensor) -> Tensor:
+    """d logps [N]. An op of its own, with logps among its inputs: c depends on them, so that a second derivative must be
+    refused (autograd knows no formula for this op), not be zero."""
+    out = c * _spread(grad, cu_lists, c.shape[0])
+    if cu_tokens is not None:
+        out = _spread(out, cu_tokens, logps.shape[0])
+    return out.to(logps.dtype)
+
+
+@_list_stage_backward.register_fake
+def _(grad, logps, cu_tokens, cu_lists, c):
+    return torch.empty_like(logps)
+
+
 def _list_setup(ctx, inputs, output):
     logps, _, cu_tokens, cu_lists, *_ = inputs
-    ctx.num_tokens, ctx.dtype, ctx.per_token = logps.shape[0], logps.dtype, cu_tokens is None
-    ctx.save_for_backward(output[3], cu_lists, *(() if ctx.per_token else (cu_tokens,)))
+    ctx.save_for_backward(logps, cu_tokens, cu_lists, output[3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -92,11 +106,7 @@ def _list_setup(ctx, inputs, output):
 def _list_autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 12
-    c, cu_lists, *cu_tokens = ctx.saved_tensors
-    c = c * _spread(grad, cu_lists, c.shape[0])
-    if not ctx.per_token:
-        c = _spread(c, cu_tokens[0], ctx.num_tokens)
-    return (c.to(ctx.dtype),) + (None,) * 11
+    return (_list_stage_backward(grad, *ctx.saved_tensors),) + (None,) * 11
 
 
 _list_stage.register_autograd(_list_autograd, setup_context=_list_setup)

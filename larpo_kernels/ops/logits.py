@@ -80,11 +80,22 @@ def _token_logps_autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
     logits, labels, logps = ctx.saved_tensors
-    # A traced backward may not write to a saved input; there the option has nothing to save anyway.
-    if ctx.inplace and not torch.compiler.is_compiling():
+    # A traced backward may not write to a saved input; there the option has nothing to save anyway. A second derivative
+    # would need the logits, and of logits that share memory (expand) each would overwrite others.
+    if ctx.inplace and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _overlaps(logits)):
         _token_logps_backward_(grad, logits, labels, logps, *ctx.options)
         return (logits,) + (None,) * 7
     return (_token_logps_backward(grad, logits, labels, logps, *ctx.options),) + (None,) * 7
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two of its elements may lie at one address."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 _token_logps.register_autograd(_token_logps_autograd, setup_context=_token_logps_setup)

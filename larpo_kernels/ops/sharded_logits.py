@@ -1,17 +1,20 @@
 """Logits of which each rank has its own vocabulary rows -> token log-probs, by the row kernels of one device.
 
-A rank that does not own a token's target lets its own largest logit stand in for it: with l_j the log-prob of that among
-the rank's logits, the sum over them is exp(z_j - l_j), without loss of precision. The owner's sum without the target is
-exp(k) (exp(-l_j) - 1). Ranks exchange k and these sums, one number per token each. Backward, the same row kernel gives
--c exp(z - z_j + l') with l' = l + z_j - k; only what it puts at the stand-in, which is no target, is put right.
+A rank that does not own a token's target lets its own largest logit stand in for it: with l_j the log-prob of that among the
+rank's logits, the sum over them is exp(z_j - l_j), without loss of precision. So does the owner of a target that lies far
+below the rank's largest logit. Else the owner's sum without the target is exp(k) (exp(-l_j) - 1). Ranks exchange k and these
+sums, one number per token each. Backward, the same row kernel gives -c exp(z - z_j + l') with l' = l + z_j - k; only what it
+puts at the stand-in, which is no target, is put right.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
+from ..backends.pytorch.rows import FAR
 from ..shards import ELSEWHERE, IGNORED, add_up, largest
 from .logits import logps_dtype
 
@@ -20,32 +23,42 @@ class _ShardedTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, logit_scale, softcap, group, backend):
         ctx.options = (logit_scale, softcap, backend)
-        elsewhere = labels == ELSEWHERE
-        stand_in = torch.where(elsewhere, logits.argmax(-1) if logit_scale >= 0 else logits.argmin(-1), labels)
+        best = logits.argmax(-1) if logit_scale >= 0 else logits.argmin(-1)
+        at = lambda labels: logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # noqa: E731
+        own, z = (_transformed(at(y), logit_scale, softcap).double() for y in (labels, best))
+        far = (labels >= 0) & (own - z < FAR) & (own > -torch.inf)
+        stands_in = far | (labels == ELSEWHERE)
+        stand_in, z = torch.where(stands_in, best, labels), torch.where(stands_in, z, own)
         local, _, _ = backends.get(backend).token_logps(logits, stand_in, IGNORED, logit_scale, softcap, False)
-        z = _transformed(logits.gather(-1, stand_in.clamp(min=0)[..., None])[..., 0], logit_scale, softcap).double()
         local = local.double()
-        k = add_up(torch.where(labels >= 0, z, 0), group)
-        others = torch.where(elsewhere, -local, -local + torch.log1p(-local.exp()))  # log of the sum here, less z
+        k = add_up(torch.where(labels >= 0, own, 0), group)
+        others = torch.where(stands_in, -local, -local + torch.log1p(-local.exp()))  # log of the sum here, less z
         others = torch.where(z == -torch.inf, -torch.inf, others + (z - k))
         top = largest(others.clone(), group).clamp_(min=torch.finfo(torch.float32).min)  # -inf - -inf is not 0
         log_s = top + add_up((others - top).exp(), group).log()
         logps = torch.where(k == -torch.inf, -torch.inf, -torch.logaddexp(log_s, torch.zeros_like(log_s)))
-        at_stand_in = torch.where(elsewhere & (logps > -torch.inf), logps + (z - k), logps)
+        at_stand_in = torch.where(stands_in & (logps > -torch.inf), logps + (z - k), logps)
         dtype = logps_dtype(logits)
-        ctx.save_for_backward(logits, stand_in, elsewhere, at_stand_in.to(dtype), z.to(dtype))
+        ctx.save_for_backward(logits, labels, stand_in, stands_in, far, at_stand_in.to(dtype), z.to(dtype), own.to(dtype))
         return torch.where(labels == IGNORED, 0, logps).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         logit_scale, softcap, backend = ctx.options
-        logits, stand_in, elsewhere, logps, z = ctx.saved_tensors
+        logits, labels, stand_in, stands_in, far, logps, z, own = ctx.saved_tensors
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backends.get(backend).token_logps_backward(grad, logits, stand_in, logps, IGNORED, logit_scale, softcap, out)
-        slope = logit_scale if softcap is None else logit_scale * (1 - (z / softcap).square())
-        right = torch.where(logps == -torch.inf, 0, -grad * logps.exp() * slope).to(out.dtype)
-        at = stand_in.clamp(min=0)[..., None]
-        out.scatter_(-1, at, torch.where(elsewhere[..., None], right[..., None], out.gather(-1, at)))
+        backends.get(backend).token_logps_backward(
+            grad, logits, stand_in, logps, IGNORED, logit_scale, softcap, out, whole=False
+        )
+        slope = lambda z: logit_scale if softcap is None else logit_scale * (1 - (z / softcap).square())  # noqa: E731
+
+        def put(at, where, value):
+            at, value = at.clamp(min=0)[..., None], value.to(out.dtype)[..., None]
+            out.scatter_(-1, at, torch.where(where[..., None], value, out.gather(-1, at)))
+
+        put(stand_in, stands_in, torch.where(logps == -torch.inf, 0, -grad * logps.exp() * slope(z)))
+        put(labels, far, grad * slope(own))  # 1 - exp(l) is 1 there
         return out, None, None, None, None, None
 
 

@@ -4,8 +4,9 @@ With k the target's logit, E = exp(z - k) without the target and s = sum E:
 
     l = -log1p(s)          d l / dz = -exp(z - k + l), 1 - exp(l) at the target
 
-so one exp per element, no maximum, and the backward needs nothing but l. Where s overflows (l < -88) the row is redone
-with the ordinary formula. Rows pass through a small float32 scratch, a few at a time: no copy of the logits exists.
+so one exp per element, no maximum, and the backward needs nothing but l. Where s gets large, the target being far below
+others, the row is redone with the ordinary formulas: s may overflow, and z - k + l loses all digits where k is a mask's -1e9.
+Rows pass through a small float32 scratch, a few at a time: no copy of the logits exists.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 # With one thread 1 to 32 MB took the same time. With two on busy cores every parallel region waits for a thread that is
 # not running: few large regions (16 MB) were faster than many small ones.
 SCRATCH_BYTES = 16 << 20
+MOST, FAR = 1e36, -64.0  # of s and l; kernels/rows.py has the same
 
 
 def token_logps(
@@ -35,8 +37,8 @@ def token_logps(
         else:
             e = x.exp_()
         s = e.scatter_(1, y, 0).sum(1)[:n]
+        rare = ~(s < MOST)
         logps[at] = -s.log1p_()
-        rare = ~s.isfinite()
         if rare.any():
             z = rows.read(at)[:n][rare]
             logps[at][rare] = z.log_softmax(-1).gather(1, y[:n][rare])[:, 0]
@@ -48,7 +50,7 @@ def token_logps(
 def _stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x = z - k [rows, V] -> exp(x), the entropy of softmax(x), whether no x is above the target's 0."""
     e = x.exp()
-    total = e.sum(1)
+    total = e.sum(1)  # below MOST, times an x still finite
     mean = torch.where(e > 0, x, 0).mul_(e).sum(1) / total
     return e, total.log() - mean, (x.amax(1) <= 0).to(x.dtype)
 
@@ -62,15 +64,24 @@ def token_logps_backward(
     logit_scale: float,
     softcap: float | None,
     out: Tensor,
+    whole: bool = True,
 ) -> None:
-    """Writes d logits to `out` [S, T, V], which may be the logits themselves. Ignored rows are zeroed without a read."""
+    """Writes d logits to `out` [S, T, V], which may be the logits themselves. Ignored rows are zeroed without a read.
+
+    whole: the logits are of the whole vocabulary, so a row's own sum may take the place of what l says of it.
+    """
     rows = _Rows(logits, labels, ignore_index, logit_scale, softcap)
     out[labels == ignore_index] = 0
     for at, x, y, n in rows:
         l, c = logps[at][:, None], grad[at][:, None].to(rows.dtype)
         x, y = x[:n], y[:n]
         slope = None if softcap is None else (x / softcap).square_().neg_().add_(1)
-        x.sub_(x.gather(1, y)).add_(l).exp_().mul_(-c)
+        far = l[:, 0] < FAR if whole else torch.zeros_like(l[:, 0], dtype=torch.bool)
+        redone = x[far].softmax(-1) if far.any() else None
+        x.sub_(x.gather(1, y)).add_(l).exp_()
+        if redone is not None:
+            x[far] = redone
+        x.mul_(-c)
         x.scatter_(1, y, -c * l.expm1())
         if slope is not None:
             x.mul_(slope)

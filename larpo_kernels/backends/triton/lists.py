@@ -13,6 +13,7 @@ PAIRS, PAIR_WARPS = 16, 8  # a tile of 16 x 16 pairs, one a thread: most lists a
 
 
 def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    logps, cu_tokens = logps.contiguous(), cu_tokens.contiguous()
     s = cu_tokens.shape[0] - 1
     out, share = logps.new_empty(s), logps.new_empty(s)
     if s:
@@ -37,7 +38,8 @@ def list_stage(
     k: int,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logps = logps.float()
+    logps, cu_lists, relevance = logps.float().contiguous(), cu_lists.contiguous(), relevance.contiguous()
+    cu_tokens, ref_logps = (None if x is None else x.contiguous() for x in (cu_tokens, ref_logps))
     num_lists, s = cu_lists.shape[0] - 1, relevance.shape[0]
     loss = logps.new_zeros(num_lists)
     candidates, scores, c = logps.new_zeros(s), logps.new_zeros(s), logps.new_zeros(s)
@@ -56,4 +58,4 @@ def list_stage(
 
 
 def _int8(counted: Tensor | None, like: Tensor) -> Tensor:
-    return like if counted is None else counted.view(torch.int8)
+    return like if counted is None else counted.contiguous().view(torch.int8)

@@ -51,6 +51,7 @@ def token_logps_backward(
     logit_scale: float,
     softcap: float | None,
     out: Tensor,
+    whole: bool = True,
 ) -> None:
     n, sizes, (*logit_strides, label_stride_s, label_stride_t) = _shape(logits, labels)
     if n == 0:
@@ -62,5 +63,5 @@ def token_logps_backward(
     with on_device(logits):
         rows.token_logps_backward[(n,)](
             grad, logits, labels, logps, out, *sizes, *strides, ignore_index, *floats, **flags,
-            BLOCK=block, **options(logits, launch.row_warps),
+            WHOLE=whole, BLOCK=block, **options(logits, launch.row_warps),
         )  # fmt: skip
