@@ -22,7 +22,8 @@ def train(context: typer.Context, config: Config = None) -> None:
     """Train on a file of ranked candidate lists.
 
     Every setting can stand in the file or be a flag: model, train_data, eval_data, ref_model, peft, and all of LarPOConfig
-    and transformers.TrainingArguments (`larpo settings` lists them). A run that was killed goes on where it was.
+    and transformers.TrainingArguments (`larpo settings` lists them). A run that was killed goes on where it was; a folder
+    with checkpoints of another run is refused, and the settings that differ are named.
     """
     from . import jobs
 
@@ -112,24 +113,34 @@ def score(
     candidate_batch_size: Annotated[Optional[int], typer.Option(help="Candidates at a time.")] = None,  # noqa: UP045
     max_length: Annotated[int, typer.Option(help="Most tokens of prompt and completion.")] = 1024,
     max_prompt_length: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 512,
-    dtype: Annotated[str, typer.Option(help="Dtype of the models' weights.")] = "auto",
+    truncation_mode: Annotated[str, typer.Option(help="What stays of a long prompt: keep_end or keep_start.")] = "keep_end",
+    append_eos: Annotated[bool, typer.Option(help="End completions that are plain strings with EOS.")] = True,
+    split: Annotated[str, typer.Option(help="Split of the data, where it has splits.")] = "train",
+    dtype: Annotated[Optional[str], typer.Option(help="Dtype of the weights; float32, as in training, if not given.")] = None,  # noqa: UP045
     trust_remote_code: Annotated[bool, typer.Option(help="Let a model from the hub run its own code.")] = False,
 ) -> None:
-    """Write the log-likelihood and implicit reward of every candidate in a file of lists."""
+    """Write the log-likelihood and implicit reward of every candidate in a file of lists.
+
+    For ref_logps to train with, give the lengths, truncation_mode and append_eos of that training.
+    """
     from . import jobs
 
     scored = jobs.score(
         model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
-        max_length=max_length, max_prompt_length=max_prompt_length, dtype=dtype, trust_remote_code=trust_remote_code,
+        max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode, append_eos=append_eos,
+        split=split, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
 
 
 def main() -> None:
-    """Runs the command; what the user got wrong ends in one sentence, not in a traceback."""
+    """Runs the command; what the user got wrong, a model that is not there and a reward that fails end in what they have to
+    say, not in a traceback."""
+    from .rewards import RewardError
+
     try:
         app()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RewardError) as error:  # ConnectionError is an OSError
         typer.echo(f"larpo: {error}", err=True)
         sys.exit(2)
 

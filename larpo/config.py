@@ -95,6 +95,18 @@ class LarPOConfig(TrainingArguments):
         _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the data's columns are lists, not the model's arguments")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: a ranking has no labels")
+        if self.include_num_input_tokens_seen not in ("no", False):
+            raise ValueError(
+                "include_num_input_tokens_seen must be 'no': transformers counts them in a batch that is one tensor of ids. "
+                "tokens_per_second is logged without it"
+            )
+        if getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy must be random, sequential or group_by_length: batch_rebalance makes batches of "
+                "different numbers of lists, whose mean losses would then count the same"
+            )
         if self.sync_ref_model and (self.reference_free or self.precompute_ref_log_probs):
             raise ValueError("sync_ref_model needs a reference model; reference_free and precompute_ref_log_probs have none")
 

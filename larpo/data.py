@@ -27,13 +27,14 @@ __all__ = ["as_lists", "check_row", "from_candidate_lists", "load_lists"]
 FILES = (".jsonl", ".json", ".parquet")
 
 
-def load_lists(source: Any, *, split: str = "train") -> Dataset:
+def load_lists(source: Any, *, split: str = "train", scored: bool = True) -> Dataset:
     """Reads candidate lists, in any form that `as_lists` knows, and checks every row.
 
     Args:
         source: a .jsonl, .json (an array of objects, or lines) or .parquet file; a folder written by `save_to_disk`;
             the name of a dataset on the hub; a Dataset, a DatasetDict or a list of dicts.
         split: of a DatasetDict, saved or not, or of a dataset on the hub. A file, a Dataset and a list have no splits.
+        scored: False takes {prompt, completions} too, and leaves them without scores.
 
     Raises:
         FileNotFoundError: no such file.
@@ -41,7 +42,7 @@ def load_lists(source: Any, *, split: str = "train") -> Dataset:
             expected; columns of no known form; a split that is not there.
     """
     if not isinstance(source, str | Path):
-        return as_lists(_pick_split(source, split, "source"))
+        return as_lists(_pick_split(source, split, "source"), scored=scored)
     import datasets
 
     path = Path(source).expanduser()
@@ -49,24 +50,25 @@ def load_lists(source: Any, *, split: str = "train") -> Dataset:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         if path.suffix == ".parquet":
-            return _convert_dataset(_read_parquet(path), str(path))
-        return _convert_rows(*read_json(path), str(path))
+            return _convert_dataset(_read_parquet(path), str(path), scored)
+        return _convert_rows(*read_json(path), str(path), scored)
     if path.is_file():
         raise ValueError(f"{path}: expected a file that ends in {', '.join(FILES)}")
     if not path.is_dir():
-        return _convert_dataset(datasets.load_dataset(str(source), split=split), str(source))
+        return _convert_dataset(datasets.load_dataset(str(source), split=split), str(source), scored)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _convert_dataset(_pick_split(datasets.load_from_disk(path), split, str(path)), str(path))
+        return _convert_dataset(_pick_split(datasets.load_from_disk(path), split, str(path)), str(path), scored)
     raise ValueError(f"{path}: expected a folder written by Dataset.save_to_disk; it has no state.json or dataset_dict.json")
 
 
-def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
+def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = True) -> Dataset:
     """Candidate lists in the form of this module, from a Dataset or a list of dicts; every row is checked.
 
     The form is told by the columns (see `larpo.schemas`): {prompt, completions, scores} as they are;
     {prompt, responses, rewards}; {prompt, all_generated_responses, all_rm_scores}; pairs {chosen, rejected} with the
     prompt given or found as what both share at their start, and with scores 1 and 0 where no score columns are.
-    Completions of messages that repeat the prompt's messages lose them. Other columns are kept.
+    Completions of messages that repeat the prompt's messages lose them. Other columns are kept. scored=False takes
+    {prompt, completions} without scores too, and leaves them so.
 
     Raises:
         ValueError: columns of no known form; a bad row, naming it (from 0), the field, what it holds and what is expected.
@@ -78,9 +80,9 @@ def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
     import datasets
 
     if isinstance(dataset, datasets.Dataset):
-        return _convert_dataset(dataset, "dataset")
+        return _convert_dataset(dataset, "dataset", scored)
     if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        return _convert_rows(dataset, lambda i: f"row {i}", "the list of rows")
+        return _convert_rows(dataset, lambda i: f"row {i}", "the list of rows", scored)
     raise TypeError(f"dataset must be a datasets.Dataset or a list of dicts, got {type(dataset).__name__}")
 
 
@@ -145,7 +147,7 @@ def _pick_split(source: Any, split: str, name: str) -> Any:
 # --- converting --------------------------------------------------------------------------------------------
 
 
-def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str) -> Dataset:
+def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, scored: bool = True) -> Dataset:
     """Rows of Python objects, each checked at its place, before Arrow sees them."""
     import datasets
     import pyarrow
@@ -156,6 +158,8 @@ def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str) -
         if not isinstance(row, Mapping):
             raise ValueError(f"{place(i)}: holds {type(row).__name__}; expected an object with named fields")
     columns = dict.fromkeys(column for row in rows for column in row)
+    if not scored and _has_no_scores(columns):
+        return _convert_rows([_with_zeros(row) for row in rows], place, name).remove_columns("scores")
     schema = _recognise(columns, name)
     lists = [_list_of(schema, row, place(i)) for i, row in enumerate(rows)]
     _check_same_kind(lists, place)
@@ -169,13 +173,17 @@ def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str) -
     return datasets.Dataset.from_dict(table)
 
 
-def _convert_dataset(dataset: Dataset, name: str) -> Dataset:
+def _convert_dataset(dataset: Dataset, name: str, scored: bool = True) -> Dataset:
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"{name} must be a datasets.Dataset with all its rows, got {type(dataset).__name__}")
     if not len(dataset):
         raise ValueError(f"{name}: holds no rows")
+    if not scored and _has_no_scores(dataset.column_names):
+        zeros = [_with_zeros(row)["scores"] for row in dataset.select_columns("completions")]
+        with_scores = dataset.add_column("scores", zeros)
+        return _convert_dataset(with_scores, name).remove_columns("scores")
     schema = _recognise(dataset.column_names, name)
     dataset = dataset.with_format(None)
     if schema.native:
@@ -188,6 +196,19 @@ def _convert_dataset(dataset: Dataset, name: str) -> Dataset:
         remove_columns=dataset.column_names,
         desc="candidate lists",
     )
+
+
+def _has_no_scores(columns: Iterable[str]) -> bool:
+    """Whether these are lists of the form of this module, but for the scores."""
+    return {"prompt", "completions"} <= set(columns) and "scores" not in columns
+
+
+def _with_zeros(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with scores in place of those that are missing; bad completions have none, and are refused for themselves."""
+    if "completions" not in row:
+        return row
+    completions = row["completions"]
+    return {**row, "scores": [0.0] * len(completions) if isinstance(completions, list | tuple) else []}
 
 
 def _recognise(columns: Iterable[str], name: str) -> Schema:

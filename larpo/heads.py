@@ -72,6 +72,16 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+AdapterState = tuple[bool, bool, tuple[str, ...]]
+
+
+def adapter_state(lm: PreTrainedModel) -> AdapterState:
+    """What PEFT does to the head at this moment: whether adapters are off, whether they are merged, and which are active."""
+    head = lm.get_output_embeddings()
+    active = getattr(head, "active_adapters", ())
+    return bool(getattr(head, "disable_adapters", False)), bool(getattr(head, "merged", False)), tuple(active)
+
+
 def head_inputs(lm: PreTrainedModel, hidden: Tensor) -> HeadInputs:
     """What the head multiplies, adapters included.
 

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import types
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from .align.run_folder import read_json, write_json
+from .run_settings import changed, content
 from .yaml_config import load_yaml, nearest
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from .config import LarPOConfig
     from .trainer import LarPOTrainer
+
+
+JOB = "larpo-job.json"  # beside the checkpoints: what they are checkpoints of
+
+# What makes a run another one: all settings of LarPOConfig but HOW, and of TrainingArguments, most of which only say how a
+# run is computed and logged, WHAT. Not how long it is: a run may be made longer.
+HOW = {"logging_steps", "dataset_num_proc", "precompute_ref_log_probs", "precompute_ref_batch_size", "share_prefix",
+       "candidate_micro_batch_size", "schedule", "memory_budget", "kernel_backend", "pad_to_multiple_of", "ndcg_k",
+       "remove_unused_columns"}  # fmt: skip
+WHAT = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_args",
+        "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm",
+        "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "neftune_noise_alpha",
+        "train_sampling_strategy", "group_by_length", "bf16", "fp16")  # fmt: skip
 
 
 @dataclass
@@ -20,7 +39,9 @@ class TrainJob:
 
     model: str = field(metadata={"help": "Name or folder of a causal LM."})
     train_data: str = field(metadata={"help": "Candidate lists: .jsonl, .json, .parquet, a saved dataset or a hub name."})
+    train_split: str = field(default="train", metadata={"help": "Split of train_data, where it has splits."})
     eval_data: str | None = field(default=None, metadata={"help": "Lists to evaluate on."})
+    eval_split: str = field(default="test", metadata={"help": "Split of eval_data, where it has splits."})
     ref_model: str | None = field(default=None, metadata={"help": "The reference; by default the model as it is at the start."})
     peft: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of peft.LoraConfig, a dict (JSON on a command line): trains an adapter."}
@@ -29,7 +50,8 @@ class TrainJob:
 
 
 def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJob, LarPOConfig]:
-    """Settings from a YAML file and from flags; flags win.
+    """Settings from a YAML file and from flags; flags win. `null` and `[]` in the file, `None` and `[]` as a flag's value are
+    None and an empty list where the setting takes them.
 
     Raises:
         ValueError, FileNotFoundError: a bad file, with line and field; an unknown flag; a setting of the wrong kind.
@@ -38,68 +60,132 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
 
     from .config import LarPOConfig
 
-    known = [f.name for kind in (TrainJob, LarPOConfig) for f in fields(kind) if f.init]
+    kinds = (TrainJob, LarPOConfig)
+    known = [f.name for kind in kinds for f in fields(kind) if f.init]
     values = {} if config is None else load_yaml(config, known)
+    given = set()
     for flag in flags:
         name = flag[2:].split("=")[0].replace("-", "_")
         if flag.startswith("--") and name.removeprefix("no_") not in known and name not in known:
             raise ValueError(f"unknown flag {flag.split('=')[0]}{nearest(name, known)}")
-    parser = HfArgumentParser((TrainJob, LarPOConfig), exit_on_error=False, allow_abbrev=False)
-    given = {flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
-    missing = [name for name in ("model", "train_data") if name not in values.keys() | given]
+        given |= {name, name.removeprefix("no_")} if flag.startswith("--") else set()
+    needed = ("model", "train_data", "output_dir")
+    missing = [name for name in needed if values.get(name) is None and name not in given]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given, in the config file or as --{missing[0]}")
-    job, args = _parse(parser, [*_as_flags(values), *flags])
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    as_flags, as_they_are = [], {}
+    for name, value in values.items():
+        if value is not None and not isinstance(value, list | dict):
+            as_flags.append(f"--{name}={value}")
+        elif not _takes(hints[name], value):
+            raise ValueError(f"{name} does not take {value!r} (its type is {hints[name]})")
+        elif name not in given:
+            as_they_are[name] = value
+    parser = HfArgumentParser(kinds, exit_on_error=False, allow_abbrev=False)
+    for action in parser._actions:
+        action.type = _or_empty(action.type, hints.get(action.dest))
+    found = _parse(parser, [*as_flags, *flags]) | as_they_are
+    job, args = (kind(**{f.name: found[f.name] for f in fields(kind) if f.init}) for kind in kinds)
     if isinstance(job.peft, str):
-        job.peft = json.loads(job.peft)
+        job.peft = _json_object("peft", job.peft)
     return job, args
 
 
-def _parse(parser: Any, flags: list[str]) -> tuple[TrainJob, LarPOConfig]:
+def _parse(parser: Any, flags: list[str]) -> dict[str, Any]:
     import argparse
 
     try:
-        return parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+        found, rest = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
+    if rest:
+        raise ValueError(f"expected flags, got {' '.join(rest)!r}")
+    return vars(found)
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
+def _takes(hint: Any, value: Any) -> bool:
+    """Whether a setting of this type may be None, a list or a dict, which command lines have no types for."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return any(choice is Any or (get_origin(choice) or choice) is type(value) for choice in choices)
+
+
+def _or_empty(read: Any, hint: Any) -> Any:
+    """A reader of a flag's text that also knows None and [], where the setting takes them."""
+    empty = {text: value for text, value in (("None", None), ("null", None), ("[]", [])) if _takes(hint, value)}
+    return read if not empty else lambda text: empty[text] if text in empty else read(text)
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be JSON of an object, got {text!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be JSON of an object, got {text!r}")
+    return value
 
 
 def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
-    """Trains, evaluates if there is something to evaluate on, and saves model and tokenizer in args.output_dir."""
+    """Trains, evaluates if there is something to evaluate on, and saves model and tokenizer in args.output_dir.
+
+    Raises ValueError where output_dir has checkpoints of another job, naming every difference.
+    """
     from .adapters import lora_config
     from .checkpoints import last_whole_checkpoint
     from .data import load_lists
     from .trainer import LarPOTrainer
 
-    data = load_lists(job.train_data)
-    held_out = None if job.eval_data is None else load_lists(job.eval_data)
+    adapter = None if job.peft is None else lora_config(job.peft)
+    data = load_lists(job.train_data, split=job.train_split)
+    held_out = None if job.eval_data is None else load_lists(job.eval_data, split=job.eval_split)
+    checkpoint = last_whole_checkpoint(args.output_dir)
+    _claim(Path(args.output_dir), _identity(job, args, data), has_checkpoints=checkpoint is not None, write=args.should_save)
     trainer = LarPOTrainer(
-        job.model,
-        job.ref_model,
+        os.path.expanduser(job.model),
+        None if job.ref_model is None else os.path.expanduser(job.ref_model),
         args,
         train_dataset=data,
         eval_dataset=held_out,
-        peft_config=None if job.peft is None else lora_config(job.peft),
+        peft_config=adapter,
     )
-    checkpoint = last_whole_checkpoint(args.output_dir) if job.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint if job.resume else None)
     if held_out is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_model()
     trainer.save_state()
     return trainer
+
+
+def _identity(job: TrainJob, args: LarPOConfig, data: Dataset) -> dict[str, Any]:
+    """What makes a training run this one and no other: its models, data and settings."""
+    from .config import LarPOConfig
+
+    settings = args.to_dict()
+    names = [name for name in LarPOConfig.__annotations__ if name not in HOW]
+    what = {name: settings[name] for name in (*names, *WHAT) if name in settings}
+    own = {"model": _place(job.model), "ref_model": _place(job.ref_model), "peft": job.peft, "train_data": content(data)}
+    return json.loads(json.dumps(own | what, default=str))  # as it is read back
+
+
+def _place(model: str | None) -> str | None:
+    """A folder by its whole path, wherever the command is started; a name on the hub as it is."""
+    folder = Path(model or "").expanduser()
+    return str(folder.resolve()) if model and folder.is_dir() else model
+
+
+def _claim(folder: Path, job: dict[str, Any], *, has_checkpoints: bool, write: bool) -> None:
+    """Writes what the folder's checkpoints are going to be of; refuses one that has those of something else."""
+    file = folder / JOB
+    if has_checkpoints:
+        if not file.is_file():
+            raise ValueError(f"output_dir={str(folder)!r} has checkpoints, but no {JOB} that says of what: give another one")
+        if different := changed(read_json(file), job):
+            raise ValueError(
+                f"output_dir={str(folder)!r} has checkpoints of another run: {'; '.join(different)}. Give another one"
+            )
+    elif write:
+        write_json(file, job)
 
 
 def score(
@@ -113,24 +199,30 @@ def score(
     candidate_batch_size: int | None = None,
     max_length: int | None = 1024,
     max_prompt_length: int | None = 512,
-    dtype: str = "auto",
+    truncation_mode: str = "keep_end",
+    append_eos: bool = True,
+    split: str = "train",
+    dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Scores the lists in `data` and writes them with the new columns to `out`, .parquet or .jsonl; see `score_lists`."""
+    """Scores the lists in `data`, with or without scores, and writes them with the new columns to `out`, .parquet or .jsonl;
+    see `score_lists`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from .data import load_lists
+    from .loading import load_causal_lm
     from .scoring import score_lists
 
-    out = Path(out)
+    out = Path(out).expanduser()
     if out.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"out must end in .parquet or .jsonl, got {str(out)!r}")
-    lists = load_lists(data)
+    lists = load_lists(data, split=split, scored=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = lambda name: (  # noqa: E731
-        AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
-    )
+    model, ref_model = (None if name is None else os.path.expanduser(name) for name in (model, ref_model))
+    options = {"trust_remote_code": trust_remote_code} | ({} if dtype is None else {"dtype": dtype})
+    load = lambda name: load_causal_lm(name, options).to(device)  # noqa: E731
     scored = score_lists(
         load(model),
         lists,
@@ -141,6 +233,8 @@ def score(
         candidate_batch_size=candidate_batch_size,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
+        truncation_mode=truncation_mode,
+        append_eos=append_eos,
     )
     unfinished = out.with_name(f".{out.name}.unfinished")  # what stands under `out` is whole, always
     if out.suffix == ".parquet":

@@ -12,12 +12,13 @@ that differ in relevance. A metric that no list defines is absent. Names under r
 | logps/chosen, logps/rejected | the same of log-likelihoods, nats |
 | ndcg, ndcg@k | discounted gain of the order by score over that of the order by relevance |
 | mrr | 1 / rank by score of the best candidate (of the first to come, if several are equally good) |
-| kendall_tau | tau-b of scores against relevance; undefined if all scores are equal too |
+| kendall_tau | tau-b of scores against relevance; 0 if all scores are equal |
 | list/size | candidates |
 | list/frac_tied | share of pairs that are equal in relevance; for two candidates or more |
 
 Candidates with equal scores have no order. ndcg and mrr are then the mean over all orders of these, so that a policy
-that still equals its reference (every score 0) gets what random order gets, however the data is sorted.
+that still equals its reference (every score 0) gets what random order gets, however the data is sorted; so does
+kendall_tau, which is 0 for it.
 
 The gain of a candidate in ndcg is the number of candidates in its list that are worse, divided by m - 1; the discount at
 rank r is 1 / log2(r + 1) (Järvelin and Kekäläinen 2002). Raw rewards have no zero and no unit, so gains of 2^reward, or
@@ -150,7 +151,7 @@ def list_metric_sums(
     )
     untied_g, untied_r = sign_g.abs().sum((1, 2)), sign_r.abs().sum((1, 2))
     tau = (sign_g * sign_r).sum((1, 2)) / (untied_g * untied_r).sqrt()
-    per_list["kendall_tau"] = tau, (untied_g > 0) & (untied_r > 0)
+    per_list["kendall_tau"] = tau.where(untied_g > 0, 0.0), ordered
 
     per_list["list/size"] = m, everywhere
     per_list["list/frac_tied"] = 1 - untied_r / (m * (m - 1)), sizes > 1

@@ -30,20 +30,24 @@ class Policy:
         self, model: nn.Module, *, schedule: str = "auto", memory_budget: int | None = None, backend: str | None = None
     ):
         self.options = dict(schedule=schedule, memory_budget=memory_budget, backend=backend)
-        self.from_hidden: bool | None = None  # None: not known before the first batch
+        self.from_hidden: dict[heads.AdapterState, bool] = {}  # known of a state of the head after its first batch
         refuse(model)
 
+    @torch.compiler.disable(recursive=False)  # torch.compile is for the backbone, which is called from here
     def logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Sum of token log-probs of each candidate in `batch` (see larpo/rows.py): [S] float32, nats."""
         lm = heads.causal_lm(model)
-        if self.from_hidden is None:
-            self.from_hidden = self._choose(lm, batch)
-        inputs = rows.backbone_inputs(batch, lm.config, compute_dtype(lm))
+        from_hidden = self._is_from_hidden(lm, batch)
+        inputs = _backbone_inputs(batch, lm.config, compute_dtype(lm))
         at, labels, cu_seqlens = batch["at"], batch["labels"], batch["cu_seqlens"]
-        if not self.from_hidden:
+        if not from_hidden:
             logits = _own_forward(lm)(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
             return lk.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend=self.options["backend"])
         hidden = lm.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, at)
+        return self._head(lm, hidden, labels, cu_seqlens)
+
+    @torch.compiler.disable
+    def _head(self, lm: nn.Module, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
         post = heads.post_processing(lm.config)
 
         def logps(hidden: Tensor) -> Tensor:
@@ -54,6 +58,14 @@ class Policy:
             )  # fmt: skip
 
         return heads.within_head(lm, logps, hidden)
+
+    @torch.compiler.disable
+    def _is_from_hidden(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+        """Whether log-likelihoods come from hidden states: with an adapter on the head, each of its states is checked."""
+        state = heads.adapter_state(lm)
+        if state not in self.from_hidden:
+            self.from_hidden[state] = self._choose(lm, batch)
+        return self.from_hidden[state]
 
     def _choose(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
         reason = _agreed(heads.check(lm, batch["input_ids"], _own_forward(lm)), batch["input_ids"].device)
@@ -82,6 +94,10 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+_backbone_inputs = torch.compiler.disable(rows.backbone_inputs)
+
+
+@torch.compiler.disable(recursive=False)
 def _forward(self, *args, rows: Mapping[str, Tensor] | None = None, **kwargs):
     if rows is None:
         return self._larpo_forward(*args, **kwargs)

@@ -2,7 +2,8 @@
 
     reward(prompts=[...], completions=[...], **columns) -> list[float | None]      one value per completion, higher is better
 
-Prompts and completions are strings or lists of messages; columns are the data set's other columns, a value per completion.
+Prompts and completions are strings or lists of messages; columns are the data set's other columns, a value per completion,
+and in the loop `completion_ids`, the tokens of each.
 `score` sums several rewards, `sequence_classifier` makes one of a Hugging Face reward model, `from_name` finds one by name.
 """
 
@@ -18,11 +19,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import chat
+
 logger = logging.getLogger(__name__)
 
 Text = str | list[dict[str, Any]]  # a string, or messages {"role": ..., "content": ...}
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 BUILT_IN = {"imdb_sentiment": "larpo.sentiment:ImdbSentiment"}
+
+
+class RewardError(RuntimeError):
+    """A reward raised; its exception is the cause."""
 
 
 class Reward(Protocol):
@@ -75,7 +83,7 @@ def score(
         columns: handed to every reward; a list must have one value per completion.
 
     Raises:
-        RuntimeError: a reward raised; it is named, and its exception is the cause.
+        RewardError: a reward raised; it is named, and its exception is the cause. A RuntimeError.
         ValueError: a reward gave another number of values, or something else than numbers; lengths that don't fit.
     """
     rewards = list(rewards) if isinstance(rewards, Sequence) else [rewards]
@@ -96,7 +104,7 @@ def score(
     for reward, weight in zip(rewards, weights, strict=True):
         try:
             values = _values(reward, prompts, completions, columns)
-        except (RuntimeError, ValueError) as error:
+        except (RewardError, ValueError) as error:
             if on_error == "raise":
                 raise
             logger.warning("%s; skipped for %d completions", error, len(completions))
@@ -112,7 +120,7 @@ def _values(reward: Reward, prompts, completions, columns) -> list[float | None]
     try:
         values = reward(prompts=prompts, completions=completions, **columns)
     except Exception as error:
-        raise RuntimeError(f"reward {name_of(reward)!r} raised {type(error).__name__}: {error}") from error
+        raise RewardError(f"reward {name_of(reward)!r} raised {type(error).__name__}: {error}") from error
     if isinstance(values, str) or not hasattr(values, "__len__"):
         raise ValueError(f"reward {name_of(reward)!r} returned {type(values).__name__}; expected a list of floats or None")
     if len(values) != len(completions):
@@ -178,7 +186,10 @@ class SequenceClassifier:
         import torch
         from tqdm import tqdm
 
-        encoded = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        encoded = [
+            self._encode(prompt, completion, {name: columns[name][i] for name in TEMPLATE_COLUMNS if columns.get(name)})
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = [0.0] * len(encoded)
         with torch.no_grad(), tqdm(total=len(encoded), desc="scoring", unit="text", disable=not self.progress) as bar:
@@ -192,12 +203,11 @@ class SequenceClassifier:
                 bar.update(len(chosen))
         return scores
 
-    def _encode(self, prompt: Text, completion: Text) -> list[int]:
+    def _encode(self, prompt: Text, completion: Text, columns: dict[str, Any]) -> list[int]:
         if isinstance(prompt, str):
             text, special = prompt + text_of(completion), True
         else:
-            answer = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-            text = self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+            text = chat.whole_text(self.tokenizer, prompt, completion, chat.template_keywords(columns))
             special = False  # the template writes them
         ids = self.tokenizer(
             text, add_special_tokens=special, truncation=self.max_length is not None, max_length=self.max_length

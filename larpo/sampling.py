@@ -5,20 +5,20 @@ A `Sampler` is a callable; two are here, `TransformersSampler` and `VLLMSampler`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from . import border
+from . import border, chat
 from .rewards import Text
-from .row_check import present
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Template = Sequence[Mapping[str, Any]] | None
 Schedule = float | Sequence[float] | tuple[Literal["linear"], float, float]
 
 
@@ -33,28 +33,38 @@ class Sampled:
 
 
 class Sampler(Protocol):
-    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+    def __call__(
+        self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
+    ) -> list[list[Sampled]]:
         """k completions of every prompt, in the prompts' order; equal arguments and weights give equal completions.
 
         prompts: strings, or messages for the chat template. temperature: above 0, or 0 for greedy decoding with k = 1.
+        template: for every prompt what else its template wants, see `larpo.chat.template_keywords`; None: nothing. A sampler
+        of one's own need not take it where no row has such columns.
         """
         ...
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> tuple[int, ...]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, keywords: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
     """The prompt's own tokens, as training has them: with the special tokens that the tokenizer puts in front (see
-    `larpo.border`), or through the chat template up to where the assistant begins.
+    `larpo.border`), or through the chat template, with these keywords, up to where a completion begins (see `larpo.chat`).
 
     Raises ValueError for a prompt without tokens.
     """
     if isinstance(prompt, str):
         ids, _ = border.split(tokenizer, prompt, (), border.leading_special_tokens(tokenizer))
     else:
-        messages = [present(message) for message in prompt]
-        ids = border.encode(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        ids = border.encode(tokenizer, chat.prompt_text(tokenizer, prompt, keywords or {}))
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no tokens; a model needs at least one to continue")
     return tuple(ids)
+
+
+def _all_prompt_tokens(tokenizer: Any, prompts: Sequence[Text], template: Template) -> list[tuple[int, ...]]:
+    keywords = [None] * len(prompts) if template is None else template
+    return [prompt_tokens(tokenizer, prompt, one) for prompt, one in zip(prompts, keywords, strict=True)]
 
 
 def temperature_at(schedule: Schedule, iteration: int, iterations: int) -> float:
@@ -124,13 +134,15 @@ class TransformersSampler:
         self.top_k, self.top_p, self.batch_size, self.progress = top_k, top_p, batch_size, progress
         self.eos_token_ids = _eos_token_ids(model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
 
-    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+    def __call__(
+        self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
+    ) -> list[list[Sampled]]:
         """See `Sampler`. Completions depend on the seed, the prompts together and batch_size."""
         import torch
         from tqdm import tqdm
 
         _check(k, temperature)
-        ids = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        ids = _all_prompt_tokens(self.tokenizer, prompts, template)
         # One row per completion. Longest first: a batch that does not fit in memory fails at once.
         rows = sorted((row for row in range(len(prompts)) for _ in range(k)), key=lambda row: -len(ids[row]))
         lists: list[list[Sampled]] = [[] for _ in prompts]
@@ -258,13 +270,15 @@ class VLLMSampler:
         self.llm = vllm.LLM(model=model, **engine) if isinstance(model, str) else model
         self.max_new_tokens, self.top_k, self.top_p, self.progress = max_new_tokens, top_k, top_p, progress
 
-    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+    def __call__(
+        self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
+    ) -> list[list[Sampled]]:
         """See `Sampler`. Completions depend on the seed and on the prompt's position."""
         from vllm import SamplingParams
 
         _check(k, temperature)
         tokenizer = self.llm.get_tokenizer()
-        ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+        ids = _all_prompt_tokens(tokenizer, prompts, template)
         # vLLM seeds the n completions of a request with seed, seed + 1, ...: far apart for every prompt.
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
         parameters = [
@@ -303,7 +317,9 @@ class Distinct:
             raise ValueError(f"tries must be at least 1, got {tries}")
         self.sampler, self.tries = sampler, tries
 
-    def __call__(self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int) -> list[list[Sampled]]:
+    def __call__(
+        self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
+    ) -> list[list[Sampled]]:
         """See `Sampler`. Rounds after the first only sample what is missing."""
         _check(k, temperature)
         found: list[dict[tuple[int, ...], Sampled]] = [{} for _ in prompts]
@@ -312,7 +328,8 @@ class Distinct:
             missing = [row for row in range(len(prompts)) for _ in range(k - len(found[row]))]
             if not missing:
                 break
-            drawn = self.sampler([prompts[row] for row in missing], 1, temperature, seed=round_seed)
+            more = {} if template is None else {"template": [template[row] for row in missing]}
+            drawn = self.sampler([prompts[row] for row in missing], 1, temperature, seed=round_seed, **more)
             for row, completions in zip(missing, drawn, strict=True):
                 for completion in completions:
                     found[row].setdefault(completion.token_ids, completion)

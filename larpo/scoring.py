@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .collator import ListCollator
 from .policy import Policy, attach
-from .tokenization import tokenize_lists
+from .tokenization import Truncation, tokenize_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +66,7 @@ def score_lists(
     candidate_batch_size: int | None = None,
     max_length: int | None = 1024,
     max_prompt_length: int | None = 512,
+    truncation_mode: Truncation = "keep_end",
     append_eos: bool = True,
     progress: bool = True,
 ) -> Dataset:
@@ -76,7 +77,8 @@ def score_lists(
         lists: prompt and completions; scores may be missing.
         beta: implicit_rewards = beta * (logps - ref_logps).
         batch_size: lists at a time; candidate_batch_size: candidates at a time within them.
-        max_length, max_prompt_length, append_eos: as in `LarPOConfig`.
+        max_length, max_prompt_length, truncation_mode, append_eos: as in `LarPOConfig`. Where ref_logps are to be trained
+            with, these must be as they are there; num_tokens lets `tokenize_lists` tell where they are not.
 
     Returns:
         A Dataset with a list of floats per row in each new column: sums over a candidate's tokens, in nats.
@@ -86,8 +88,9 @@ def score_lists(
     )
     scored = scored.remove_columns([name for name in ("ref_logps", "source") if name in scored.column_names])
     tokenised, _ = tokenize_lists(
-        scored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, append_eos=append_eos
-    )
+        scored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation_mode,
+        append_eos=append_eos,
+    )  # fmt: skip
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = ListCollator(0 if pad is None else pad, slice_size=candidate_batch_size)
 

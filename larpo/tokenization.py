@@ -4,7 +4,7 @@ The order of things, for each row:
 
 1. Tokens. `prompt_ids` and `completion_ids` of the row are taken as they are. Otherwise the text is tokenised, with the
    prompt's tokens those of the prompt alone (see `larpo.border`). Text gets what the tokenizer puts in front (BOS);
-   messages go through the chat template, which writes its own special tokens.
+   messages go through the chat template, which writes its own special tokens (see `larpo.chat`).
 2. EOS ends a completion that is text, unless it is there already, and one from a chat template that left the turn open.
 3. A prompt above `max_prompt_length` is cut: "keep_end" keeps its last tokens (and a BOS at its start), "keep_start" its
    first ones. An empty prompt becomes BOS, or EOS where there is no BOS: the first token needs one to be predicted from.
@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import border
-from .row_check import check_row, present
+from . import border, chat
+from .row_check import check_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ def tokenize_row(
     """Tokens of one list, by the rules at the top of this module.
 
     Args:
-        row: as `larpo.data.check_row` wants it.
+        row: as `larpo.data.check_row` wants it; `tools` and `chat_template_kwargs` go to the chat template.
         tokenizer: of transformers. Messages need its chat template.
         max_length: tokens of prompt and completion together; None for no limit.
         max_prompt_length: tokens of the prompt, below max_length; None for no limit but to leave a token of max_length.
@@ -150,9 +150,9 @@ def _tokenize(
         empty = [not text for text in row["completions"]]
         completions = [_ended(ids, tokenizer, append_eos) for ids in completions]
     else:
-        answers = [_as_messages(completion) for completion in row["completions"]]
-        prompt, completions = _from_messages(row["prompt"], answers, tokenizer, where)
-        empty = [not any(message.get("content") or message.get("tool_calls") for message in answer) for answer in answers]
+        answers = row["completions"]
+        prompt, completions = _from_messages(row, tokenizer, where)
+        empty = [not answer if isinstance(answer, str) else not any(map(_says_something, answer)) for answer in answers]
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
         completions = [
             ids if _turn_is_over(ids, tokenizer, special) else _ended(ids, tokenizer, append_eos) for ids in completions
@@ -164,6 +164,7 @@ def _tokenize(
     kept_prompt = _cut_prompt(prompt, min(limits), truncation, tokenizer.bos_token_id) if limits else prompt
     room = None if max_length is None else max_length - len(kept_prompt)
     kept = [ids[:room] for ids in completions]
+    _check_scored_tokens(row, kept, where)
 
     scores = [float(score) for score in row["scores"]]
     tokens = {"prompt_ids": kept_prompt, "completion_ids": kept, "scores": scores}
@@ -185,11 +186,14 @@ def _from_text(prompt: str, completions: list[str], tokenizer: Any) -> tuple[lis
     return border.split(tokenizer, prompt, [prompt + completion for completion in completions], leading)
 
 
-def _from_messages(prompt: list, answers: list[list], tokenizer: Any, where: str) -> tuple[list[int], list[list[int]]]:
+def _from_messages(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[list[int], list[list[int]]]:
     """The template writes BOS itself where the model wants one, so nothing is put in front."""
-    prompt = [present(message) for message in prompt]
-    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    texts = [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
+    try:
+        keywords = chat.template_keywords(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    start = chat.prompt_text(tokenizer, row["prompt"], keywords)
+    texts = [chat.whole_text(tokenizer, row["prompt"], answer, keywords) for answer in row["completions"]]
     for i, text in enumerate(texts):
         if not text.startswith(start):
             at = next((k for k, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
@@ -201,11 +205,8 @@ def _from_messages(prompt: list, answers: list[list], tokenizer: Any, where: str
     return border.split(tokenizer, start, texts)
 
 
-def _as_messages(completion: str | list) -> list[dict[str, Any]]:
-    """A string that answers messages is one message of the assistant."""
-    if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
-    return [present(message) for message in completion]
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("content") or message.get("tool_calls"))
 
 
 def _ended(ids: list[int], tokenizer: Any, append_eos: bool) -> list[int]:
@@ -221,6 +222,19 @@ def _turn_is_over(ids: list[int], tokenizer: Any, special: set[int]) -> bool:
     """Whether the text of a template ends in a special token (of any name: EOS, end of turn) and perhaps white space."""
     last = next((id for id in reversed(ids) if id in special or border.decode(tokenizer, [id]).strip()), None)
     return last in special
+
+
+def _check_scored_tokens(row: Mapping[str, Any], kept: list[list[int]], where: str) -> None:
+    """Refuses ref_logps of other tokens than these, where `larpo.score_lists` wrote beside them how many they were."""
+    scored = row.get("num_tokens")
+    if row.get("ref_logps") is None or not isinstance(scored, list) or len(scored) != len(kept):
+        return
+    for i, (before, ids) in enumerate(zip(scored, kept, strict=True)):
+        if before != len(ids):
+            raise ValueError(
+                f"{where}: ref_logps is of {before} tokens for completions[{i}], which has {len(ids)} now: score the lists "
+                "with the max_length, max_prompt_length, truncation_mode and append_eos that they are trained with"
+            )
 
 
 def _first_token(tokenizer: Any, where: str) -> int:

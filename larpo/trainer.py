@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object, send_to_device
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 import larpo_kernels as lk
@@ -24,11 +24,13 @@ from .adapters import with_adapter
 from .checkpoints import last_whole_checkpoint
 from .collator import ListCollator
 from .config import LarPOConfig
+from .loading import load_causal_lm
 from .metrics import MetricMeans, list_metric_sums
+from .model_checks import check_tokens, refuse_frozen, refuse_shared, warn_half_precision, warn_router_loss
 from .policy import Policy, attach, compute_dtype
 from .reference import SyncReference, frozen_copy, reshard, without_dropout
 from .scoring import candidate_logps
-from .training_data import training_lists
+from .training_data import is_tokenised, training_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,10 +44,11 @@ class LarPOTrainer(Trainer):
     """Trains a causal LM on ranked candidate lists (LarPO, arXiv 2502.03699); names follow trl.DPOTrainer.
 
     Args:
-        model: a transformers causal LM, one with a PEFT adapter, or the name or path of one.
+        model: a transformers causal LM, one with a PEFT adapter, or the name or path of one, which is loaded in float32
+            unless `model_init_kwargs` has another dtype.
         ref_model: the reference policy, or its name or path. None: the policy as it is now, held apart; with
-            `peft_config`, the model without the adapter. None is needed where the data has `ref_logps`, or with
-            `reference_free`.
+            `peft_config`, the model without the adapter. None is needed where the data has `ref_logps` (data sets may
+            differ in that), or with `reference_free`.
         args: a `LarPOConfig`.
         train_dataset, eval_dataset: datasets.Dataset with `prompt`, `completions`, `scores`, or anything `larpo.as_lists`
             converts; eval_dataset may be a dict of them.
@@ -78,6 +81,8 @@ class LarPOTrainer(Trainer):
             raise TypeError(f"args must be a LarPOConfig, got {type(args).__name__}")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("train_dataset is needed (or eval_dataset, to evaluate only)")
+        if args.candidate_micro_batch_size is not None and type(self).compute_loss is not LarPOTrainer.compute_loss:
+            raise ValueError("candidate_micro_batch_size does not call compute_loss, which is overridden: override list_loss")
         if args.n_gpu > 1:  # torch.nn.DataParallel would cut rows and their borders apart
             warnings.warn(
                 f"{args.n_gpu} GPUs are visible, one is used; for all of them start with `accelerate launch` or `torchrun`",
@@ -87,15 +92,13 @@ class LarPOTrainer(Trainer):
         set_seed(args.seed)  # adapters are drawn at random
         if args.model_init_kwargs is not None and not isinstance(model, str):
             raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already")
-        model, ref_model = (
-            AutoModelForCausalLM.from_pretrained(x, **(args.model_init_kwargs or {})) if isinstance(x, str) else x
-            for x in (model, ref_model)
-        )
+        model, ref_model = (load_causal_lm(x, args.model_init_kwargs) if isinstance(x, str) else x for x in (model, ref_model))
         if ref_model is model:
             raise ValueError("ref_model must not be the model that is trained; leave it out to hold a copy of it apart")
+        lm_config = heads.causal_lm(model).config
         if processing_class is None:
             trusted = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "trust_remote_code"}
-            processing_class = AutoTokenizer.from_pretrained(heads.causal_lm(model).config._name_or_path, **trusted)
+            processing_class = AutoTokenizer.from_pretrained(lm_config._name_or_path, **trusted)
         self._reference_is_base = peft_config is not None and ref_model is None
         if peft_config is not None:
             model = with_adapter(model, peft_config)
@@ -103,23 +106,30 @@ class LarPOTrainer(Trainer):
                 model.enable_input_require_grads()
         if args.disable_dropout:
             without_dropout(model)
+        if train_dataset is not None:
+            refuse_frozen(model)
+            warn_router_loss(lm_config)
         self.objective = args.resolved_objective()
 
         tokenised = {"train": train_dataset} if train_dataset is not None else {}
         several = isinstance(eval_dataset, dict)
         evals = eval_dataset if several else {"": eval_dataset} if eval_dataset is not None else {}
         tokenised |= {f"eval {name}".strip(): data for name, data in evals.items()}
-        tokenised = {name: training_lists(data, processing_class, args) for name, data in tokenised.items()}
-        has_ref_logps = all("ref_logps" in data.column_names for data in tokenised.values())
+        tokenised = {name: training_lists(data, processing_class, args, name) for name, data in tokenised.items()}
+        for name, data in tokenised.items():
+            check_tokens(data, lm_config, name)
+        with_ref_logps = [name for name, data in tokenised.items() if "ref_logps" in data.column_names]
+        has_ref_logps = len(with_ref_logps) == len(tokenised)
 
         attach(model, self._policy(model, args))
         self.ref_model = None
+        if ref_model is not None and (args.reference_free or with_ref_logps):
+            why = "reference_free is set" if args.reference_free else f"the {with_ref_logps[0]} data has ref_logps"
+            raise ValueError(f"ref_model is given, but {why}: it would not be asked. Leave one of the two out")
         if args.reference_free or has_ref_logps:
-            if ref_model is not None:
-                raise ValueError(
-                    f"ref_model is given, but {'reference_free is set' if args.reference_free else 'the data has ref_logps'}"
-                )
+            pass
         elif ref_model is not None:
+            refuse_shared(model, ref_model)
             self.ref_model = without_dropout(ref_model) if args.disable_dropout else ref_model
             self.ref_model.requires_grad_(False).eval()
         elif not self._reference_is_base and not args.precompute_ref_log_probs:
@@ -145,16 +155,20 @@ class LarPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        if train_dataset is not None and not self._keeps_full_precision():
+            warn_half_precision(model, args.learning_rate)
         if self._on_deepspeed and not self._sharded:
             model.to(args.device)  # DeepSpeed takes it there when training starts; the reference may be scored before
         self._keep_logps_exact()
         self.data_collator.layout = self._layout()
         if heads.causal_lm(model).config._attn_implementation != "flex_attention":
             self.data_collator.max_completion_tokens = prefix.DENSE_MASK_TOKENS
+        self._sync: SyncReference | None = None
         if self.ref_model is not None:
             self.ref_model = self._prepare_reference(self.ref_model)
             if args.sync_ref_model:
-                self.add_callback(SyncReference(model, self.ref_model, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+                self._sync = SyncReference(model, self.ref_model, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
+                self.add_callback(self._sync)
         elif args.sync_ref_model:
             raise ValueError(
                 "sync_ref_model needs a reference model; here the reference is the model without its adapter or given"
@@ -167,6 +181,12 @@ class LarPOTrainer(Trainer):
     @staticmethod
     def _policy(model: nn.Module, args: LarPOConfig) -> Policy:
         return Policy(model, schedule=args.schedule, memory_budget=args.memory_budget, backend=args.kernel_backend)
+
+    def _keeps_full_precision(self) -> bool:
+        """Whether something holds float32 weights beside those of the model, or these are not what is trained."""
+        if getattr(heads.causal_lm(self.model), "is_quantized", False) or self._on_deepspeed:
+            return True
+        return self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
 
     def _layout(self) -> str:
         """How candidates are laid out in rows, settled before any worker holds the collator."""
@@ -256,8 +276,6 @@ class LarPOTrainer(Trainer):
 
     def _precompute_ref_logps(self) -> None:
         """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
-        if self._sharded:
-            raise ValueError("precompute_ref_log_probs does not work with sharded parameters: `larpo score` writes ref_logps")
         if self.train_dataset is not None:
             self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
@@ -266,6 +284,10 @@ class LarPOTrainer(Trainer):
             self.eval_dataset = self._with_ref_logps(self.eval_dataset, "eval")
 
     def _with_ref_logps(self, dataset: Dataset, name: str) -> Dataset:
+        if "ref_logps" in dataset.column_names:
+            return dataset
+        if self._sharded:
+            raise ValueError("precompute_ref_log_probs does not work with sharded parameters: `larpo score` writes ref_logps")
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         with self.model.disable_adapter() if self._reference_is_base else contextlib.nullcontext():
             found = candidate_logps(
@@ -282,6 +304,33 @@ class LarPOTrainer(Trainer):
         if ranks > 1:
             found = {i: part for one in gather_object([found]) for i, part in one.items()}
         return dataset.add_column("ref_logps", [found[i] for i in range(len(dataset))])
+
+    # --- data that comes later ------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return super().get_eval_dataloader(self._prepared(eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+
+    @property
+    def _holds_reference(self) -> bool:
+        return self.ref_model is not None or self._reference_is_base
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        """What `evaluate` and `predict` are given, as the trainer's own data is: tokens, with ref_logps where needed."""
+        if dataset is None or isinstance(dataset, str) or is_tokenised(dataset):
+            return dataset
+        lists = training_lists(dataset, self.processing_class, self.args, name)
+        check_tokens(lists, heads.causal_lm(self.model).config, name)
+        if "ref_logps" in lists.column_names or self.args.reference_free or self._holds_reference:
+            return lists
+        if not self.args.precompute_ref_log_probs or self.state.global_step:
+            raise ValueError(
+                f"the {name} data has no ref_logps, and no reference model is held to compute them: hand it to the trainer as "
+                "eval_dataset, or write them with `larpo score`"
+            )
+        return self._with_ref_logps(lists, name)
 
     # --- the loss -------------------------------------------------------------------------------------------
 
@@ -323,9 +372,8 @@ class LarPOTrainer(Trainer):
                 list_sizes=inputs["list_sizes"],
                 slice_size=self._slice,
                 num_slices=self._num_slices(inputs),
-                objective=self.objective,
                 ref_logps=ref_logps,
-                beta=self.args.beta,
+                loss=lambda logps, ref_logps: self.list_loss(logps, ref_logps, inputs),
                 backward=self._backward,
                 no_sync=lambda: self._more_to_come(model),
             )
@@ -439,8 +487,16 @@ class LarPOTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no whole checkpoint"
                 )
+        if resume_from_checkpoint and self._sync is not None:
+            self._sync.load(resume_from_checkpoint)
         self._time_of_log = time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self._sync is not None:  # first: a checkpoint is whole once the last file of transformers' own is there
+            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            self._sync.save(folder, write=self.args.should_save)
+        super()._save_checkpoint(model, trial)
 
 
 def _will_replace_parameters(args: LarPOConfig) -> bool:

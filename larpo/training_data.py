@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from .candidates import top_bottom_indices
@@ -14,16 +15,22 @@ if TYPE_CHECKING:
 
     from .config import LarPOConfig
 
-PER_CANDIDATE = ("completions", "scores", "source", "ref_logps", "completion_ids")
+PER_CANDIDATE = ("completions", "scores", "source", "ref_logps", "num_tokens", "completion_ids")
 
 
-def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig) -> Dataset:
-    """Tokenised rows of anything that `as_lists` converts, by the settings of `args`."""
+def is_tokenised(dataset: Any) -> bool:
+    """Whether these are rows that `training_lists` made."""
+    columns = getattr(dataset, "column_names", None) or ()
+    return "completion_ids" in columns and "completions" not in columns
+
+
+def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, name: str = "train") -> Dataset:
+    """Tokenised rows of anything that `as_lists` converts, by the settings of `args`; `name` is for messages."""
     lists = as_lists(dataset)
     if args.list_top is not None:
         options = {"top": args.list_top, "bottom": args.list_bottom}
         lists = lists.map(_subset, fn_kwargs=options, desc="choosing candidates")
-    tokenised, _ = tokenize_lists(
+    tokenised, report = tokenize_lists(
         lists,
         tokenizer,
         max_length=args.max_length,
@@ -34,7 +41,21 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
     )
     if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
         raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
+    if report.lists_all_tied and report.lists_all_tied + report.lists_of_one == report.lists:
+        warnings.warn(
+            f"no list of the {name} data has two scores that differ: candidates of equal scores count in the order in which "
+            "they stand, so that order is what is trained on",
+            stacklevel=3,
+        )
+    if getattr(args, "train_sampling_strategy", None) == "group_by_length":
+        tokenised = tokenised.add_column(args.length_column_name, _lengths(tokenised))
     return tokenised
+
+
+def _lengths(tokenised: Dataset) -> list[int]:
+    """Tokens of each list: of every candidate with its prompt."""
+    rows = zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
+    return [len(prompt) * len(completions) + sum(map(len, completions)) for prompt, completions in rows]
 
 
 def _subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:

@@ -115,6 +115,8 @@ def working_bytes(
     both = dtype.itemsize * tokens * rows + hidden.itemsize * states  # a tile, and the tokens that count
     both += dtype.itemsize * block * (hidden != dtype)
     both += dtype.itemsize * slab * (weight != dtype)
+    if dtype == torch.bfloat16:
+        both += dtype.itemsize * tokens * -(-vocab_size // seen_step(vocab_size))
     product = dtype.itemsize * block * (sums != dtype)  # of a tile, on its way into a sum
     backward = 0
     if needs.hidden and needs.parameters:
@@ -192,6 +194,11 @@ def stored_dtype(compute: torch.dtype, hidden: torch.dtype) -> torch.dtype:
 # A tile at most. Up to so many tokens every slice of d weight is one GEMM over all of them, and nothing is added up.
 CPU_TILE_BYTES, CPU_TILE_TOKENS = 8 << 20, 4096
 GPU_TILE_BYTES, GPU_TILE_TOKENS = 1 << 30, 16384
+
+
+def seen_step(vocab_size: int) -> int:
+    """Every so many rows of the vocabulary are looked at for a centre: 1 in 128, below a hundredth of a GEMM; 256 at least."""
+    return max(1, min(128, vocab_size // 256))
 
 
 def tile_shape(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

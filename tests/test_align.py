@@ -1,7 +1,9 @@
 """The loop: what each iteration does to candidates, lists, policy and reference, and what a run folder holds."""
 
+import datetime
 import json
 import math
+import warnings
 
 import pytest
 
@@ -188,9 +190,47 @@ def test_only_the_last_layers_are_trained(tmp_path):
     assert changed and all(name.startswith("model.layers.1.") for name in changed)
 
 
-def test_more_layers_than_there_are_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="trained_layers=3, but LlamaForCausalLM has 2 layers"):
-        align(tmp_path, iterations=1, trained_layers=3)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(trained_layers=3), "trained_layers=3, but LlamaForCausalLM has 2 layers"),
+        (dict(peft={"rr": 2}), "peft: .*unexpected keyword argument 'rr'"),
+        (dict(peft={"target_modules": ["nope"]}), "peft: Target modules .*nope.* not found"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_sampled(tmp_path, changes, message):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=message):
+        align(tmp_path, iterations=1, **changes)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_policy_is_trained_in_float32_whatever_its_checkpoint_holds_unless_a_dtype_is_given(tmp_path, dtype):
+    """In bf16 a step of 5e-7 changes hardly a weight: all that are larger than 2e-4 stay as they are."""
+    import tiny
+
+    tiny.causal_lm(spread=2.0, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    given = {} if dtype is None else {"model_init_kwargs": {"dtype": dtype}}
+    align(tmp_path / "run", iterations=1, model=str(tmp_path / "model"), training=dict(learning_rate=5e-7), **given)
+    before, after = weights(tmp_path / "model"), weights(tmp_path / "run" / "iteration-01" / "model")
+    moved = torch.cat([(before[name].float() != after[name].float()).flatten() for name in before]).float().mean()
+    if dtype is None:
+        assert after["model.norm.weight"].dtype == torch.float32 and moved > 0.5
+    else:
+        assert after["model.norm.weight"].dtype == torch.bfloat16 and moved < 0.1
+
+
+def test_a_model_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from larpo.align.models import Models
+
+    model = Path(align_runs.model_folder())
+    monkeypatch.setenv("HOME", str(model.parent))
+    models = Models(config(tmp_path, model=f"~/{model.name}"), torch.device("cpu"))
+    assert models.load(models.initial()).config.hidden_size == 32
 
 
 def test_an_adapter_goes_on_from_iteration_to_iteration(tmp_path):
@@ -320,6 +360,38 @@ def test_columns_of_the_prompts_reach_the_reward(tmp_path):
         assert row["scores"] == [float(text.count(letters[row["prompt"]])) for text in row["completions"]]
 
 
+def test_the_tokens_of_completions_reach_the_reward(tmp_path):
+    def length(prompts, completions, completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    align(tmp_path, iterations=1, reward=length)
+    for row in rows_of(tmp_path, 1, "candidates"):
+        assert row["scores"] == [float(len(ids)) for ids in row["completion_ids"]]
+
+
+def test_tools_of_a_prompt_reach_its_template_and_an_answer_that_it_began_stays_open(tmp_path):
+    import tiny
+
+    tokenizer = tiny.tokenizer.__wrapped__()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0]['name'] }} {% endif %}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    )
+    tiny.causal_lm(spread=2.0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}], "tools": [{"name": "one"}]}
+        for prompt in align_runs.PROMPTS
+    ]
+
+    def reward(completions, **columns):
+        return align_runs.count_o([one[0]["content"] for one in completions])
+
+    align(tmp_path / "run", iterations=1, model=str(tmp_path / "model"), prompts=rows, reward=reward)
+    for name in ("candidates", "lists"):
+        for row in rows_of(tmp_path / "run", 1, name):
+            assert tokenizer.decode(row["prompt_ids"]) == f"one {row['prompt'][0]['content']}</s>a"
+
+
 def test_several_rewards_are_weighed(tmp_path):
     align(tmp_path, iterations=1, reward=["align_runs:count_o", "align_runs:count_o"], reward_weights=[1.0, -3.0])
     for row in rows_of(tmp_path, 1, "candidates"):
@@ -395,6 +467,47 @@ def test_prompts_that_come_twice_or_are_held_out_are_not_trained_on(tmp_path):
         load_prompts(config(tmp_path, prompts=["a", {"text": "b"}]))
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         load_prompts(config(tmp_path, prompts=str(tmp_path / "none.jsonl")))
+
+
+def test_rows_of_one_prompt_that_say_different_things_are_counted_aloud(tmp_path):
+    from larpo.align.prompts import load_prompts
+
+    rows = [{"prompt": f"p{i // 2}", "answer": i} for i in range(8)]
+    with pytest.warns(UserWarning, match="prompts: 4 of 8 rows have the prompt of an earlier row but other columns"):
+        train, held_out = load_prompts(config(tmp_path, prompts=rows, eval_prompts=1))
+    assert sorted(row["answer"] for row in train + held_out) == [0, 2, 4, 6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_prompts(config(tmp_path, prompts=[*rows[::2], *rows[::2]], eval_prompts=1))
+
+
+def test_prompts_may_be_a_dataset(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": prompt, "letter": "o"} for prompt in align_runs.PROMPTS]
+    data = Dataset.from_list(rows)
+    align(tmp_path, iterations=1, prompts=data)
+    assert align(tmp_path, iterations=1, prompts=rows).metrics  # the same run
+    with pytest.raises(TypeError, match=r"prompts must be a file, .* or a datasets\.Dataset, got DatasetDict; choose a split"):
+        config(tmp_path, prompts=DatasetDict(train=data))
+    with pytest.raises(TypeError, match=r"eval_prompts must be .*, got DataFrame; .* to_dict\('records'\)"):
+        config(tmp_path, eval_prompts=data.to_pandas())
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("completions", ["a"], r"prompts, row 0: columns \['completions'\] have names that the loop itself uses"),
+        ("prompts", 1, r"columns \['prompts'\] have names"),
+        ("rewards", 1, r"columns \['rewards'\] have names"),
+        ("day", datetime.date(2020, 1, 1), "prompts, row 0: column 'day' holds what JSON can't .*date"),
+        ("tools", "rain", "prompts, row 0: tools must be a list of JSON schemas"),
+    ],
+)
+def test_columns_that_cannot_reach_the_reward_are_refused_before_anything_is_sampled(tmp_path, column, value, message):
+    with pytest.raises(ValueError, match=message):
+        align(tmp_path, prompts=[{"prompt": prompt, column: value} for prompt in align_runs.PROMPTS])
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_iterations_walk_through_the_prompts_without_skipping_any():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,22 @@ def test_settings_come_from_the_file_and_flags_win(tmp_path, folder):
     assert job.peft == {"r": 2, "target_modules": ["q_proj"]}
 
 
+def test_none_and_empty_lists_are_settings(tmp_path, folder):
+    file = config(tmp_path, folder, max_length=None, report_to=[], eval_data=None, label_names=["a", "b"])
+    _, args = jobs.train_settings(file, [])
+    assert (args.max_length, args.report_to, args.label_names) == (None, [], ["a", "b"])
+    _, args = jobs.train_settings(file, ["--max_length=9000", "--max-prompt-length", "None", "--report_to", "none"])
+    assert (args.max_length, args.max_prompt_length, args.report_to) == (9000, None, [])
+    _, args = jobs.train_settings(config(tmp_path, folder), ["--max_length", "null", "--report_to", "[]", "--list_top=None"])
+    assert (args.max_length, args.report_to, args.list_top) == (None, [], None)
+    for bad, said in (
+        ({"beta": None}, "beta does not take None"),
+        ({"train_data": ["a"]}, r"train_data does not take \['a'\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            jobs.train_settings(config(tmp_path, folder, **bad), [])
+
+
 def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
 
@@ -72,6 +89,69 @@ def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not torch.equal(trained.lm_head.weight, tiny.causal_lm().lm_head.weight)
     assert "eval_ndcg" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def trained(path, folder, **settings):
+    """The weights that `larpo train` saves."""
+    from safetensors.torch import load_file
+
+    job, args = jobs.train_settings(config(path, folder, **settings), [])
+    jobs.train(job, args)
+    return load_file(path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"objective": "listmle"}, "objective was 'contrastive' and is 'listmle'"),
+        ({"beta": 0.5}, "beta was 0.1 and is 0.5"),
+        ({"seed": 7, "learning_rate": "1e-2"}, "learning_rate was 0.001 and is 0.01; seed was 42 and is 7"),
+        ({"model": "other"}, "model was .*/model' and is .*/other'"),
+        ({"train_data": "other.jsonl"}, "train_data was '8 lists, sha256 [0-9a-f]*' and is '7 lists, sha256"),
+        ({"peft": {"r": 2, "target_modules": ["q_proj"]}, "resume": False}, "peft was None and is {'r': 2"),
+    ],
+)
+def test_a_folder_with_checkpoints_of_another_run_is_refused_and_what_differs_named(tmp_path, folder, change, said):
+    tiny.causal_lm(seed=5).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(7, m=None, seed=4))))
+    change = {name: str(tmp_path / value) if str(value).startswith("other") else value for name, value in change.items()}
+    before = trained(tmp_path, folder, max_steps=1)
+    with pytest.raises(ValueError, match=f"out' has checkpoints of another run: {said}"):
+        trained(tmp_path, folder, max_steps=1, **change)
+    again = trained(tmp_path, folder, max_steps=1, logging_steps=2, share_prefix=True)  # the same run, told otherwise
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_checkpoints_of_unknown_origin_are_refused(tmp_path, folder):
+    trained(tmp_path, folder, max_steps=1)
+    (tmp_path / "out" / "larpo-job.json").unlink()
+    with pytest.raises(ValueError, match=r"has checkpoints, but no larpo-job\.json"):
+        trained(tmp_path, folder, max_steps=1)
+
+
+def test_a_finished_run_goes_further_with_more_steps(tmp_path, folder):
+    kept = {"lr_scheduler_type": "constant"}
+    (tmp_path / "whole").mkdir()
+    trained(tmp_path, folder, max_steps=2, **kept)
+    longer, whole = trained(tmp_path, folder, max_steps=4, **kept), trained(tmp_path / "whole", folder, max_steps=4, **kept)
+    assert all(torch.equal(longer[name], whole[name]) for name in whole)
+
+
+def test_evaluation_is_on_its_own_split(tmp_path, folder):
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train": tiny.lists(5, seed=1), "test": tiny.lists(3, seed=2), "held": tiny.lists(2, seed=3)}
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(tmp_path / "data")
+    sizes = []
+    for flags in ([], ["--eval_split", "held", "--train_split=test", "--output_dir", str(tmp_path / "second")]):
+        data = str(tmp_path / "data")
+        file = config(tmp_path, folder, train_data=data, eval_data=data, max_steps=1)
+        trainer = jobs.train(*jobs.train_settings(file, flags))
+        sizes.append((len(trainer.train_dataset), len(trainer.eval_dataset)))
+    assert sizes == [(5, 3), (3, 2)]
+    with pytest.raises(ValueError, match=r"has the splits .*, not 'validation'"):
+        jobs.train(*jobs.train_settings(file, ["--eval_split", "validation"]))
 
 
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, folder):
@@ -125,14 +205,34 @@ def test_score_writes_log_likelihoods_and_implicit_rewards(tmp_path, folder, mon
             assert row["num_tokens"] == [len(tiny.tokenizer()(c).input_ids) + 1 for c in row["completions"]]
 
 
-def test_lists_can_be_scored_without_rewards(folder):
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
     from datasets import Dataset
 
-    from larpo.scoring import score_lists
-
+    data = tmp_path / f"lists{suffix}"
     lists = Dataset.from_list(tiny.lists(3)).remove_columns("scores")
-    scored = score_lists(tiny.causal_lm(), lists, tiny.tokenizer(), progress=False)
+    lists.to_parquet(data) if suffix == ".parquet" else lists.to_json(data)
+    scored = jobs.score(str(folder / "model"), str(data), tmp_path / "new" / "out.jsonl")
     assert scored.column_names == ["prompt", "completions", "logps", "num_tokens"]
+    data.write_text(json.dumps({"prompt": "a", "completions": "b"}))
+    if suffix == ".jsonl":
+        with pytest.raises(ValueError, match="line 1: field 'completions' holds 'b'"):
+            jobs.score(str(folder / "model"), str(data), tmp_path / "out.jsonl")
+
+
+def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_scored_on(tmp_path, folder, monkeypatch, capsys):
+    model, out = str(folder / "model"), tmp_path / "scored.parquet"
+    limits = ["--max-length", 14, "--max-prompt-length", 6, "--truncation-mode", "keep_start", "--no-append-eos"]
+    status, _, err = larpo(monkeypatch, capsys, "score", "--model", model, "--ref-model", model, "--data",
+                           folder / "lists.jsonl", "--out", out, *limits)  # fmt: skip
+    assert status == 0, err
+    same = dict(max_length=14, max_prompt_length=6, truncation_mode="keep_start", append_eos=False, learning_rate=0.0)
+    file = config(tmp_path, folder, train_data=str(out), max_steps=1, **same)
+    trainer = jobs.train(*jobs.train_settings(file, []))
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    file = config(tmp_path, folder, train_data=str(out), output_dir=str(tmp_path / "other"))
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
+    assert status == 2 and "ref_logps is of" in err and "append_eos" in err
 
 
 @pytest.mark.parametrize(
@@ -164,6 +264,10 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
         (["--betta", "1"], "unknown flag --betta; did you mean 'beta'?"),
         (["--objective", "dpo"], "objective must be one of"),
         (["--max_steps", "many"], "max_steps"),
+        (["more"], "expected flags, got 'more'"),
+        (["--peft", "{r: 8}"], "peft must be JSON of an object"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--peft", '{"rank": 8}'], "peft: "),
     ],
 )
 def test_a_bad_flag_ends_in_one_sentence(tmp_path, folder, monkeypatch, capsys, flags, message):
@@ -175,6 +279,8 @@ def test_a_bad_flag_ends_in_one_sentence(tmp_path, folder, monkeypatch, capsys, 
 def test_what_must_be_given_is_named(tmp_path, monkeypatch, capsys):
     status, _, err = larpo(monkeypatch, capsys, "train", "--output_dir", tmp_path)
     assert status == 2 and "model and train_data must be given" in err
+    status, _, err = larpo(monkeypatch, capsys, "train", "--model", "m", "--train_data", "x")
+    assert status == 2 and "output_dir must be given" in err
 
 
 def test_a_bad_line_of_data_is_named(tmp_path, folder, monkeypatch, capsys):
@@ -202,14 +308,23 @@ def test_recipes_are_listed(monkeypatch, capsys):
     assert status == 2 and "recipe must be one of" in err
 
 
+def test_a_reward_that_fails_and_a_model_that_is_not_there_end_in_one_sentence(tmp_path, folder, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(row["prompt"] for row in tiny.lists(8, seed=5)))
+    run = ["align", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run", "--eval_prompts", 2, "--eval_k", 1,
+           "--k", 2, "--max_new_tokens", 2, "--training.use_cpu", "true"]  # fmt: skip
+    status, _, err = larpo(monkeypatch, capsys, *run, "--model", folder / "model", "--reward", "math:hypot")
+    assert status == 2 and "reward 'hypot' raised TypeError" in err and "Traceback" not in err
+    status, _, err = larpo(monkeypatch, capsys, "score", "--model", tmp_path / "none", "--data", folder / "lists.jsonl",
+                           "--out", tmp_path / "x.jsonl")  # fmt: skip
+    assert status == 2 and str(tmp_path / "none") in err and "Traceback" not in err
+
+
 def test_a_bad_setting_of_align_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
     status, _, err = larpo(monkeypatch, capsys, "align", "--output_dir", tmp_path, "--iteration", 3)
     assert status == 2 and "unknown setting 'iteration'; did you mean 'iterations'?" in err
 
 
 def test_the_config_in_the_docs_is_one(tmp_path, folder):
-    import re
-
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     (found,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     file = tmp_path / "docs.yaml"

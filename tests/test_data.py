@@ -85,6 +85,22 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
     assert load_lists(path)[0] == row
 
 
+def test_lists_to_be_scored_may_come_without_scores(tmp_path):
+    rows = [{name: row[name] for name in ("prompt", "completions")} for row in ROWS[:2]]
+    sources = [rows, datasets.Dataset.from_list(rows), write_lines(tmp_path / "lists.jsonl", rows)]
+    for source in sources:
+        assert load_lists(source, scored=False).to_list() == rows
+        with pytest.raises(ValueError, match="no known form of candidate lists"):
+            load_lists(source)
+    for bad, said in (
+        (rows[0] | {"completions": []}, r"holds \[\]; expected"),
+        ({"prompt": "a"}, r"is missing; found \['prompt'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"line 2: field 'completions' {said}"):
+            load_lists(write_lines(tmp_path / "bad.jsonl", [rows[0], bad]), scored=False)
+    assert load_lists(ROWS, scored=False).to_list() == load_lists(ROWS).to_list()
+
+
 def test_offline_lists_become_rows():
     from larpo.offline import CandidateList
 

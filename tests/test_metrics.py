@@ -16,13 +16,15 @@ def of_list(scores, relevance, **options):
 
 
 def tau_b(x, y):
-    """Kendall's tau-b as its definition reads."""
+    """Kendall's tau-b as its definition reads; 0 where x says nothing, None where y has no order."""
     pairs = [(a, b) for b in range(len(x)) for a in range(b)]
     concordant = sum((x[a] - x[b]) * (y[a] - y[b]) > 0 for a, b in pairs)
     discordant = sum((x[a] - x[b]) * (y[a] - y[b]) < 0 for a, b in pairs)
     untied_x = sum(x[a] != x[b] for a, b in pairs)
     untied_y = sum(y[a] != y[b] for a, b in pairs)
-    return (concordant - discordant) / (untied_x * untied_y) ** 0.5 if untied_x and untied_y else None
+    if not untied_y:
+        return None
+    return (concordant - discordant) / (untied_x * untied_y) ** 0.5 if untied_x else 0.0
 
 
 def over_orders(scores, metric):
@@ -89,7 +91,7 @@ def test_at_the_reference_no_order_of_the_data_looks_good():
     best_first, worst_first = of_list([0.0] * 4, [4.0, 3.0, 2.0, 1.0]), of_list([0.0] * 4, [1.0, 2.0, 3.0, 4.0])
     assert best_first["ndcg"] == pytest.approx(worst_first["ndcg"]) and best_first["ndcg"] < 0.9
     assert best_first["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4) == worst_first["mrr"]
-    assert "kendall_tau" not in best_first
+    assert best_first["kendall_tau"] == worst_first["kendall_tau"] == 0
 
 
 # --- any list, against brute force

@@ -52,6 +52,24 @@ def test_gradient_of_slices_is_the_gradient_of_the_whole(slice_size, objective):
     assert not (out.loss.requires_grad or out.logps.requires_grad or out.scores.requires_grad)
 
 
+@pytest.mark.parametrize("slice_size", [3, 100])
+def test_another_loss_of_the_same_numbers(slice_size):
+    def loss(logps, ref):
+        scores = logps - ref
+        return (scores - RELEVANCE).square().mean(), scores
+
+    ref = torch.linspace(-20, -15, 8)
+    one, other = Scorer(), Scorer()
+    expected, scores = loss(one(slice(0, 8)), ref)
+    expected.backward()
+    out = lk.backward_in_slices(other, RELEVANCE, list_sizes=SIZES, slice_size=slice_size, ref_logps=ref, loss=loss)
+    torch.testing.assert_close(out.loss, expected.detach())
+    torch.testing.assert_close(out.scores, scores.detach())
+    assert not (out.loss.requires_grad or out.logps.requires_grad or out.scores.requires_grad)
+    for a, b in zip(other.grads(), one.grads(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_draws_the_same_masks_in_both_passes():
     model = Scorer(dropout=0.5)
     seen = {}

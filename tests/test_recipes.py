@@ -101,21 +101,38 @@ def test_lists_that_teach_nothing_are_counted_and_stay():
     assert before.equal(model.lm_head.weight)  # no list with an order: nothing to learn
 
 
-def test_options_that_would_not_reach_a_loss_of_ones_own_are_refused(tmp_path):
+def objective_trainer(folder, **options):
     from datasets import Dataset
 
     from larpo.config import LarPOConfig
     from larpo.recipes.trainer import ObjectiveTrainer
 
-    for option in (dict(candidate_micro_batch_size=2), dict(length_normalized=True)):
-        with pytest.raises(ValueError, match=f"{next(iter(option))} must be off"):
-            ObjectiveTrainer(
-                tiny.causal_lm(),
-                args=LarPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **option),
-                train_dataset=Dataset.from_list(tiny.lists(2)),
-                processing_class=tiny.tokenizer(),
-                loss=objectives.lipo_lambda,
-            )
+    return ObjectiveTrainer(
+        tiny.causal_lm(),
+        args=LarPOConfig(
+            output_dir=str(folder), report_to="none", use_cpu=True, save_strategy="no", max_steps=2, learning_rate=1e-2,
+            disable_tqdm=True, **options,
+        ),
+        train_dataset=Dataset.from_list(tiny.lists(2)),
+        processing_class=tiny.tokenizer(),
+        loss=objectives.lipo_lambda,
+    )  # fmt: skip
+
+
+def test_a_length_normalisation_that_would_come_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="length_normalized must be off"):
+        objective_trainer(tmp_path, length_normalized=True)
+
+
+def test_a_loss_of_ones_own_runs_in_micro_batches(tmp_path):
+    import torch
+
+    weights = []
+    for size in (None, 3):
+        one = objective_trainer(tmp_path, candidate_micro_batch_size=size)
+        one.train()
+        weights.append(one.model.lm_head.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
 def test_rewards_of_the_naming_task():

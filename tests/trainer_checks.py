@@ -199,6 +199,21 @@ def check_fsdp2_with_a_reference_that_follows(rank, ranks):
     assert_like_one_process("reference follows", ranks, fsdp=True)
 
 
+def check_fsdp2_a_reference_that_moved_is_saved_whole_and_loaded(rank, ranks):
+    folder = Path(os.environ["CHECKS_FOLDER"]) / "reference"
+    options = dict(fsdp=True, sync_ref_model=True, ref_model_sync_steps=1)
+    moved = make_trainer(folder, ranks, **options)
+    moved.train()
+    moved._sync.save(folder, write=rank == 0)
+    torch.distributed.barrier()
+    fresh = make_trainer(folder, ranks, **options)
+    fresh._sync.load(folder)
+    expected = {name: gathered(p) for name, p in moved.ref_model.named_parameters()}
+    assert not torch.equal(expected["lm_head.weight"], tiny.causal_lm().lm_head.weight)
+    for name, p in fresh.ref_model.named_parameters():
+        assert torch.equal(gathered(p), expected[name]), name
+
+
 def check_fsdp2_with_frozen_parameters(rank, ranks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` says that parameters will be sharded

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..candidates import PAPER_SUBSETS
 from ..rewards import name_of
+from ..run_settings import changed
 from ..sampling import temperature_at
 from ..yaml_config import load_yaml, nearest, number
 
@@ -41,14 +42,15 @@ def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING) -> Any:
 class AlignConfig:
     """A run of LarPO's algorithm 1 (arXiv 2502.03699): sample, score, build lists, train, evaluate, and again.
 
-    Raises ValueError for a value that is out of its range, naming the field.
+    Raises ValueError for a value that is out of its range, naming the field, and TypeError for prompts that are neither a
+    source's name nor rows.
     """
 
     output_dir: str = _arg(text="The run folder; a run that was killed goes on from what is in it.")
     model: str = _arg(text="Name or folder of a causal LM, or smollm2 (SmolLM2-135M-Instruct out of a Python package).")
     prompts: Any = _arg(
         text="A file (.txt: one per line; .json, .jsonl, .parquet: field `prompt`, other fields go to the reward), a dataset "
-        "on the hub, imdb (openings of film reviews), or a list of prompts."
+        "on the hub, imdb (openings of film reviews), a list of prompts or rows, or a datasets.Dataset."
     )
     reward: Any = _arg(
         text="What scores a completion: imdb_sentiment, package.module:function, the name or folder of a sequence "
@@ -116,6 +118,9 @@ class AlignConfig:
     solved_above: float | None = _arg(None, "A completion with a higher reward solves its prompt (None: no Recall@N).")
 
     def __post_init__(self):
+        self.prompts = _rows("prompts", self.prompts)
+        if not isinstance(self.eval_prompts, int):
+            self.eval_prompts = _rows("eval_prompts", self.eval_prompts)
         for name in ("iterations", "k", "max_new_tokens", "sample_batch_size", "chunk_size", "eval_k"):
             self._at_least_one(name)
         for name in ("prompts_per_iteration", "trained_layers"):
@@ -220,6 +225,21 @@ class AlignConfig:
         return {name: _plain(value) for name, value in values.items()}
 
 
+def _rows(name: str, prompts: Any) -> Any:
+    """A source's name as it is; rows as a list, which config.yaml can hold."""
+    if isinstance(prompts, str | Path | list | tuple):
+        return prompts
+    if hasattr(prompts, "to_list") and hasattr(prompts, "column_names"):  # a Dataset, without loading `datasets` to know it
+        return prompts.with_format(None).to_list()
+    advice = ""
+    if isinstance(prompts, Mapping):
+        advice = "; choose a split"
+    elif hasattr(prompts, "to_dict"):
+        advice = "; a DataFrame becomes a list of rows with to_dict('records')"
+    kinds = "a file, a name, a list of prompts or rows, or a datasets.Dataset"
+    raise TypeError(f"{name} must be {kinds}, got {type(prompts).__name__}{advice}")
+
+
 def _plain(value: Any) -> Any:
     """Without tuples and paths, so that what is read back from a file is equal."""
     if isinstance(value, Mapping):
@@ -259,11 +279,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
     """The settings by which a run would become another one, as sentences; none if it may go on."""
     now = after.to_dict()
-    found = [
-        f"{name} was {before.get(name)!r} and is {now[name]!r}"
-        for name in now
-        if name not in MAY_CHANGE and before.get(name) != now[name]
-    ]
+    found = changed(before, now, MAY_CHANGE)
     linear = isinstance(after.temperatures, Sequence) and after.temperatures[0] == "linear"
     if linear and before.get("iterations") != now["iterations"]:
         found.append(f"iterations was {before.get('iterations')!r}, and a linear temperature depends on it")

@@ -76,6 +76,8 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
         if changed:
             raise ValueError(f"output_dir={str(folder.path)!r} holds another run: {'; '.join(changed)}")
     device = torch.device(arguments(config, str(folder.path), seed=config.seed).device)  # refuses bad training settings
+    models = Models(config, device)
+    models.check()
     rewards = _rewards(config, device)
     prompts = folder.path / "prompts.json"
     if not prompts.exists():
@@ -84,16 +86,16 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
     if before != config.to_dict():
         write_text(settings, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     read = read_json(prompts)
-    return Run(config, folder, Models(config, device), rewards, read["train"], read["held_out"], progress)
+    return Run(config, folder, models, rewards, read["train"], read["held_out"], progress)
 
 
 def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
     from ..rewards import BUILT_IN, from_name, sequence_classifier
 
     def find(name: str) -> Any:
-        if name in BUILT_IN or (":" in name and not Path(name).exists()):
+        if name in BUILT_IN or (":" in name and not Path(name).expanduser().exists()):
             return from_name(name)
-        classifier = sequence_classifier(name)
+        classifier = sequence_classifier(os.path.expanduser(name))
         classifier.model.to(device)
         return classifier
 

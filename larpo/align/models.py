@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class Models:
             from ..offline import smollm2_folder
 
             return str(smollm2_folder())
-        return str(self.config.model)
+        return os.path.expanduser(self.config.model)
 
     def load(self, name: str | Path) -> PreTrainedModel:
         """The model of this name or folder, in eval mode, on the device; an adapter's folder gives its model with it."""
@@ -70,16 +71,50 @@ class Models:
         return self._tokenizer
 
     def _load(self, name: str) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
+        from ..loading import load_causal_lm
 
         adapter = Path(name) / "adapter_config.json"
         base = self.initial() if adapter.is_file() else name
-        model = AutoModelForCausalLM.from_pretrained(base, **self.config.model_init_kwargs)
+        model = load_causal_lm(base, self.config.model_init_kwargs)
         if adapter.is_file():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name, is_trainable=True)
         return model.to(self.device).eval()
+
+    def check(self) -> None:
+        """Refuses an adapter or `trained_layers` that does not fit the model, before anything is sampled: on a model without
+        weights. Raises ValueError."""
+        config = self.config
+        if config.peft is None and config.trained_layers is None:
+            return
+        from ..adapters import lora_config, with_adapter
+
+        adapter = None if config.peft is None else lora_config(config.peft)
+        model = self._without_weights()
+        if model is None:
+            return
+        with torch.device("meta"):
+            if config.trained_layers is not None:
+                train_last_layers(model, config.trained_layers)
+            if adapter is not None:
+                adapter.init_lora_weights = False  # some ways to begin are computed from weights
+                try:
+                    with_adapter(model, adapter)
+                except ValueError as error:
+                    raise ValueError(f"peft: {error}") from None
+
+    def _without_weights(self) -> PreTrainedModel | None:
+        """The initial model on the meta device; None where it can't be made there, or by itself (an adapter's folder)."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        given = self.config.model_init_kwargs
+        options = {name: given[name] for name in ("trust_remote_code", "revision") if name in given}
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.initial(), **options), **options)
+        except (OSError, RuntimeError):
+            return None
 
 
 def train_last_layers(model: nn.Module, n: int) -> nn.Module:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..chat import template_keywords
 from ..row_check import check_text
 from .config import AlignConfig
 
 Prompt = dict[str, Any]
+# What the loop itself gives to a reward, and arguments of `larpo.rewards.score`.
+RESERVED = ("prompts", "completions", "completion_ids", "rewards", "weights", "on_error")
 
 
 def load_prompts(config: AlignConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on, in a shuffled order, and held-out ones. None comes twice, none is in both.
+    """Prompts to train on, in a shuffled order, and held-out ones. None comes twice, none is in both: a prompt has one list,
+    so of rows with one prompt the first counts, with a warning where the others say something else.
 
-    Raises ValueError where prompts can't be read, or too few are left to train or to evaluate on.
+    Raises ValueError where prompts can't be read, columns have a name that is taken or hold what JSON can't, or too few
+    prompts are left to train or to evaluate on.
     """
-    prompts = _distinct(_read(config.prompts, config.prompts_split, "prompts"))
+    prompts = _distinct(_read(config.prompts, config.prompts_split, "prompts"), "prompts")
     random.Random(config.seed).shuffle(prompts)
     if isinstance(config.eval_prompts, int):
         n = config.eval_prompts
@@ -27,7 +33,7 @@ def load_prompts(config: AlignConfig) -> tuple[list[Prompt], list[Prompt]]:
             raise ValueError(f"eval_prompts must be at least 1 and below the {len(prompts)} different prompts, got {n}")
         held_out, prompts = prompts[:n], prompts[n:]
     else:
-        held_out = _distinct(_read(config.eval_prompts, config.eval_prompts_split, "eval_prompts"))
+        held_out = _distinct(_read(config.eval_prompts, config.eval_prompts_split, "eval_prompts"), "eval_prompts")
         keys = {_key(row) for row in held_out}
         prompts = [row for row in prompts if _key(row) not in keys]
     if not prompts or not held_out:
@@ -55,7 +61,7 @@ def _read(source: Any, split: str, name: str) -> list[Prompt]:
     if source == "imdb":
         return imdb_openings()
     if not isinstance(source, str | Path):
-        rows = list(source)
+        rows = list(source)  # AlignConfig has seen to it that this is a list
     elif (path := Path(source).expanduser()).suffix == ".txt":
         rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     elif path.suffix in (".json", ".jsonl", ".parquet"):
@@ -81,11 +87,32 @@ def _row(row: Any, where: str) -> Prompt:
     if "prompt" not in row:
         raise ValueError(f"{where}: field 'prompt' is missing; found {sorted(row)}")
     check_text("prompt", row["prompt"], where)
+    if taken := [name for name in row if name in RESERVED]:
+        raise ValueError(f"{where}: columns {taken} have names that the loop itself uses; rename or drop them")
+    for name, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"{where}: column {name!r} holds what JSON can't ({error}); make it text or numbers") from None
+    try:
+        template_keywords(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return row
 
 
-def _distinct(rows: list[Prompt]) -> list[Prompt]:
-    return list({_key(row): row for row in reversed(rows)}.values())[::-1]
+def _distinct(rows: list[Prompt], name: str) -> list[Prompt]:
+    first: dict[str, Prompt] = {}
+    for row in rows:
+        first.setdefault(_key(row), row)
+    others = sum(row != first[_key(row)] for row in rows)
+    if others:
+        warnings.warn(
+            f"{name}: {others} of {len(rows)} rows have the prompt of an earlier row but other columns; they are left out, "
+            "since a prompt has one list. Make their prompts differ to keep them",
+            stacklevel=3,
+        )
+    return list(first.values())
 
 
 def _key(row: Prompt) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from .. import candidates as lists_of
 from .. import rewards
 from ..candidates import Candidate, PromptList, from_rows, to_rows
+from ..chat import template_keywords
 from . import evaluation, training
 from .config import AlignConfig
 from .models import Models
@@ -100,7 +101,9 @@ def draw(
 
     def work(chunk: int, part: Sequence[Prompt]) -> Rows:
         texts = [row["prompt"] for row in part]
-        sampled = sampler()(texts, k, temperature, seed=run.seed(*seed, chunk))
+        keywords = [template_keywords(row) for row in part]
+        template = {"template": keywords} if any(keywords) else {}
+        sampled = sampler()(texts, k, temperature, seed=run.seed(*seed, chunk), **template)
         rows = []
         for prompt, completions in zip(texts, sampled, strict=True):
             found = (Candidate(_answer(prompt, c.text), source=source, completion_ids=c.token_ids) for c in completions)
@@ -182,6 +185,7 @@ def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path) -
     def work(_: int, part: Sequence[tuple[dict[str, Any], Prompt]]) -> Rows:
         flat = [(plain(row["prompt"]), plain(one), prompt) for row, prompt in part for one in row["completions"]]
         columns = {name: [prompt.get(name) for *_, prompt in flat] for name in names}
+        columns["completion_ids"] = [ids for row, _ in part for ids in row["completion_ids"]]
         scores = iter(
             rewards.score(
                 run.rewards,

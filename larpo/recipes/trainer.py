@@ -26,14 +26,12 @@ class ObjectiveTrainer(LarPOTrainer):
     def __init__(self, *args, loss: Loss, **kwargs):
         """loss: see `Loss`; other arguments as in LarPOTrainer.
 
-        Raises ValueError for options that would not reach the function: candidate_micro_batch_size computes LarPO's own
-        objectives, and length_normalized would divide by lengths that the function divides by itself.
+        Raises ValueError for length_normalized: it would divide by lengths that the function divides by itself.
         """
         self.loss = loss
         super().__init__(*args, **kwargs)
-        for option in ("candidate_micro_batch_size", "length_normalized"):
-            if getattr(self.args, option):
-                raise ValueError(f"{option} must be off with a loss of your own, got {getattr(self.args, option)!r}")
+        if self.args.length_normalized:
+            raise ValueError("length_normalized must be off with a loss of your own")
 
     def list_loss(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return self.loss(logps, ref_logps, inputs["num_tokens"], inputs["relevance"], inputs["list_sizes"])

@@ -49,8 +49,8 @@ class KernelReport:
 
     @property
     def main_loop(self) -> Loop | None:
-        """The loop with the most exps; of equals the one that loads the most bytes, then the first."""
-        return max(self.loops, key=lambda loop: (loop.exps, loop.bytes_loaded), default=None)
+        """The loop with the most exps; of equals the one that loads the most bytes, then one that stores, then the first."""
+        return max(self.loops, key=lambda loop: (loop.exps, loop.bytes_loaded, bool(loop.stores)), default=None)
 
     @property
     def exps_per_element(self) -> float | None:

@@ -45,6 +45,9 @@ def exp_tile(
     real = t < tokens
     k = tl.load(centre_ptr + t, mask=real, other=0.0)
     shift = tl.load(level_ptr + t, mask=real, other=0.0)
+    left = tl.zeros([T], tl.float32)  # of k, for this kernel to subtract
+    if not CENTRED:
+        left = k
     label = tl.load(label_ptr + t, mask=real, other=-1) - first_row
     at_target = tl.zeros([T], tl.float32)
     if FINAL:
@@ -72,14 +75,13 @@ def exp_tile(
             if SOFTCAP:
                 bent, slope = tanh(x / softcap)
                 x = softcap * bent
-            x -= k[None, :]
         is_target = r[:, None] == label[None, :]
         x = tl.where(inside & (r[:, None] != label[None, :]), x, -float("inf"))
         if not FINAL:
             if STATS:
-                above = tl.maximum(above, tl.max(x, 0))
-            if tl.max(x - shift[None, :]) > ROOM:  # one number first: the columns' own only where needed
-                high = tl.max(x - shift[None, :], 0)
+                above = tl.maximum(above, tl.max(x, 0) - left)
+            if tl.max(x - (left + shift)[None, :]) > ROOM:  # one number first: the columns' own only where needed
+                high = tl.max(x - (left + shift)[None, :], 0)
                 raised = tl.where(high > ROOM, shift + high, shift)
                 factor = tl.exp2((shift - raised) * LOG2E)
                 weighted = (weighted + (shift - raised) * total) * factor
@@ -92,7 +94,7 @@ def exp_tile(
                     tl.store(past, e.to(x_ptr.dtype.element_ty), mask=real[None, :])
                 tl.debug_barrier()
                 shift = raised
-        x -= shift[None, :]
+        x -= (left + shift)[None, :]  # one number: of a k of -1e9 and a shift that makes up for it, 0 is left
         e = tl.exp2(x * LOG2E)
         if not FINAL:
             total += tl.sum(e, 0)

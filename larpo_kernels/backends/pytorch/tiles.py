@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...schedules import seen_step
 from ...shards import add_up, largest
 
 ROOM = 1e30  # s stays below it, so that E^T W and E (r h) stay finite too
@@ -47,10 +48,25 @@ class Tiles:
             self.centre, self.level = centre, level
             return
         self.target = self._target_logits()
-        self.centre = self._exact(torch.where(self.target.isfinite(), self.target, 0))  # -inf is no centre
+        self.centre = self._exact(self._centre())
         self.level = torch.zeros_like(self.centre)  # what k is above the centre; here the centre itself is raised
         zero = torch.zeros_like(self.target)
         self.sums = Sums(zero, torch.zeros_like(zero), torch.full_like(zero, -torch.inf)) if stats else Sums(zero, None, None)
+
+    def _centre(self) -> Tensor:
+        """The target's logit, as long as that is not -inf.
+
+        A bfloat16 tile is rounded once it is centred, by the more the further a logit lies from the centre. So there some
+        rows of the vocabulary are looked at first, and where one of them is above the target it becomes the centre.
+        """
+        head, k = self.head, torch.where(self.target.isfinite(), self.target, 0)
+        if head.dtype != torch.bfloat16 or head.softcap is not None:
+            return k
+        step = seen_step(head.weight.shape[0])
+        z = torch.mm(head.weight[::step].to(head.dtype), self.hidden.t())
+        if head.bias is not None:
+            z += head.bias[::step, None]
+        return torch.maximum(k, z.mul_(head.scale).amax(0).to(head.sums))
 
     def _exact(self, k: Tensor) -> Tensor:
         """k as the GEMM can subtract it: exact in the dtype of the tile."""

@@ -1,0 +1,37 @@
+"""Whether a folder holds the run that is about to go on in it, or another one: settings before and now, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """The settings by which one run differs from another, as sentences; none if it is the same run.
+
+    >>> changed({"beta": 0.1, "steps": 5}, {"beta": 0.2, "steps": 9}, may_change=["steps"])
+    ['beta was 0.1 and is 0.2']
+    """
+    return [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in now.items()
+        if name not in may_change and before.get(name) != value
+    ]
+
+
+def content(lists: Dataset) -> str:
+    """What a data set holds, in a few characters: equal rows, equal text, wherever they were read from.
+
+    >>> import datasets
+    >>> content(datasets.Dataset.from_list([{"prompt": "a"}]))
+    '1 lists, sha256 b4199e33255d'
+    """
+    digest = hashlib.sha256()
+    for row in lists.with_format(None):
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return f"{len(lists)} lists, sha256 {digest.hexdigest()[:12]}"
