@@ -137,6 +137,7 @@ def linear_token_logps(
         labels: [S, T] or [N], aligned with hidden (already shifted).
         bias: [V] or None.
         schedule: "auto", "score_only", "frozen_head", "list_hold" or "recompute"; `plan` tells what auto picks and why.
+            It looks at free memory: where an op runs a second time (torch.utils.checkpoint), name a schedule or a budget.
         memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
         others: as in `token_logps`.
 

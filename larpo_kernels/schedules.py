@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -154,9 +155,20 @@ def free_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 1 << 30
+    return min(free, container_bytes(free))
+
+
+def container_bytes(otherwise: int, folder: str = "/sys/fs/cgroup") -> int:
+    """What the limit of a container (cgroup v2) leaves; `otherwise` where there is none."""
+    try:
+        most, used, parts = (Path(folder, f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+        files = next(int(line.split()[1]) for line in parts.splitlines() if line.startswith("file "))  # given up if needed
+        return otherwise if most.strip() == "max" else max(0, int(most) - int(used) + files)
+    except (OSError, ValueError, StopIteration):
+        return otherwise
 
 
 def _cpu_has_bf16() -> bool:

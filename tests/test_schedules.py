@@ -136,6 +136,15 @@ def test_tiles_are_within_their_bounds(tokens, vocabulary):
         assert rows == min(vocabulary, 256) or t * rows * 4 <= budget
 
 
+def test_a_containers_limit_counts(tmp_path):
+    assert schedules.container_bytes(77, tmp_path) == 77
+    (tmp_path / "memory.current").write_text("350\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 50\nfile_mapped 9\n")
+    for most, left in (("max\n", 77), ("1000\n", 700), ("200\n", 0)):
+        (tmp_path / "memory.max").write_text(most)
+        assert schedules.container_bytes(77, tmp_path) == left
+
+
 # ---- what it costs
 
 
