@@ -113,7 +113,7 @@ def run(
     *,
     asked: Sequence[questions.Question] | None = None,
     load: Callable[[], tuple[Any, Any]] | None = None,
-    count: int = 100,
+    count: int = 76,
     layers: int = 2,
     epochs: int = 1,
     batch_size: int = 4,
@@ -189,7 +189,7 @@ def plot(figure, result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="compound", doc=__doc__, run=run, plot=plot)
+    return report.main(argv, name="compound", doc=__doc__, run=run, plot=plot, threads=2)
 
 
 if __name__ == "__main__":

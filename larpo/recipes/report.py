@@ -22,6 +22,7 @@ def main(
     doc: str,
     run: Callable[..., dict[str, Any]],
     plot: Callable[[Any, dict[str, Any]], None],
+    threads: int = 1,
 ) -> dict[str, Any]:
     """The command `python -m larpo.recipes.NAME`: runs, prints the table, and with --out writes NAME.json and NAME.png.
 
@@ -29,11 +30,12 @@ def main(
         argv: arguments; None for those of the process.
         run: `run(seeds)`; its result has "table", a list of rows, and "notes", sentences printed below it.
         plot: draws the result on a matplotlib figure that it is given.
+        threads: by default; tiny models run fastest on one.
     """
     parser = argparse.ArgumentParser(prog=f"python -m larpo.recipes.{name}", description=doc.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
     parser.add_argument("--out", type=Path, help=f"folder for {name}.json and {name}.png")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; models this small run fastest on one")
+    parser.add_argument("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
     arguments = parser.parse_args(argv)
     import torch
 

@@ -192,7 +192,7 @@ def plot(figure, result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="selection", doc=__doc__, run=run, plot=plot)
+    return report.main(argv, name="selection", doc=__doc__, run=run, plot=plot, threads=2)
 
 
 if __name__ == "__main__":
