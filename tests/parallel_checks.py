@@ -232,12 +232,13 @@ def check_logits_cut_over_ranks_whose_targets_a_mask_has_pushed_down(rank, ranks
         logits[torch.arange(12), labels] = mask
         logits[:, : UNEVEN[0]] -= 100  # a rank whose logits are all far below
         mine = leaf(own(shard, logits, -1))
-        parallel.token_logps(mine, labels, shard=shard).sum().backward()
+        upstream = torch.randn(12, generator=torch.Generator().manual_seed(3))
+        parallel.token_logps(mine, labels, shard=shard).backward(upstream)
         whole = torch.zeros_like(logits)
         own(shard, whole, -1).copy_(mine.grad)
         dist.all_reduce(whole)
         expected = leaf(logits.double())
-        slow_loop.token_logps(expected, labels).sum().backward()
+        slow_loop.token_logps(expected, labels).backward(upstream.double())
         torch.testing.assert_close(whole.double(), expected.grad, rtol=1e-4, atol=1e-6)
 
 
