@@ -63,5 +63,5 @@ def token_logps_backward(
     with on_device(logits):
         rows.token_logps_backward[(n,)](
             grad, logits, labels, logps, out, *sizes, *strides, ignore_index, *floats, **flags,
-            WHOLE=whole, BLOCK=block, **options(logits, launch.row_warps),
+            WHOLE=whole, BLOCK=block, **options(logits, launch.row_warps, registers=128),
         )  # fmt: skip
