@@ -31,8 +31,8 @@ def _linear_logps(
     head = walk.Head(weight, bias, logit_scale, softcap, compute, group)
     kept = walk.forward(
         head,
-        _walked(hidden, keep, counted, backend),
-        _walked(labels, keep, counted, backend),
+        _walked(hidden, keep, counted),
+        _walked(labels, keep, counted),
         held_rows=held_rows,
         held_dtype=stored,
         one_pass=one_pass,
@@ -51,22 +51,15 @@ def _labels_in_range(labels: Tensor, vocab_size: int, ignore_index: int, group: 
     return torch.where(counted, safe, 0), counted, counted & (safe != labels)
 
 
-TOKENS_MULTIPLE = {"torch": 1, "triton": 16}  # 16-byte loads and tensor cores want rows of tiles that start aligned
-
-
-def _num_walked(n: int, backend: str) -> int:
-    return n + -n % TOKENS_MULTIPLE[backend]
-
-
-def _walked(x: Tensor, keep: Tensor | None, counted: Tensor, backend: str) -> Tensor:
+def _walked(x: Tensor, keep: Tensor | None, counted: Tensor) -> Tensor:
     """x [N, ...] of the tokens that are walked: those that count, or all with 0 for the rest; then zeros to a multiple.
 
     What an ignored token holds must not be read: a NaN would spread through sums over tokens.
     """
     n = counted.shape[0] if keep is None else keep.shape[0]
-    if n == _num_walked(n, backend) == counted.shape[0] and keep is not None:
+    if n == schedules.walked_tokens(n) == counted.shape[0] and keep is not None:
         return x
-    out = x.new_zeros(_num_walked(n, backend), *x.shape[1:])
+    out = x.new_zeros(schedules.walked_tokens(n), *x.shape[1:])
     if keep is None:
         out[:n] = torch.where(counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
     else:
@@ -88,7 +81,7 @@ def _(
     hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, stored, held_rows, one_pass, stats,
     backend, group="",
 ):  # fmt: skip
-    n = _num_walked(hidden.shape[0] if keep is None else keep.shape[0], backend)
+    n = schedules.walked_tokens(hidden.shape[0] if keep is None else keep.shape[0])
     sums = torch.float64 if compute == torch.float64 else torch.float32
     all_tokens, walked = hidden.new_empty(labels.shape, dtype=sums), hidden.new_empty(n, dtype=sums)
     stat = torch.empty_like(all_tokens) if stats else all_tokens.new_empty(0)
@@ -132,9 +125,9 @@ def _linear_logps_backward(
     if needs_hidden and not total.shape[0] == n == hidden.shape[0]:  # padded back to N, the tokens that count are not N
         d_walked = hidden.new_empty(total.shape[0], hidden.shape[1])
     if unit_grad.shape[0]:
-        walk.scale_rows(unit_grad, _walked(grad, keep, counted, backend), d_walked)
+        walk.scale_rows(unit_grad, _walked(grad, keep, counted), d_walked)
     else:
-        hidden, labels, grad, logps = (_walked(x, keep, counted, backend) for x in (hidden, labels, grad, logps))
+        hidden, labels, grad, logps = (_walked(x, keep, counted) for x in (hidden, labels, grad, logps))
         walk.backward(
             walk.Head(weight, bias, logit_scale, softcap, compute, group),
             hidden,
