@@ -346,6 +346,28 @@ def test_the_callers_tensors_stay_intact(backend, device, small_tiles):
         assert torch.equal(getattr(head, name), x), name
 
 
+@pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
+def test_hidden_and_weight_are_kept_only_where_the_backward_reads_them(backend, device, schedule, small_tiles):
+    head = many_tiles(torch.float32, device, shape=(9,))
+    wanted, options = scheduled(schedule, head)
+    x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in head.given}
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logps = lk.linear_token_logps(labels=head.labels, backend=backend, **x, **options)
+    kept = {name for name in x if x[name].untyped_storage().data_ptr() in saved}
+    assert kept == (set() if schedule == "frozen_head" else set(x))
+    if schedule == "frozen_head":  # so the weight may change in between: a gradient is of the forward that was run
+        again = torch.autograd.grad(logps, x["hidden"], torch.ones_like(logps), retain_graph=True)[0]
+        with torch.no_grad():
+            x["weight"].zero_()
+        assert torch.equal(torch.autograd.grad(logps, x["hidden"], torch.ones_like(logps))[0], again)
+
+
 # ---- ignored tokens
 
 
