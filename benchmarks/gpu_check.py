@@ -20,8 +20,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.by_shape import by_shape
 from benchmarks.steps import ROOT, Step, run, write_rows
-from benchmarks.tables import aligned, by_shape, plain
+from benchmarks.tables import aligned, plain
 
 NO_GPU = "gpu_check needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
 LAST_S = 15  # seconds kept for plots and tables

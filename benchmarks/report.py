@@ -4,6 +4,7 @@
 
 A marker pair `<!-- bench:NAME -->` ... `<!-- /bench:NAME -->` takes every recorded table NAME stands for:
     NAME = DEVICE/SIDE-MODE[/CASE[/DTYPE]]    cpu/logits-train, cuda/linear-frozen/T8192-H4096-V128256-m8, ...
+With `*` for CASE all of them go into one table, a case a row.
 Where none was recorded, the providers are listed and their cells say so.
 """
 
@@ -24,7 +25,8 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import by_shape, cells, columns, heading, machine_line, remarks, shown
+from benchmarks.by_shape import by_shape
+from benchmarks.tables import cells, columns, heading, machine_line, remarks, shown
 
 UNMEASURED = "not yet measured"
 MARKER = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
@@ -98,7 +100,7 @@ def matching(name: str, results: list[dict]) -> list[tuple[dict, dict]]:
         for table in result["tables"]
         if table["device"] == device
         and f"{table['side']}-{table['mode']}" == kind
-        and all(table[key] == value for key, value in wanted.items())
+        and all(value in ("*", table[key]) for key, value in wanted.items())
     ]
 
 
@@ -106,7 +108,7 @@ def markdown(name: str, results: list[dict]) -> str:
     pairs = matching(name, results)
     if not pairs:
         return unmeasured_table(name) + "\n"
-    if all(t["side"] == "prefix" for _, t in pairs):
+    if "*" in name or all(t["side"] == "prefix" for _, t in pairs):
         grouped = ((result, [t for r, t in pairs if r is result]) for result in results)
         return "\n".join(_one_table(result, found) for result, found in grouped if found)
     blocks = [f"**{heading(t)}**\n\n{markdown_table(t)}\n\n{machine_line(r)}\n" for r, t in pairs]
@@ -114,10 +116,12 @@ def markdown(name: str, results: list[dict]) -> str:
 
 
 def _one_table(result: dict, found: list[dict]) -> str:
-    """Whole training steps side by side, a shape a row."""
+    """Side by side, a shape a row."""
     names, *body = by_shape(found)
     drawn = "\n".join(_line(r) for r in [names, ["---"] * len(names), *body])
-    return f"**{found[0]['dtype']}; {found[0]['note']}**\n\n{drawn}\n\n{machine_line(result)}\n"
+    first = found[0]
+    about = first["note"] if first["side"] == "prefix" else f"{first['side']}, {first['mode']}"
+    return f"**{first['dtype']}; {about}**\n\n{drawn}\n\n{machine_line(result)}\n"
 
 
 def fill_markers(text: str, results: list[dict]) -> str:

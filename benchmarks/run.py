@@ -29,6 +29,7 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cases, machine, report, suites, tables
+from benchmarks.by_shape import by_shape
 from benchmarks.measure import Settings, all_providers, measure
 from benchmarks.prefix import ModelStep, SeparateRows
 from benchmarks.problem import SIDES, Problem
@@ -84,7 +85,7 @@ def main(
         console.print(report.rich_table(table))
     steps = [table for table in result["tables"] if table["side"] == ModelStep.side]
     if steps:
-        console.print(tables.aligned(tables.by_shape(steps)))
+        console.print(tables.aligned(by_shape(steps)))
     _legend()
     from benchmarks.plots import draw  # matplotlib is slow to import and only needed now
 

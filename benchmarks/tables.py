@@ -59,20 +59,6 @@ def bound_reached(table: dict, row: dict) -> tuple[float, float] | None:
     return faster, faster / table["bound"]
 
 
-def by_shape(tables: list[dict]) -> list[list[str]]:
-    """Rows of text, the names first: tables of the prefix side in one, a shape a row."""
-    names = ["prompt", "completion", "candidates", "separate", "shared", "speed-up", "bound", "share of the bound"]
-    found = [[*names, "peak, separate", "peak, shared", "logps", "d weights"]]
-    for t in tables:
-        rows = {row["provider"].split()[0]: row for row in t["rows"]}
-        if rows.keys() >= {"separate", "ours"}:
-            apart, shared = (cells(t, rows[name]) for name in ("separate", "ours"))
-            gain = [shared[name] for name in (*names[5:], "logps", "d weights")]
-            peaks = [apart["peak"], shared["peak"]]
-            found.append([str(t["P"]), str(t["R"]), str(t["m"]), apart["time"], shared["time"], *gain[:3], *peaks, *gain[3:]])
-    return found
-
-
 def duration(value: float | None) -> str:
     if value is None:
         return ""

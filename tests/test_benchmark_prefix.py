@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from benchmarks import prefix, report, suites, tables
+from benchmarks import prefix, report, suites
+from benchmarks.by_shape import by_shape
 from benchmarks.measure import Settings, all_providers, measure
 from benchmarks.memory import peak_in_child
 from benchmarks.prefix import ModelStep, SeparateRows, Shape
@@ -39,7 +40,7 @@ def test_both_layouts_are_right_timed_and_shown_with_the_bound(problem):
     assert [(row["status"], len(row["seconds"])) for row in table["rows"]] == [("ok", 2)] * 2
     for row, seconds in zip(table["rows"], (3.0, 2.0), strict=True):
         row["seconds"] = [seconds]
-    names, values = tables.by_shape([table])
+    names, values = by_shape([table])
     shown = dict(zip(names, values, strict=True))
     assert shown["speed-up"] == "1.50" and shown["bound"] == "1.80" and shown["share of the bound"] == "83%"
     assert (shown["prompt"], shown["completion"], shown["candidates"]) == ("8", "4", "3")

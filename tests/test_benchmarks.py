@@ -12,6 +12,7 @@ pytest.importorskip("rich")
 pytest.importorskip("typer")
 
 from benchmarks import measure, providers, report, suites, tables
+from benchmarks.by_shape import by_shape
 from benchmarks.prefix import Shape
 from benchmarks.problem import BETA, IGNORE, OBJECTIVE, Problem
 from benchmarks.providers import Output, Provider
@@ -369,3 +370,22 @@ def test_an_overwriting_provider_gets_its_own_copy_and_its_gradient_is_not_copie
     measure.run_once(inplace, fresh, ready=True)
     assert torch.equal(p.logits, before)
     assert fresh.gradients()["logits"].data_ptr() == fresh.logits.data_ptr()
+
+
+def test_a_star_puts_all_cases_of_a_mode_in_one_table_a_row_for_each_of_our_schedules():
+    provider = lambda name, seconds, peak, **changes: row(name, [seconds], peak_bytes=peak * 10**6, gemms=3, **changes)  # noqa: E731
+    first = made_table(
+        provider("eager", 4.0, 700),
+        provider("ours list_hold (torch)", 2.0, 300),
+        {**provider("ours recompute (torch)", 3.0, 110), "gemms": 4},
+        provider("torch.compile a", 1.0, 500, group="torch.compile"),
+        {**provider("3 GEMMs only", 1.5, 0), "floor": True},
+        gradient_bytes=10**8,
+    )
+    first |= {"side": "linear", "mode": "trainable"}
+    names, hold, recompute, *others = by_shape([first, {**first, "case": "another"}])
+    assert names[:2] == ["case", "schedule"] and [x[:2] for x in others] == [["another", "list_hold"], ["another", "recompute"]]
+    assert hold[1:3] == ["list_hold", "2.00 s"] and hold[4:11] == ["0.75", "0.50", "2.00", "", "200.0 MB", "400.0 MB", "600.0 MB"]
+    assert recompute[1:3] == ["recompute", "3.00 s"] and recompute[4:8] == ["", "0.33", "1.33", ""]
+    text = report.markdown("cpu/linear-trainable/*/float32", [recorded(first, {**first, "dtype": "bfloat16"})])
+    assert text.count("| list_hold |") == text.count("| recompute |") == 1
