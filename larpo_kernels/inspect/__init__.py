@@ -55,10 +55,18 @@ class KernelReport:
     @property
     def exps_per_element(self) -> float | None:
         """Of the main loop; None where it does not read one kind of element."""
+        return self._per_element("exps")
+
+    @property
+    def instructions_per_element(self) -> float | None:
+        """Likewise, of those that every turn runs: what else a multiprocessor has to issue beside moving the bytes."""
+        return self._per_element("instructions")
+
+    def _per_element(self, name: str) -> float | None:
         loop = self.main_loop
         if loop is None or not loop.loads or self.itemsize is None:
             return None
-        return loop.exps * self.itemsize / loop.bytes_loaded
+        return getattr(loop, name) * self.itemsize / loop.bytes_loaded
 
     @property
     def problems(self) -> list[str]:
@@ -77,7 +85,8 @@ class KernelReport:
     def as_dict(self) -> dict:
         main = self.main_loop
         loop = None if main is None else asdict(main)
-        return asdict(self) | {"main_loop": loop, "exps_per_element": self.exps_per_element, "problems": self.problems}
+        properties = ("exps_per_element", "instructions_per_element", "problems")
+        return asdict(self) | {"main_loop": loop} | {name: getattr(self, name) for name in properties}
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from . import KernelReport
 
 COLUMNS = (
-    "kernel", "logits", "target", "warps", "registers", "spills", "shared", "loads", "stores", "exps", "per element",
-    "warps/SM",
+    "kernel", "logits", "target", "warps", "registers", "spills", "shared", "loads", "stores", "exps per element",
+    "instructions", "warps/SM",
 )  # fmt: skip
 ABOUT = """\
 logits: their dtype; "odd" if rows are not 16-byte aligned. registers: of a thread. spills: instructions on local memory.
-shared: KB of a program, of the target's limit. loads, stores, exps: what a thread issues to global memory in one turn of
-the main loop (of the whole kernel where it has no loop), as width in bytes x count; other loops are in the JSON.
+shared: KB of a program, of the target's limit. loads, stores: what a thread issues to global memory in one turn of the
+main loop (of the whole kernel where it has no loop), as width in bytes x count; other loops are in the JSON. exps and
+instructions per element that the loop reads; instructions behind a branch do not count.
 warps/SM: an estimate of how many fit, and what is used up first.
 Exit status 1 if a kernel does not compile, spills, uses local memory or wants more shared memory than there is.
 """
@@ -85,8 +86,8 @@ def _row(k: KernelReport) -> tuple[str, ...]:
     loop = k.main_loop
     return (
         *name, str(k.warps), str(k.registers), str(k.spills), f"{k.shared_bytes / 1024:.1f} of {k.shared_limit // 1024}",
-        _widths((loop or k).loads), _widths((loop or k).stores), str(loop.exps) if loop else "",
-        "" if k.exps_per_element is None else f"{k.exps_per_element:.2f}",
+        _widths((loop or k).loads), _widths((loop or k).stores),
+        *("" if x is None else f"{x:.2f}" for x in (k.exps_per_element, k.instructions_per_element)),
         f"{k.occupancy.warps} of {k.occupancy.most}, {k.occupancy.limit}",
     )  # fmt: skip
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from triton import knobs
 
-from .loops import Instruction, loops
+from .loops import Body, Instruction, loops
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One turn of a loop, as one thread runs it, without the loops inside it. Code behind rare branches counts."""
+    """One turn of a loop, as one thread runs it, without the loops inside it. Code behind rare branches counts, but for
+    `instructions`: those that every turn runs."""
 
     instructions: int
     exps: int
@@ -43,9 +44,10 @@ def read(asm: dict) -> Code:
     return _nvidia(asm["cubin"]) if "cubin" in asm else _amd(asm["amdgcn"])
 
 
-def _loop(code: list[Instruction], width, exp: str, spill: tuple[str, ...]) -> Loop:
+def _loop(body: Body, width, exp: str, spill: tuple[str, ...]) -> Loop:
+    code = body.all
     return Loop(
-        instructions=len(code),
+        instructions=len(body.always),
         exps=sum(x.opcode.startswith(exp) for x in code),
         spills=sum(x.opcode.startswith(spill) for x in code),
         loads=_widths(code, width, "load"),

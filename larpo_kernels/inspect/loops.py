@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,15 @@ class Instruction:
     falls_through: bool = True  # whether the next instruction may come after it
 
 
-def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """What each natural loop runs itself, without the loops inside it; in program order of where they begin.
+class Body(NamedTuple):
+    """What a loop runs itself, without the loops inside it."""
+
+    all: list[Instruction]
+    always: list[Instruction]  # those that no turn leaves out: not what stands behind a branch
+
+
+def loops(code: list[Instruction]) -> list[Body]:
+    """Each natural loop, in program order of where they begin.
 
     A jump back alone is no loop: compilers put rare code at the end and jump back from there. It is one if its goal
     dominates it, that is, if no way from the first instruction leads to the jump around the goal.
@@ -26,15 +34,18 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
             comes_from[j].append(i)
     dominators = _dominators(comes_from)
     bodies: dict[int, set[int]] = {}
+    always: dict[int, int] = {}
     for i, followers in enumerate(follows):
         for head in followers:
             if dominators[i] is not None and dominators[i] >> head & 1:
                 bodies.setdefault(head, set()).update(_body(head, i, comes_from))
-    own = {}
+                always[head] = always.get(head, -1) & dominators[i]
+    found = []
     for head, body in sorted(bodies.items()):
         inside = [other for goal, other in bodies.items() if goal != head and goal in body]
-        own[head] = body.difference(*inside)
-    return [[code[i] for i in sorted(body)] for body in own.values()]
+        own = sorted(body.difference(*inside))
+        found.append(Body([code[i] for i in own], [code[i] for i in own if always[head] >> i & 1]))
+    return found
 
 
 def _followers(code: list[Instruction]) -> list[list[int]]:
