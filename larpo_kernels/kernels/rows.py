@@ -76,7 +76,8 @@ def token_logps_forward(
         cols = v + tl.arange(0, BLOCK)
         x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
         x -= k
-        x = tl.where(cols == label, -float("inf"), x)
+        if (label >= v) & (label < v + BLOCK):  # one block of many: the others spare every element a comparison
+            x = tl.where(cols == label, -float("inf"), x)
         e = tl.exp2(x * LOG2E)
         total += e
         if STATS:
@@ -256,7 +257,8 @@ def token_logps_backward(
         cols = v + tl.arange(0, BLOCK)
         z, slope = read_logits(row_ptr, cols, cols < V, scale, softcap, SCALE, SOFTCAP)
         g = -c * tl.exp2(((z - k) + l) * LOG2E)
-        g = tl.where(cols == label, at_target, g)
+        if (label >= v) & (label < v + BLOCK):
+            g = tl.where(cols == label, at_target, g)
         if SOFTCAP:
             g *= slope
         tl.store(out_row_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)

@@ -1,10 +1,11 @@
 """Tiles of a head's logits, vocabulary-major [rows, tokens]: what a GEMM wrote becomes E = exp(z - k) in place.
 
 A program walks a span of rows for a block of tokens. Tokens are on the contiguous axis and padded by whoever allocates
-the tile, so loads are wide at any vocabulary size. k is the target's logit; where some z - k exceeds ROOM (a target far
-below the largest logit) the program raises its own k by a `shift` and rescales what it wrote. `merge_spans` brings all
-spans of a token to one level, `level_spans` and `scale_rows` bring what was written before to it. Both return at once
-where nothing was raised, so nobody has to ask the device whether that happened.
+the tile, so loads are wide at any vocabulary size. k is the target's logit; the targets themselves were set to -inf.
+Where some z - k exceeds ROOM (a target far below the largest logit) the program leaves -(z - k), which no E is, walks
+its span once more, and raises its own k by a `shift`. `merge_spans` brings all spans of a token to one level,
+`level_spans` and `scale_rows` bring what was written before to it. Both return at once where nothing was raised, so
+nobody has to ask the device whether that happened.
 """
 
 import triton
@@ -17,14 +18,11 @@ ROOM: tl.constexpr = tl.constexpr(60.0)  # nats above k; sums of e^60 leave room
 
 @triton.jit
 def exp_tile(
-    x_ptr,  # [rows, tokens], in: what the GEMM wrote, out: E; unit stride on tokens
+    x_ptr,  # [rows, tokens], in: what the GEMM wrote, -inf at the targets, out: E; unit stride on tokens
     bias_ptr,  # [rows], with BIAS
     centre_ptr,  # [tokens] float32, k
     level_ptr,  # [tokens] float32, what k was raised by so far
-    label_ptr,  # [tokens] int64
-    at_target_ptr,  # [tokens] float32, with FINAL: what to put at the target
     span_ptr,  # [spans, 4, tokens] float32, unless FINAL: sum of E, shift, sum of x E, largest x
-    first_row,  # vocabulary row of the tile's first row
     rows,
     tokens,
     stride,
@@ -34,7 +32,7 @@ def exp_tile(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOR_GRAD: tl.constexpr,  # E times the slope of the soft cap
-    FINAL: tl.constexpr,  # the levels are known: form E again for the backward, without sums
+    FINAL: tl.constexpr,  # the levels are known: form E again for the backward, without sums; at the targets anything
     STATS: tl.constexpr,
     SPAN: tl.constexpr,  # rows of a program, a multiple of R
     R: tl.constexpr,
@@ -43,26 +41,21 @@ def exp_tile(
     span = tl.program_id(0)
     t = tl.program_id(1) * T + tl.arange(0, T)
     real = t < tokens
-    k = tl.load(centre_ptr + t, mask=real, other=0.0)
     shift = tl.load(level_ptr + t, mask=real, other=0.0)
-    left = tl.zeros([T], tl.float32)  # of k, for this kernel to subtract
+    base = shift  # one number: of a k of -1e9 and a shift that makes up for it, 0 is left
     if not CENTRED:
-        left = k
-    label = tl.load(label_ptr + t, mask=real, other=-1) - first_row
-    at_target = tl.zeros([T], tl.float32)
-    if FINAL:
-        at_target = tl.load(at_target_ptr + t, mask=real, other=0.0)
-    total = tl.zeros([T], tl.float32)
-    weighted = tl.zeros([T], tl.float32)
-    above = tl.full([T], -float("inf"), tl.float32)
+        base += tl.load(centre_ptr + t, mask=real, other=0.0)
+    total = tl.zeros([R, T], tl.float32)  # summed over rows at the end: a thread's own are all in its registers
+    weighted = tl.zeros([R, T], tl.float32)
+    top = tl.full([R, T], -float("inf"), tl.float32)
     start = span * SPAN
     stop = tl.minimum(start + SPAN, rows)
     for r0 in range(start, stop, R):
         r = r0 + tl.arange(0, R)
         inside = (r < stop)[:, None] & real[None, :]
         at = x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :]
-        x = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
-        slope = tl.full([R, T], 1.0, tl.float32)
+        z = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
+        x = z
         if BIAS:
             b = tl.load(bias_ptr + r, mask=r < stop, other=0.0).to(tl.float32)
         if CENTRED:
@@ -75,42 +68,52 @@ def exp_tile(
             if SOFTCAP:
                 bent, slope = tanh(x / softcap)
                 x = softcap * bent
-        is_target = r[:, None] == label[None, :]
-        x = tl.where(inside & (r[:, None] != label[None, :]), x, -float("inf"))
-        if not FINAL:
-            if STATS:
-                above = tl.maximum(above, tl.max(x, 0) - left)
-            if tl.max(x - (left + shift)[None, :]) > ROOM:  # one number first: the columns' own only where needed
-                high = tl.max(x - (left + shift)[None, :], 0)
-                raised = tl.where(high > ROOM, shift + high, shift)
-                factor = tl.exp2((shift - raised) * LOG2E)
-                weighted = (weighted + (shift - raised) * total) * factor
-                total *= factor
-                tl.debug_barrier()
-                for p0 in range(start, r0, R):
-                    p = p0 + tl.arange(0, R)
-                    past = x_ptr + p.to(tl.int64)[:, None] * stride + t[None, :]
-                    e = tl.load(past, mask=real[None, :], other=0.0).to(tl.float32) * factor[None, :]
-                    tl.store(past, e.to(x_ptr.dtype.element_ty), mask=real[None, :])
-                tl.debug_barrier()
-                shift = raised
-        x -= (left + shift)[None, :]  # one number: of a k of -1e9 and a shift that makes up for it, 0 is left
+            x = tl.where(z == -float("inf"), z, x)  # whatever the cap, or the sign of the scale
+        x -= base[None, :]
         e = tl.exp2(x * LOG2E)
         if not FINAL:
-            total += tl.sum(e, 0)
+            over = x > ROOM
+            total += tl.where(over, 0.0, e)
             if STATS:
-                weighted += tl.sum(e * tl.where(e > 0, x, 0.0), 0)
+                weighted += tl.where(over | (e == 0), 0.0, x * e)
+            top = tl.maximum(top, x)
         if SOFTCAP and FOR_GRAD:
             e *= slope
-        if FINAL:
-            e = tl.where(is_target, at_target[None, :], e)
+        if not FINAL:
+            e = tl.where(over, -x, e)
         tl.store(at, e.to(x_ptr.dtype.element_ty), mask=inside)
     if not FINAL:
+        total_e = tl.sum(total, 0)
+        total_xe = tl.sum(weighted, 0)
+        most = tl.max(top, 0)
+        above = most + shift
+        if tl.max(most) > ROOM:
+            up = tl.where(most > ROOM, most, 0.0)
+            factor = tl.exp2(-up * LOG2E)
+            total_xe = (total_xe - up * total_e) * factor
+            total_e *= factor
+            tl.debug_barrier()
+            for r0 in range(start, stop, R):
+                r = r0 + tl.arange(0, R)
+                inside = (r < stop)[:, None] & real[None, :]
+                at = x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :]
+                e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                left = e < 0
+                x = tl.where(left, -e - up[None, :], -float("inf"))
+                late = tl.exp2(x * LOG2E)
+                total_e += tl.sum(late, 0)
+                if STATS:
+                    total_xe += tl.sum(tl.where(late > 0, x * late, 0.0), 0)
+                if SOFTCAP and FOR_GRAD:
+                    bent = tl.where(left, base[None, :] - e, 0.0) / softcap
+                    late *= 1 - bent * bent
+                tl.store(at, tl.where(left, late, e * factor[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
+            shift += up
         out = span_ptr + span * 4 * tokens + t
-        tl.store(out, total, mask=real)
+        tl.store(out, total_e, mask=real)
         tl.store(out + tokens, shift, mask=real)
         if STATS:
-            tl.store(out + 2 * tokens, weighted, mask=real)
+            tl.store(out + 2 * tokens, total_xe, mask=real)
             tl.store(out + 3 * tokens, above, mask=real)
 
 

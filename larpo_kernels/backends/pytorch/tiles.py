@@ -59,14 +59,16 @@ class Tiles:
         A bfloat16 tile is rounded once it is centred, by the more the further a logit lies from the centre. So there some
         rows of the vocabulary are looked at first, and where one of them is above the target it becomes the centre.
         """
-        head, k = self.head, torch.where(self.target.isfinite(), self.target, 0)
-        if head.dtype != torch.bfloat16 or head.softcap is not None:
-            return k
-        step = seen_step(head.weight.shape[0])
+        k = torch.where(self.target.isfinite(), self.target, 0)
+        return torch.maximum(k, self._seen()) if self.head.dtype == torch.bfloat16 and self.head.softcap is None else k
+
+    def _seen(self) -> Tensor:
+        """The largest logit of each token among some rows of the vocabulary, without a soft cap."""
+        head, step = self.head, seen_step(self.head.weight.shape[0])
         z = torch.mm(head.weight[::step].to(head.dtype), self.hidden.t())
         if head.bias is not None:
             z += head.bias[::step, None]
-        return torch.maximum(k, z.mul_(head.scale).amax(0).to(head.sums))
+        return z.mul_(head.scale).amax(0).to(head.sums)
 
     def _exact(self, k: Tensor) -> Tensor:
         """k as the GEMM can subtract it: exact in the dtype of the tile."""

@@ -43,12 +43,22 @@ class Tiles(plain.Tiles):
         if centre is None:
             self.level = torch.zeros_like(self.centre)
 
+    def _centre(self) -> Tensor:
+        """In float32 a logit above ROOM is left as its distance from k: k must not be a mask's -1e9."""
+        k = super()._centre()
+        if self._centred or self.head.softcap is not None:
+            return k
+        seen = self._seen()
+        return torch.where(seen > k + tiles.ROOM.value / 2, seen, k)
+
     def form(self, a: int, weight: Tensor, out: Tensor, for_grad: bool) -> Raised:
         rows, tokens = out.shape
         spans = triton.cdiv(rows, self.launch.tile_span)
         span = self.centre.new_empty(spans, 4, tokens)
         factor = torch.empty_like(self.centre)
-        self._exp(a, weight, out, span, self.centre, final=False, for_grad=for_grad)
+        self._gemm(weight, out)
+        self.put_target(out, a, torch.full_like(self.centre, -torch.inf))
+        self._exp(a, out, span, final=False, for_grad=for_grad)
         s, unused = self.sums, self.centre
         block = self.launch.tile_tokens
         few = min(MERGED_TOKENS, block)
@@ -69,21 +79,27 @@ class Tiles(plain.Tiles):
         return Raised(factor)
 
     def form_again(self, a: int, weight: Tensor, out: Tensor, at_target: Tensor) -> None:
-        self._exp(a, weight, out, at_target, at_target, final=True, for_grad=True)
+        self._gemm(weight, out)
+        self._exp(a, out, self.centre, final=True, for_grad=True)
+        self.put_target(out, a, at_target)
 
-    def _exp(self, a, weight, out, span, at_target, *, final, for_grad):
-        head, launch, (rows, tokens) = self.head, self.launch, out.shape
-        centred = head.softcap is None and out.dtype == torch.bfloat16
-        if centred:  # one number per column: the GEMM's own bias, added before it rounds
-            torch.addmm(self.centre.neg().to(out.dtype), weight, self.hidden.t(), alpha=head.scale, out=out)
+    @property
+    def _centred(self) -> bool:
+        return self.head.softcap is None and self.head.dtype == torch.bfloat16
+
+    def _gemm(self, weight: Tensor, out: Tensor) -> None:
+        if self._centred:  # one number per column: the GEMM's own bias, added before it rounds
+            torch.addmm(self.centre.neg().to(out.dtype), weight, self.hidden.t(), alpha=self.head.scale, out=out)
         else:
             torch.mm(weight, self.hidden.t(), out=out)
-        bias = weight if head.bias is None else head.bias[a : a + rows].contiguous()
+
+    def _exp(self, a: int, out: Tensor, span: Tensor, *, final: bool, for_grad: bool) -> None:
+        head, launch, (rows, tokens) = self.head, self.launch, out.shape
+        bias = out if head.bias is None else head.bias[a : a + rows].contiguous()
         with on_device(out):
             tiles.exp_tile[(triton.cdiv(rows, launch.tile_span), triton.cdiv(tokens, launch.tile_tokens))](
-                out, bias, self.centre, self.level, self.labels, at_target, span,
-                a, rows, tokens, out.stride(0), head.scale, head.softcap or 1.0,
-                CENTRED=centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+                out, bias, self.centre, self.level, span, rows, tokens, out.stride(0), head.scale, head.softcap or 1.0,
+                CENTRED=self._centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
                 FOR_GRAD=for_grad and head.softcap is not None,  # without a soft cap one kernel serves both
                 FINAL=final, STATS=self.stats and not final, SPAN=launch.tile_span, R=launch.tile_rows,
                 T=launch.tile_tokens, **options(out, launch.tile_warps),
