@@ -15,6 +15,7 @@ from .launch import for_tensor, on_device, options
 
 # torch 2.8 and 2.9 refuse an accumulator that is wider than the operands (pytorch/pytorch#167931)
 ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+FAR = 30.0  # nats of a logit above its target, half of what exp_tile takes
 MERGED_SPANS, MERGED_TOKENS = 16, 32  # of a step of merge_spans: small, so that a tile's few tokens fill the GPU
 
 
@@ -49,7 +50,7 @@ class Tiles(plain.Tiles):
         if self._centred or self.head.softcap is not None:
             return k
         seen = self._seen()
-        return torch.where(seen > k + tiles.ROOM.value / 2, seen, k)
+        return torch.where(seen > k + FAR, seen, k)
 
     def form(self, a: int, weight: Tensor, out: Tensor, for_grad: bool) -> Raised:
         rows, tokens = out.shape
