@@ -103,7 +103,7 @@ class Tiles(plain.Tiles):
                 CENTRED=self._centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
                 FOR_GRAD=for_grad and head.softcap is not None,  # without a soft cap one kernel serves both
                 FINAL=final, STATS=self.stats and not final, SPAN=launch.tile_span, R=launch.tile_rows,
-                T=launch.tile_tokens, **options(out, launch.tile_warps),
+                T=launch.tile_tokens, **options(out, launch.tile_warps, None if head.softcap is None else 255),
             )  # fmt: skip
 
     def put_target(self, e: Tensor, a: int, at_target: Tensor) -> None:
