@@ -124,19 +124,18 @@ class Entry:
             torch.cuda.empty_cache()
         return None
 
-    def check(self, allowed: dict[str, float]) -> float | None:
-        """The first run: warms up, and compares. -> its seconds, None if it failed."""
+    def check(self, allowed: dict[str, float]) -> None:
+        """The first run: imports, warms up, compares, and is never a sample."""
         done = self.run()
         if done is None or self.provider.floor:
-            return done and done[0]
-        seconds, out, gradients = done
+            return
+        _, out, gradients = done
         errors = self.truth.errors(self.provider.computes, out.value, out.logps, gradients)
         self.row["errors"] = {name: error if math.isfinite(error) else None for name, error in errors.items()}
         over = [name for name, error in errors.items() if not error <= allowed[name]]
         if over:
             said = ", ".join(f"{name} {errors[name]:.1e} > {allowed[name]:.1e}" for name in over)
             self.row.update(status="WRONG", message=said)
-        return seconds
 
 
 LATE = "the time limit of this run was reached"
@@ -158,11 +157,9 @@ def _check(entries: list[Entry], settings: Settings, progress) -> None:
             entry.row.update(status="not run", message=LATE)
             continue
         allowed = entry.truth.limits(eager, entry.provider.computes)
-        seconds = entry.check(allowed if entry.provider.name != "eager" else dict.fromkeys(allowed, math.inf))
+        entry.check(allowed if entry.provider.name != "eager" else dict.fromkeys(allowed, math.inf))
         if entry.provider.name == "eager":
             eager = {name: error for name, error in entry.row["errors"].items() if error is not None}
-        if seconds is not None and seconds > settings.guard_s and not entry.provider.compiles:
-            entry.row.update(seconds=[seconds], one_run=True)
         gc.collect()
 
 

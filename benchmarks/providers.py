@@ -38,7 +38,7 @@ class Provider:
     dtypes: tuple[torch.dtype, ...] | None = None  # where it is not for all
     needs: str | None = None  # module that must be installed
     group: str | None = None  # formulations of one thing: the report shows the fastest under this name
-    compiles: bool = False  # the first call builds code: it is never a sample
+    compiles: bool = False  # the first call builds code, whose memory is not the call's
     overwrites_input: bool = False  # each run gets its own copy of the input
     floor: bool = False  # no provider, but what the machine could do at best
     pairs_only: bool = False

@@ -71,7 +71,8 @@ def _could_run(row: dict) -> bool:
 def _cell(row: dict, text: dict[str, str], name: str) -> str:
     missing = name == "time" and row["status"] == "not run"
     missing |= name == "peak" and row["status"] == "ok" and row["peak_bytes"] is None and not row["floor"]
-    return UNMEASURED if missing else text[name]
+    once = " (1 run)" if name == "time" and row["one_run"] and row["status"] == "ok" else ""
+    return UNMEASURED if missing else text[name] + once
 
 
 def _line(values: list[str]) -> str:

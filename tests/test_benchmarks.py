@@ -1,7 +1,8 @@
 """The benchmark sees a wrong provider, and its report says what was recorded and nothing else."""
 
 import json
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -390,3 +391,18 @@ def test_a_star_puts_all_cases_of_a_mode_in_one_table_a_row_for_each_of_our_sche
     assert recompute[1:3] == ["recompute", "3.00 s"] and recompute[4:8] == ["", "0.33", "1.33", ""]
     text = report.markdown("cpu/linear-trainable/*/float32", [recorded(first, {**first, "dtype": "bfloat16"})])
     assert text.count("| list_hold |") == text.count("| recompute |") == 1
+
+
+def test_a_slow_first_run_with_its_imports_is_no_sample_and_one_run_says_so():
+    (eager,) = providers.select("logits", "score", ["eager"])
+    runs = []
+
+    def forward(p):
+        time.sleep(0.2 if runs else 1.0)
+        runs.append(p)
+        return eager.forward(p)
+
+    p = problem("logits", "score")
+    (only,) = measure.measure(p, [replace(eager, forward=forward)], Truth(p), replace(SETTINGS, guard_s=0.1))["rows"]
+    assert len(runs) == 2 and len(only["seconds"]) == 1 and 0.2 <= only["seconds"][0] < 1
+    assert "(1 run)" in report.markdown_table(made_table(only))
