@@ -39,8 +39,10 @@ def heads(tables: list[dict]) -> list[list[str]]:
             text, compiled = cells(t, row), rows.get("torch.compile")
             alone = floor_seconds(t, row["gemms"])
             times = [seconds(rows[name]) if name in rows else None for name in others.values() if name]
+            schedule = row["provider"].removeprefix("ours ").split()[0]
+            once = " (1 run)" if row["one_run"] else ""
             found.append(
-                [t["case"], row["provider"].removeprefix("ours ").split()[0], duration(seconds(row)), text["GFLOP/s"]]
+                [t["case"], schedule, duration(seconds(row)) + once, text["GFLOP/s"]]
                 + [ratio(other and other / seconds(row)) for other in (alone, *times)]
                 + [beyond(t, x) for x in (row, compiled, rows.get("eager"))]
                 + [exponent(x, name) if x else "" for name in ("logps", "d_hidden") for x in (row, compiled)]

@@ -386,9 +386,9 @@ def test_a_star_puts_all_cases_of_a_mode_in_one_table_a_row_for_each_of_our_sche
     first |= {"side": "linear", "mode": "trainable"}
     names, hold, recompute, *others = by_shape([first, {**first, "case": "another"}])
     assert names[:2] == ["case", "schedule"] and [x[:2] for x in others] == [["another", "list_hold"], ["another", "recompute"]]
-    assert hold[1:3] == ["list_hold", "2.00 s"] and hold[4:8] == ["0.75", "0.50", "2.00", ""]
+    assert hold[1:3] == ["list_hold", "2.00 s (1 run)"] and hold[4:8] == ["0.75", "0.50", "2.00", ""]
     assert hold[8:11] == ["200.0 MB", "400.0 MB", "600.0 MB"]
-    assert recompute[1:3] == ["recompute", "3.00 s"] and recompute[4:8] == ["", "0.33", "1.33", ""]
+    assert recompute[1:3] == ["recompute", "3.00 s (1 run)"] and recompute[4:8] == ["", "0.33", "1.33", ""]
     text = report.markdown("cpu/linear-trainable/*/float32", [recorded(first, {**first, "dtype": "bfloat16"})])
     assert text.count("| list_hold |") == text.count("| recompute |") == 1
 
