@@ -20,24 +20,24 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.by_shape import by_shape
-from benchmarks.steps import ROOT, Step, run, write_rows
-from benchmarks.tables import aligned, plain
+from benchmarks.gpu.steps import ROOT, Step, run, write_rows
+from benchmarks.reporting.by_shape import by_shape
+from benchmarks.reporting.tables import aligned, plain
 
 NO_GPU = "gpu_check needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
 LAST_S = 15  # seconds kept for plots and tables
 
-# name: module of benchmarks with a generator of that name, seconds it may take, what it shows
+# name: module of benchmarks.gpu with a generator of that name, seconds it may take, what it shows
 STEPS = {
-    "tests": ("gpu_correct", 150, "the kernel tests, on the GPU"),
-    "big": ("gpu_correct", 60, "more than 2^31 elements and more than 65,535 rows"),
-    "graphs": ("gpu_correct", 60, "no waiting for the device; CUDA graphs, forward and backward"),
-    "rows": ("gpu_speed", 60, "from logits, against copying as many bytes"),
-    "linear": ("gpu_speed", 75, "from hidden and weight, against the GEMMs alone"),
-    "determinism": ("gpu_correct", 60, "the same numbers in 100 runs, and in any company"),
-    "profile": ("gpu_speed", 40, "kernels by time"),
-    "suites": ("gpu_speed", 240, "against eager, torch.compile and installed libraries"),
-    "prefix": ("gpu_speed", 60, "a prompt that runs once for its candidates, against separate rows"),
+    "tests": ("correct", 150, "the kernel tests, on the GPU"),
+    "big": ("correct", 60, "more than 2^31 elements and more than 65,535 rows"),
+    "graphs": ("correct", 60, "no waiting for the device; CUDA graphs, forward and backward"),
+    "rows": ("speed", 60, "from logits, against copying as many bytes"),
+    "linear": ("speed", 75, "from hidden and weight, against the GEMMs alone"),
+    "determinism": ("correct", 60, "the same numbers in 100 runs, and in any company"),
+    "profile": ("speed", 40, "kernels by time"),
+    "suites": ("speed", 240, "against eager, torch.compile and installed libraries"),
+    "prefix": ("speed", 60, "a prompt that runs once for its candidates, against separate rows"),
 }
 
 
@@ -47,7 +47,7 @@ def steps(only: list[str] | None) -> list[Step]:
 
 
 def rows_of(step: str):
-    module = importlib.import_module(f"benchmarks.{STEPS[step][0]}")
+    module = importlib.import_module(f"benchmarks.gpu.{STEPS[step][0]}")
     return getattr(module, step)()
 
 
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(NO_GPU)
         return 2
-    from benchmarks import machine
+    from benchmarks.core import machine
 
     start = time.monotonic()
     asked.out.mkdir(parents=True, exist_ok=True)

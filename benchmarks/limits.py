@@ -13,7 +13,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import aligned
+from benchmarks.reporting.tables import aligned
 
 HALF, FULL = 2, 4  # bytes of a bfloat16 and a float32
 

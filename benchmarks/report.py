@@ -25,8 +25,8 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.by_shape import by_shape
-from benchmarks.tables import cells, columns, heading, machine_line, remarks, shown
+from benchmarks.reporting.by_shape import by_shape
+from benchmarks.reporting.tables import cells, columns, heading, machine_line, remarks, shown
 
 UNMEASURED = "not yet measured"
 MARKER = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
@@ -81,7 +81,7 @@ def _line(values: list[str]) -> str:
 
 def unmeasured_table(name: str) -> str:
     """The providers that would be measured, their cells saying that they were not."""
-    from benchmarks.measure import all_providers
+    from benchmarks.core.measure import all_providers
 
     device, side, mode, *_ = re.split("[/-]", name)
     listed = [p for p in all_providers(side, mode) if device in p.devices and not p.floor]
@@ -155,7 +155,7 @@ def main(
             for table in result["tables"]:
                 console.print(rich_table(table))
     if plots:
-        from benchmarks.plots import draw
+        from benchmarks.reporting.plots import draw
 
         for path in draw(recorded, plots):
             console.print(path)

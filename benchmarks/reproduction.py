@@ -2,7 +2,7 @@
 
     python benchmarks/reproduction.py --seeds 0 --seeds 1 --seeds 2 --jobs 2
 
-The policy is a language model of 2 M parameters (benchmarks/tiny_lm.py), the reward a sentiment classifier, the prompts
+The policy is a language model of 2 M parameters (benchmarks/studies/tiny_lm.py), the reward a sentiment classifier, the prompts
 openings of film reviews. Arms differ from the base by the settings named. Runs are kept and resumed in --runs; what they say
 goes to docs/reproduction.json, from which tables and plots are drawn.
 """
@@ -68,7 +68,7 @@ FINDINGS = {
 
 def settings(arm: str, seed: int, folder: Path) -> dict[str, Any]:
     """Of one run, as `larpo.align.load_config` takes them."""
-    from benchmarks import tiny_lm
+    from benchmarks.studies import tiny_lm
 
     values = {**BASE, "model": str(tiny_lm.folder()), "seed": seed, "output_dir": str(folder)}
     if arm == CURVES:
@@ -107,7 +107,7 @@ def main(
         return
     from tqdm import tqdm
 
-    from benchmarks import tiny_lm
+    from benchmarks.studies import tiny_lm
 
     tiny_lm.folder()
     file = DOCS / "reproduction.json"

@@ -28,12 +28,14 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, machine, report, suites, tables
-from benchmarks.by_shape import by_shape
-from benchmarks.measure import Settings, all_providers, measure
-from benchmarks.prefix import ModelStep, SeparateRows
-from benchmarks.problem import SIDES, Problem
-from benchmarks.truth import COMPUTES, Truth
+from benchmarks import report
+from benchmarks.core import cases, machine, suites
+from benchmarks.core.measure import Settings, all_providers, measure
+from benchmarks.core.problem import SIDES, Problem
+from benchmarks.core.truth import COMPUTES, Truth
+from benchmarks.providers.prefix import ModelStep, SeparateRows
+from benchmarks.reporting import tables
+from benchmarks.reporting.by_shape import by_shape
 
 QUICK = Settings()
 PATIENT = Settings(budget_s=90, guard_s=20, memory_guard_s=120)
@@ -87,7 +89,7 @@ def main(
     if steps:
         console.print(tables.aligned(by_shape(steps)))
     _legend()
-    from benchmarks.plots import draw  # matplotlib is slow to import and only needed now
+    from benchmarks.reporting.plots import draw  # matplotlib is slow to import and only needed now
 
     for path in [file, *draw([result], folder)]:
         console.print(f"wrote {path}")

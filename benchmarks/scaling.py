@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import aligned
+from benchmarks.reporting.tables import aligned
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GPUS = [2**i for i in range(11)]  # 1 to 1024

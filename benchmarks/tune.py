@@ -30,7 +30,7 @@ import torch
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import aligned
+from benchmarks.reporting.tables import aligned
 from larpo_kernels import schedules
 
 NO_GPU = "tune needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
@@ -201,7 +201,7 @@ def _head(hidden, weight, labels, schedule) -> Callable:
 
 def measured(group: Group, candidates: list[dict], base: dict[str, int], arch: str, deadline: float) -> list[dict]:
     """Rows {values, seconds by problem, ratio to the first candidate}, the fastest first, of the problems in time."""
-    from benchmarks.gpu_timing import medians
+    from benchmarks.gpu.timing import medians
 
     def under(values, function):
         def run():

@@ -6,12 +6,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from benchmarks import prefix, report, suites
-from benchmarks.by_shape import by_shape
-from benchmarks.measure import Settings, all_providers, measure
-from benchmarks.memory import peak_in_child
-from benchmarks.prefix import ModelStep, SeparateRows, Shape
-from benchmarks.providers import Provider
+from benchmarks import report
+from benchmarks.core import suites
+from benchmarks.core.measure import Settings, all_providers, measure
+from benchmarks.core.memory import peak_in_child
+from benchmarks.providers import prefix
+from benchmarks.providers.prefix import ModelStep, SeparateRows, Shape
+from benchmarks.providers.registry import Provider
+from benchmarks.reporting.by_shape import by_shape
 from larpo.rows import shared_rows
 
 TINY = {

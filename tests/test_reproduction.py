@@ -5,7 +5,8 @@ import pytest
 for package in ("transformers", "datasets", "typer", "matplotlib"):
     pytest.importorskip(package)
 
-from benchmarks import reproduction, tiny_lm  # noqa: E402
+from benchmarks import reproduction  # noqa: E402
+from benchmarks.studies import tiny_lm  # noqa: E402
 from larpo import align  # noqa: E402
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.machine import has_native_bfloat16
-from benchmarks.problem import SIDES
+from benchmarks.core.machine import has_native_bfloat16
+from benchmarks.core.problem import SIDES
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import larpo_kernels as lk
-from benchmarks.problem import BETA, IGNORE
+from benchmarks.core.problem import BETA, IGNORE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = (  # of the kernels, by importance
     "token_logps",
     "sequence_logps",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.problem import BETA, IGNORE
-from benchmarks.providers import Output, list_loss, provider, scored, token_output
+from benchmarks.core.problem import BETA, IGNORE
+from benchmarks.providers.registry import Output, list_loss, provider, scored, token_output
 
 RECOMPUTE_GEMMS = {"score": 1, "frozen": 3, "trainable": 4}  # logits formed again in backward
 CHUNK_GRADIENT_GEMMS = {"frozen": 2, "trainable": 3}  # gradient formed chunk by chunk in forward

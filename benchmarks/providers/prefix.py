@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import larpo_kernels as lk
-from benchmarks.problem import BETA, OBJECTIVE
-from benchmarks.providers import Output, provider
-from benchmarks.truth import Target
+from benchmarks.core.problem import BETA, OBJECTIVE
+from benchmarks.core.truth import Target
+from benchmarks.providers.registry import Output, provider
 from larpo.prefix import DENSE_MASK_TOKENS, TOLERANCE
 from larpo.rows import Candidate, backbone_inputs, padded_rows, shared_rows
 

@@ -14,12 +14,11 @@ from statistics import median
 
 import torch
 
-from benchmarks import floors, peers, prefix  # noqa: F401  registers them
-from benchmarks.memory import peak_in_child, peak_on_gpu
-from benchmarks.problem import Problem
-from benchmarks.providers import Output, Provider
-from benchmarks.providers import select as all_providers
-from benchmarks.truth import Truth
+from benchmarks.core.memory import peak_in_child, peak_on_gpu
+from benchmarks.core.problem import Problem
+from benchmarks.core.truth import Truth
+from benchmarks.providers.registry import Output, Provider
+from benchmarks.providers.registry import select as all_providers
 
 __all__ = ["Settings", "all_providers", "measure", "run_once"]
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.problem import IGNORE, Problem
-from benchmarks.providers import Output, provider
+from benchmarks.core.problem import IGNORE, Problem
+from benchmarks.providers.registry import Output, provider
 from larpo_kernels.schedules import tile_shape
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median, quantiles
 
-from benchmarks.problem import MODES
+from benchmarks.core.problem import MODES
 
 
 def shown(table: dict) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tables import cells, duration, exponent, floor_seconds, ratio, seconds, shown, size
+from benchmarks.reporting.tables import cells, duration, exponent, floor_seconds, ratio, seconds, shown, size
 
 
 def by_shape(tables: list[dict]) -> list[list[str]]:

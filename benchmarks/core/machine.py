@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 
 def git_state() -> dict:
     """commit, and whether files differed from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*words):
         done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)

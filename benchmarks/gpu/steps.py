@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OUT_OF_TIME = "not run: the time limit was reached"
 GRACE_S = 3.0  # between asking a step to end and ending it
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 import larpo_kernels as lk
-from benchmarks.problem import BETA, IGNORE, OBJECTIVE, Problem
+from benchmarks.core.problem import BETA, IGNORE, OBJECTIVE, Problem
 
 BLOCK_ELEMENTS = 2**24  # float64 logits alive at a time: 128 MB
 EXACT_MACS = {"cpu": 1.5e11, "cuda": 1e14}  # tokens x H x V above which gradients are compared on samples

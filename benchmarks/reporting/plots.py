@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
-from benchmarks.tables import duration, seconds, shown, size, title_of
+from benchmarks.reporting.tables import duration, seconds, shown, size, title_of
 
 SWEEPS = {"V": "vocabulary", "m": "candidates per list", "T": "tokens", "masked": "share of tokens masked"}
 SHAPE = ("case_kind", "side", "mode", "dtype", "device", "T", "H", "V", "m", "masked")

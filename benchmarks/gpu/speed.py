@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 
 import larpo_kernels as lk
-from benchmarks import cases
-from benchmarks.gpu_timing import medians
-from benchmarks.measure import Settings, all_providers, measure
-from benchmarks.prefix import ModelStep, SeparateRows
-from benchmarks.problem import IGNORE, Problem
-from benchmarks.truth import Truth
+from benchmarks.core import cases
+from benchmarks.core.measure import Settings, all_providers, measure
+from benchmarks.core.problem import IGNORE, Problem
+from benchmarks.core.truth import Truth
+from benchmarks.gpu.timing import medians
+from benchmarks.providers.prefix import ModelStep, SeparateRows
 
 VOCABULARIES = (128256, 32000, 262144, 151936)
 TOKENS = (8192, 1024, 4096, 16384)

@@ -1,0 +1,1 @@
+"""What the studies beside run.py share."""
