@@ -27,8 +27,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from .data.validation import present
 from .rewards import Text, text_of
-from .row_check import present
 
 # (top, bottom) of each objective in the paper's main experiment, out of k = 10; None stands for all the others.
 PAPER_SUBSETS: dict[str, tuple[int, int | None]] = {

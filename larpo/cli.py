@@ -25,10 +25,10 @@ def train(context: typer.Context, config: Config = None) -> None:
     and transformers.TrainingArguments (`larpo settings` lists them). A run that was killed goes on where it was; a folder
     with checkpoints of another run is refused, and the settings that differ are named.
     """
-    from . import jobs
+    from . import commands
 
-    job, args = jobs.train_settings(config, context.args)
-    jobs.train(job, args)
+    job, args = commands.train_settings(config, context.args)
+    commands.train(job, args)
     typer.echo(f"saved in {args.output_dir}")
 
 
@@ -90,8 +90,8 @@ def settings(everything: Annotated[bool, typer.Option("--all", help="TrainingArg
     from rich.table import Table
     from transformers import TrainingArguments
 
+    from .commands import TrainJob
     from .config import LarPOConfig
-    from .jobs import TrainJob
 
     inherited = set() if everything else {f.name for f in fields(TrainingArguments)}
     table = Table("setting", "default", "what it does")
@@ -123,9 +123,9 @@ def score(
 
     For ref_logps to train with, give the lengths, truncation_mode and append_eos of that training.
     """
-    from . import jobs
+    from . import commands
 
-    scored = jobs.score(
+    scored = commands.score(
         model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
         max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode, append_eos=append_eos,
         split=split, dtype=dtype, trust_remote_code=trust_remote_code,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import chat
+from .data import chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class SequenceClassifier:
         if isinstance(prompt, str):
             text, special = prompt + text_of(completion), True
         else:
-            text = chat.whole_text(self.tokenizer, prompt, completion, chat.template_keywords(columns))
+            text = chat_template.whole_text(self.tokenizer, prompt, completion, chat_template.template_keywords(columns))
             special = False  # the template writes them
         ids = self.tokenizer(
             text, add_special_tokens=special, truncation=self.max_length is not None, max_length=self.max_length

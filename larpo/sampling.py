@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from . import border, chat
+from .data import chat_template, prompt_boundary
 from .rewards import Text
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Sampler(Protocol):
         """k completions of every prompt, in the prompts' order; equal arguments and weights give equal completions.
 
         prompts: strings, or messages for the chat template. temperature: above 0, or 0 for greedy decoding with k = 1.
-        template: for every prompt what else its template wants, see `larpo.chat.template_keywords`; None: nothing. A sampler
-        of one's own need not take it where no row has such columns.
+        template: for every prompt what else its template wants (`larpo.data.chat_template.template_keywords`); None: nothing.
+        A sampler of one's own need not take it where no row has such columns.
         """
         ...
 
@@ -49,14 +49,15 @@ def prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, keywords: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
     """The prompt's own tokens, as training has them: with the special tokens that the tokenizer puts in front (see
-    `larpo.border`), or through the chat template, with these keywords, up to where a completion begins (see `larpo.chat`).
+    `larpo.data.prompt_boundary`), or through the chat template, with these keywords, up to where a completion begins
+    (see `larpo.data.chat_template`).
 
     Raises ValueError for a prompt without tokens.
     """
     if isinstance(prompt, str):
-        ids, _ = border.split(tokenizer, prompt, (), border.leading_special_tokens(tokenizer))
+        ids, _ = prompt_boundary.split(tokenizer, prompt, (), prompt_boundary.leading_special_tokens(tokenizer))
     else:
-        ids = border.encode(tokenizer, chat.prompt_text(tokenizer, prompt, keywords or {}))
+        ids = prompt_boundary.encode(tokenizer, chat_template.prompt_text(tokenizer, prompt, keywords or {}))
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no tokens; a model needs at least one to continue")
     return tuple(ids)

@@ -10,9 +10,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
-from .collator import ListCollator
-from .policy import Policy, attach
-from .tokenization import Truncation, tokenize_lists
+from .data.collator import ListCollator
+from .data.tokenization import Truncation, tokenize_lists
+from .modeling.policy import Policy, attach
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,18 +19,18 @@ from transformers.trainer_utils import EvalLoopOutput
 
 import larpo_kernels as lk
 
-from . import heads, prefix
-from .adapters import with_adapter
-from .checkpoints import last_whole_checkpoint
-from .collator import ListCollator
 from .config import LarPOConfig
-from .loading import load_causal_lm
+from .data.collator import ListCollator
+from .data.preprocessing import is_tokenised, training_lists
 from .metrics import MetricMeans, list_metric_sums
-from .model_checks import check_tokens, refuse_frozen, refuse_shared, warn_half_precision, warn_router_loss
-from .policy import Policy, attach, compute_dtype
-from .reference import SyncReference, frozen_copy, reshard, without_dropout
+from .modeling import lm_heads, prefix_sharing
+from .modeling.adapters import with_adapter
+from .modeling.checks import check_tokens, refuse_frozen, refuse_shared, warn_half_precision, warn_router_loss
+from .modeling.loading import load_causal_lm
+from .modeling.policy import Policy, attach, compute_dtype
+from .modeling.reference_model import SyncReference, frozen_copy, reshard, without_dropout
+from .runs.checkpoints import last_whole_checkpoint
 from .scoring import candidate_logps
-from .training_data import is_tokenised, training_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +95,7 @@ class LarPOTrainer(Trainer):
         model, ref_model = (load_causal_lm(x, args.model_init_kwargs) if isinstance(x, str) else x for x in (model, ref_model))
         if ref_model is model:
             raise ValueError("ref_model must not be the model that is trained; leave it out to hold a copy of it apart")
-        lm_config = heads.causal_lm(model).config
+        lm_config = lm_heads.causal_lm(model).config
         if processing_class is None:
             trusted = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "trust_remote_code"}
             processing_class = AutoTokenizer.from_pretrained(lm_config._name_or_path, **trusted)
@@ -161,8 +161,8 @@ class LarPOTrainer(Trainer):
             model.to(args.device)  # DeepSpeed takes it there when training starts; the reference may be scored before
         self._keep_logps_exact()
         self.data_collator.layout = self._layout()
-        if heads.causal_lm(model).config._attn_implementation != "flex_attention":
-            self.data_collator.max_completion_tokens = prefix.DENSE_MASK_TOKENS
+        if lm_heads.causal_lm(model).config._attn_implementation != "flex_attention":
+            self.data_collator.max_completion_tokens = prefix_sharing.DENSE_MASK_TOKENS
         self._sync: SyncReference | None = None
         if self.ref_model is not None:
             self.ref_model = self._prepare_reference(self.ref_model)
@@ -184,15 +184,15 @@ class LarPOTrainer(Trainer):
 
     def _keeps_full_precision(self) -> bool:
         """Whether something holds float32 weights beside those of the model, or these are not what is trained."""
-        if getattr(heads.causal_lm(self.model), "is_quantized", False) or self._on_deepspeed:
+        if getattr(lm_heads.causal_lm(self.model), "is_quantized", False) or self._on_deepspeed:
             return True
         return self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
 
     def _layout(self) -> str:
         """How candidates are laid out in rows, settled before any worker holds the collator."""
-        lm = heads.causal_lm(self.model)
+        lm = lm_heads.causal_lm(self.model)
         if self.args.share_prefix:
-            reason = prefix.supports_prefix_sharing(lm.config) or self._compare_shared_prefix()
+            reason = prefix_sharing.supports_prefix_sharing(lm.config) or self._compare_shared_prefix()
             if reason is None:
                 return "shared"
             warnings.warn(f"share_prefix is off, every candidate runs its own prompt: {reason}", stacklevel=3)
@@ -212,10 +212,10 @@ class LarPOTrainer(Trainer):
         for layout in ("shared", "padded"):
             batch = self._prepare_inputs(ListCollator(self.data_collator.pad_token_id, layout)([dataset[0]]))
             with self.accelerator.autocast():
-                dtype = compute_dtype(heads.causal_lm(self.model))
+                dtype = compute_dtype(lm_heads.causal_lm(self.model))
                 logps.append(self.model(rows=batch["rows"][0]))
         self.model.train(training)
-        return prefix.check_prefix_sharing(*logps, batch["num_tokens"], dtype)
+        return prefix_sharing.check_prefix_sharing(*logps, batch["num_tokens"], dtype)
 
     def _eval_datasets(self) -> list[Dataset]:
         return list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -322,7 +322,7 @@ class LarPOTrainer(Trainer):
         if dataset is None or isinstance(dataset, str) or is_tokenised(dataset):
             return dataset
         lists = training_lists(dataset, self.processing_class, self.args, name)
-        check_tokens(lists, heads.causal_lm(self.model).config, name)
+        check_tokens(lists, lm_heads.causal_lm(self.model).config, name)
         if "ref_logps" in lists.column_names or self.args.reference_free or self._holds_reference:
             return lists
         if not self.args.precompute_ref_log_probs or self.state.global_step:

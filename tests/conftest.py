@@ -17,8 +17,8 @@ if not GPU:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores
 
-import optional_hypothesis  # noqa: E402, F401  sets the profile
-from regimes import REGIMES  # noqa: E402
+import optional_hypothesis  # noqa: F401  sets the profile
+from regimes import REGIMES
 
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="too large for Triton's interpreter")
 NO_TRITON = pytest.mark.skipif(not TRITON, reason="triton is not installed")

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 torch.ops.load_library(sys.argv[1])
 
-import larpo_kernels as lk  # noqa: E402
-from larpo_kernels import schedules, walk  # noqa: E402
-from larpo_kernels.backends import triton as primitives  # noqa: E402
-from larpo_kernels.backends.triton import launch, lists, rows, tiles  # noqa: E402
-from larpo_kernels.ops import linear  # noqa: E402
+import larpo_kernels as lk
+from larpo_kernels import schedules, walk
+from larpo_kernels.backends import triton as primitives
+from larpo_kernels.backends.triton import launch, lists, rows, tiles
+from larpo_kernels.ops import linear
 
 S, T, H, V = 8, 16, 256, 1000
 BF16 = torch.bfloat16

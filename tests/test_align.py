@@ -9,14 +9,15 @@ import pytest
 
 for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(package)
-import align_runs  # noqa: E402
-import torch  # noqa: E402
-from align_runs import align, config  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import align_runs
+import torch
+from align_runs import align, config
+from safetensors.torch import load_file
 
-from larpo.align import demo, stages  # noqa: E402
-from larpo.align.run_folder import RunFolder, read_json, read_rows, write_rows  # noqa: E402
-from larpo.align.stages import Run  # noqa: E402
+from larpo.align import demo, stages
+from larpo.align.run_folder import RunFolder
+from larpo.align.stages import Run
+from larpo.runs.files import read_json, read_rows, write_rows
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import pytest
 
 for package in ("transformers", "yaml"):
     pytest.importorskip(package)
-from larpo.align import AlignConfig, load_config  # noqa: E402
-from larpo.align.config import differences  # noqa: E402
+from larpo.align import AlignConfig, load_config
+from larpo.align.config import differences
 
 NEEDED = dict(output_dir="run", model="m", prompts=["a"], reward="imdb_sentiment")
 

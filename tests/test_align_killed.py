@@ -11,9 +11,9 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(package)
 if not hasattr(os, "fork"):
     pytest.skip("processes are forked", allow_module_level=True)
-import tiny  # noqa: E402
+import tiny
 
-from larpo.align.run_folder import read_json, read_rows, rows_once, write_text, write_whole  # noqa: E402
+from larpo.runs.files import read_json, read_rows, rows_once, write_text, write_whole
 
 HERE = Path(__file__).parent
 

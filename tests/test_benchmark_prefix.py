@@ -14,7 +14,7 @@ from benchmarks.providers import prefix
 from benchmarks.providers.prefix import ModelStep, SeparateRows, Shape
 from benchmarks.providers.registry import Provider
 from benchmarks.reporting.by_shape import by_shape
-from larpo.rows import shared_rows
+from larpo.modeling.row_layouts import shared_rows
 
 TINY = {
     "hidden_size": 32,

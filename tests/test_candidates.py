@@ -9,7 +9,7 @@ from optional_hypothesis import given, st
 
 from larpo import candidates as c
 from larpo.candidates import Candidate, PromptList
-from larpo.row_check import check_row
+from larpo.data.validation import check_row
 
 
 def made(prompt, *scores, **columns):

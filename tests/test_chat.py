@@ -8,12 +8,12 @@ import pytest
 pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
-from tokenizer_families import CHATML, tiny_tokenizer  # noqa: E402
+from tokenizer_families import CHATML, tiny_tokenizer
 
-from larpo.chat import template_keywords, whole_text  # noqa: E402
-from larpo.data import as_lists  # noqa: E402
-from larpo.sampling import Distinct, Sampled, prompt_tokens  # noqa: E402
-from larpo.tokenization import tokenize_lists, tokenize_row  # noqa: E402
+from larpo.data.chat_template import template_keywords, whole_text
+from larpo.data.loading import as_lists
+from larpo.data.tokenization import tokenize_lists, tokenize_row
+from larpo.sampling import Distinct, Sampled, prompt_tokens
 
 datasets.disable_progress_bars()
 

@@ -14,11 +14,11 @@ import torch
 
 for package in ("transformers", "accelerate", "datasets", "typer", "yaml"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
+import tiny
 
-from larpo import jobs  # noqa: E402
-from larpo.cli import main  # noqa: E402
-from larpo.yaml_config import load_yaml  # noqa: E402
+from larpo import commands
+from larpo.cli import main
+from larpo.runs.yaml_config import load_yaml
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def larpo(monkeypatch, capsys, *arguments):
 def test_settings_come_from_the_file_and_flags_win(tmp_path, folder):
     file = config(tmp_path, folder, objective="listmle", objective_options=None, peft={"r": 2, "target_modules": ["q_proj"]},
                   lr_scheduler_kwargs={}, label_names=None)  # fmt: skip
-    job, args = jobs.train_settings(file, ["--beta", "0.5", "--max-steps=2", "--share_prefix"])
+    job, args = commands.train_settings(file, ["--beta", "0.5", "--max-steps=2", "--share_prefix"])
     assert (args.objective, args.beta, args.max_steps, args.share_prefix) == ("listmle", 0.5, 2, True)
     assert args.learning_rate == 1e-3
     assert job.peft == {"r": 2, "target_modules": ["q_proj"]}
@@ -65,18 +65,20 @@ def test_settings_come_from_the_file_and_flags_win(tmp_path, folder):
 
 def test_none_and_empty_lists_are_settings(tmp_path, folder):
     file = config(tmp_path, folder, max_length=None, report_to=[], eval_data=None, label_names=["a", "b"])
-    _, args = jobs.train_settings(file, [])
+    _, args = commands.train_settings(file, [])
     assert (args.max_length, args.report_to, args.label_names) == (None, [], ["a", "b"])
-    _, args = jobs.train_settings(file, ["--max_length=9000", "--max-prompt-length", "None", "--report_to", "none"])
+    _, args = commands.train_settings(file, ["--max_length=9000", "--max-prompt-length", "None", "--report_to", "none"])
     assert (args.max_length, args.max_prompt_length, args.report_to) == (9000, None, [])
-    _, args = jobs.train_settings(config(tmp_path, folder), ["--max_length", "null", "--report_to", "[]", "--list_top=None"])
+    _, args = commands.train_settings(
+        config(tmp_path, folder), ["--max_length", "null", "--report_to", "[]", "--list_top=None"]
+    )
     assert (args.max_length, args.report_to, args.list_top) == (None, [], None)
     for bad, said in (
         ({"beta": None}, "beta does not take None"),
         ({"train_data": ["a"]}, r"train_data does not take \['a'\]"),
     ):
         with pytest.raises(ValueError, match=said):
-            jobs.train_settings(config(tmp_path, folder, **bad), [])
+            commands.train_settings(config(tmp_path, folder, **bad), [])
 
 
 def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
@@ -95,8 +97,8 @@ def trained(path, folder, **settings):
     """The weights that `larpo train` saves."""
     from safetensors.torch import load_file
 
-    job, args = jobs.train_settings(config(path, folder, **settings), [])
-    jobs.train(job, args)
+    job, args = commands.train_settings(config(path, folder, **settings), [])
+    commands.train(job, args)
     return load_file(path / "out" / "model.safetensors")
 
 
@@ -147,11 +149,11 @@ def test_evaluation_is_on_its_own_split(tmp_path, folder):
     for flags in ([], ["--eval_split", "held", "--train_split=test", "--output_dir", str(tmp_path / "second")]):
         data = str(tmp_path / "data")
         file = config(tmp_path, folder, train_data=data, eval_data=data, max_steps=1)
-        trainer = jobs.train(*jobs.train_settings(file, flags))
+        trainer = commands.train(*commands.train_settings(file, flags))
         sizes.append((len(trainer.train_dataset), len(trainer.eval_dataset)))
     assert sizes == [(5, 3), (3, 2)]
     with pytest.raises(ValueError, match=r"has the splits .*, not 'validation'"):
-        jobs.train(*jobs.train_settings(file, ["--eval_split", "validation"]))
+        commands.train(*commands.train_settings(file, ["--eval_split", "validation"]))
 
 
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, folder):
@@ -212,12 +214,12 @@ def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
     data = tmp_path / f"lists{suffix}"
     lists = Dataset.from_list(tiny.lists(3)).remove_columns("scores")
     lists.to_parquet(data) if suffix == ".parquet" else lists.to_json(data)
-    scored = jobs.score(str(folder / "model"), str(data), tmp_path / "new" / "out.jsonl")
+    scored = commands.score(str(folder / "model"), str(data), tmp_path / "new" / "out.jsonl")
     assert scored.column_names == ["prompt", "completions", "logps", "num_tokens"]
     data.write_text(json.dumps({"prompt": "a", "completions": "b"}))
     if suffix == ".jsonl":
         with pytest.raises(ValueError, match="line 1: field 'completions' holds 'b'"):
-            jobs.score(str(folder / "model"), str(data), tmp_path / "out.jsonl")
+            commands.score(str(folder / "model"), str(data), tmp_path / "out.jsonl")
 
 
 def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_scored_on(tmp_path, folder, monkeypatch, capsys):
@@ -228,7 +230,7 @@ def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_s
     assert status == 0, err
     same = dict(max_length=14, max_prompt_length=6, truncation_mode="keep_start", append_eos=False, learning_rate=0.0)
     file = config(tmp_path, folder, train_data=str(out), max_steps=1, **same)
-    trainer = jobs.train(*jobs.train_settings(file, []))
+    trainer = commands.train(*commands.train_settings(file, []))
     assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
     file = config(tmp_path, folder, train_data=str(out), output_dir=str(tmp_path / "other"))
     status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
@@ -329,5 +331,5 @@ def test_the_config_in_the_docs_is_one(tmp_path, folder):
     (found,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     file = tmp_path / "docs.yaml"
     file.write_text(found)
-    job, args = jobs.train_settings(file, ["--use_cpu", "--output_dir", str(tmp_path)])
+    job, args = commands.train_settings(file, ["--use_cpu", "--output_dir", str(tmp_path)])
     assert (args.list_top, args.list_bottom, job.peft) == (1, 3, {"r": 16, "target_modules": "all-linear"})

@@ -6,8 +6,8 @@ import pytest
 
 datasets = pytest.importorskip("datasets")
 
-from larpo.data import as_lists, check_row, from_candidate_lists, load_lists  # noqa: E402
-from larpo.schemas import split_text  # noqa: E402
+from larpo.data.loading import as_lists, check_row, from_candidate_lists, load_lists
+from larpo.data.schemas import split_text
 
 datasets.disable_progress_bars()
 

@@ -10,7 +10,7 @@ import ranks
 for package in ("deepspeed", "transformers", "accelerate", "datasets", "peft"):
     pytest.importorskip(package)
 
-from test_distributed_trainer import one_process  # noqa: E402
+from test_distributed_trainer import one_process
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ for package in ("transformers", "accelerate", "datasets", "peft"):
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
 
-import trainer_checks  # noqa: E402
+import trainer_checks
 
 
 def one_process(folder):

@@ -8,8 +8,8 @@ pytest.importorskip("transformers")
 from tiny import VOCAB, causal_lm
 
 import larpo_kernels as lk
-from larpo import prefix
-from larpo.rows import Candidate, backbone_inputs, padded_rows, shared_rows
+from larpo.modeling import prefix_sharing
+from larpo.modeling.row_layouts import TokenizedCandidate, backbone_inputs, padded_rows, shared_rows
 
 WINDOW = 4  # shorter than the prompts, so that it cuts between prompt and completion too
 
@@ -19,7 +19,7 @@ def _candidates():
     draw = torch.Generator().manual_seed(0)
     tokens = lambda n: torch.randint(3, VOCAB, (n,), generator=draw).tolist()  # noqa: E731
     lists = [(tokens(7), (6, 3, 0, 5)), (tokens(4), (2, 6))]
-    return [Candidate(prompt, tokens(n), i) for i, (prompt, lengths) in enumerate(lists) for n in lengths]
+    return [TokenizedCandidate(prompt, tokens(n), i) for i, (prompt, lengths) in enumerate(lists) for n in lengths]
 
 
 CANDIDATES = _candidates()
@@ -84,7 +84,7 @@ APART, SHARED = padded_rows(CANDIDATES, 0), shared_rows(CANDIDATES, 0, multiple=
 def test_log_likelihoods_and_all_gradients_are_those_of_separate_rows(name, attention, dtype):
     """float64 only with sdpa: eager attention takes its softmax in float32, most norms their root mean square too."""
     model = _model(name, attention, dtype)
-    assert prefix.supports_prefix_sharing(model.config) is None
+    assert prefix_sharing.supports_prefix_sharing(model.config) is None
     logps, gradients = _gradients(model, APART)
     shared_logps, shared_gradients = _gradients(model, SHARED)
     exact = dtype == torch.float64
@@ -92,7 +92,7 @@ def test_log_likelihoods_and_all_gradients_are_those_of_separate_rows(name, atte
     for key, expected in gradients.items():
         error = (shared_gradients[key] - expected).norm() / expected.norm().clamp(min=1e-3)
         assert error < (1e-6 if exact else 1e-4), key
-    assert prefix.check_prefix_sharing(shared_logps, logps, TOKENS, dtype) is None
+    assert prefix_sharing.check_prefix_sharing(shared_logps, logps, TOKENS, dtype) is None
 
 
 def _positions_that_run_on(rows):
@@ -123,8 +123,8 @@ def test_the_check_sees_rows_that_are_wrong(name, dtype, breaks):
     breaks(rows)
     with torch.no_grad():
         apart, wrong, right = _logps(model, APART), _logps(model, rows), _logps(model, SHARED)
-    assert prefix.check_prefix_sharing(right, apart, TOKENS, dtype) is None
-    assert "nats" in prefix.check_prefix_sharing(wrong, apart, TOKENS, dtype)
+    assert prefix_sharing.check_prefix_sharing(right, apart, TOKENS, dtype) is None
+    assert "nats" in prefix_sharing.check_prefix_sharing(wrong, apart, TOKENS, dtype)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "sliding" in name])
@@ -133,7 +133,7 @@ def test_the_check_sees_a_forgotten_window(name):
     model = _model(name, "eager")
     with torch.no_grad():
         apart = _logps(model, APART)
-        full = prefix._additive_mask(SHARED["segments"], SHARED["position_ids"], None, torch.float32)
+        full = prefix_sharing._additive_mask(SHARED["segments"], SHARED["position_ids"], None, torch.float32)
         hidden = model.base_model(
             SHARED["input_ids"], position_ids=SHARED["position_ids"], attention_mask=full, use_cache=False
         )
@@ -141,13 +141,15 @@ def test_the_check_sees_a_forgotten_window(name):
         wrong = lk.linear_sequence_logps(
             hidden.last_hidden_state.flatten(0, 1)[SHARED["at"]], weight, SHARED["labels"], cu_seqlens=SHARED["cu_seqlens"]
         )
-    assert prefix.check_prefix_sharing(wrong, apart, TOKENS, torch.float32) is not None
+    assert prefix_sharing.check_prefix_sharing(wrong, apart, TOKENS, torch.float32) is not None
 
 
 def test_the_check_sees_numbers_that_are_not_finite_and_takes_an_empty_batch():
     some = torch.tensor([-1.0, -2.0])
-    assert "candidate 1" in prefix.check_prefix_sharing(torch.tensor([-1.0, torch.nan]), some, some.abs(), torch.float32)
-    assert prefix.check_prefix_sharing(some[:0], some[:0], some[:0], torch.float32) is None
+    assert "candidate 1" in prefix_sharing.check_prefix_sharing(
+        torch.tensor([-1.0, torch.nan]), some, some.abs(), torch.float32
+    )
+    assert prefix_sharing.check_prefix_sharing(some[:0], some[:0], some[:0], torch.float32) is None
 
 
 def _config(model_type="llama", attention="sdpa", **config):
@@ -171,20 +173,20 @@ def _config(model_type="llama", attention="sdpa", **config):
     ],
 )
 def test_a_model_that_would_be_wrong_is_refused_with_the_reason(reason, config):
-    assert reason in prefix.supports_prefix_sharing(_config(**config))
+    assert reason in prefix_sharing.supports_prefix_sharing(_config(**config))
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention"])
 def test_layers_that_are_no_attention_over_all_tokens_are_refused(kind):
     config = _config("qwen2")
     config.layer_types = ["full_attention", kind]
-    assert f"layer types {kind}" in prefix.supports_prefix_sharing(config)
+    assert f"layer types {kind}" in prefix_sharing.supports_prefix_sharing(config)
 
 
 def test_the_text_part_of_a_composite_config_is_what_counts():
     config = _config("gemma3")
     config.text_config._attn_implementation = "sdpa"
-    assert prefix.supports_prefix_sharing(config) is None
+    assert prefix_sharing.supports_prefix_sharing(config) is None
 
 
 def test_a_family_that_ignores_masks_is_caught_by_the_check_as_well():
@@ -192,7 +194,7 @@ def test_a_family_that_ignores_masks_is_caught_by_the_check_as_well():
     kinds = [[["global", "local"], 1]]
     model = _attentive(causal_lm("gpt_neo", num_layers=2, attention_types=kinds, window_size=WINDOW))
     with torch.no_grad():
-        reason = prefix.check_prefix_sharing(_logps(model, SHARED), _logps(model, APART), TOKENS, torch.float32)
+        reason = prefix_sharing.check_prefix_sharing(_logps(model, SHARED), _logps(model, APART), TOKENS, torch.float32)
     assert reason is not None
 
 
@@ -202,23 +204,27 @@ def test_flex_attention_sees_what_the_additive_mask_shows(window):
 
     segments, positions = SHARED["segments"], SHARED["position_ids"]
     config = _config("mistral", "flex_attention", sliding_window=window)
-    blocks = prefix.prefix_masks(segments, positions, config, torch.float32)
+    blocks = prefix_sharing.prefix_masks(segments, positions, config, torch.float32)
     assert isinstance(blocks, BlockMask) and blocks.shape == (2, 1, *segments.shape[1:], *segments.shape[1:])
     dense = create_mask(blocks.mask_mod, *blocks.shape, device="cpu")
-    additive = prefix._additive_mask(segments, positions, window, torch.float32)
+    additive = prefix_sharing._additive_mask(segments, positions, window, torch.float32)
     assert torch.equal(dense, additive == 0)
 
 
 def test_flex_attention_skips_blocks_of_other_candidates():
     """Two candidates of a block each behind a prompt of a block: five of nine blocks are looked at."""
     length = 128
-    rows = shared_rows([Candidate([1] * length, [2] * length), Candidate([1] * length, [2] * length)], 0, multiple=length)
-    blocks = prefix.prefix_masks(rows["segments"], rows["position_ids"], _config(attention="flex_attention"), torch.float32)
+    rows = shared_rows(
+        [TokenizedCandidate([1] * length, [2] * length), TokenizedCandidate([1] * length, [2] * length)], 0, multiple=length
+    )
+    blocks = prefix_sharing.prefix_masks(
+        rows["segments"], rows["position_ids"], _config(attention="flex_attention"), torch.float32
+    )
     assert (blocks.to_dense()[0, 0] > 0).tolist() == [[True, False, False], [True, True, False], [True, False, True]]
 
 
 def test_padding_sees_itself_so_that_no_softmax_is_empty():
-    mask = prefix._additive_mask(SHARED["segments"], SHARED["position_ids"], 1, torch.float32)
+    mask = prefix_sharing._additive_mask(SHARED["segments"], SHARED["position_ids"], 1, torch.float32)
     assert (SHARED["segments"] == -1).any()
     assert (mask.diagonal(dim1=-2, dim2=-1) == 0).all()
 
@@ -226,7 +232,11 @@ def test_padding_sees_itself_so_that_no_softmax_is_empty():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_long_list_beside_a_short_one_is_right_and_padding_stays_finite(attention):
     """A row of mostly padding: NaN there would reach real tokens through weights of zero."""
-    candidates = [Candidate([5, 6], list(range(10, 50)), 0), Candidate([7], [8], 1), Candidate([9], [], 2)]
+    candidates = [
+        TokenizedCandidate([5, 6], list(range(10, 50)), 0),
+        TokenizedCandidate([7], [8], 1),
+        TokenizedCandidate([9], [], 2),
+    ]
     model = _model("gemma3, sliding and full", attention)
     apart, together = padded_rows(candidates, 0), shared_rows(candidates, 0)
     logps, gradients = _gradients(model, apart)
@@ -238,7 +248,7 @@ def test_a_long_list_beside_a_short_one_is_right_and_padding_stays_finite(attent
 
 def test_masks_come_in_the_dtype_of_the_queries_and_by_layer_type():
     config = _config("gemma3_text", sliding_window=WINDOW)
-    masks = prefix.prefix_masks(SHARED["segments"], SHARED["position_ids"], config, torch.bfloat16)
+    masks = prefix_sharing.prefix_masks(SHARED["segments"], SHARED["position_ids"], config, torch.bfloat16)
     rows, length = SHARED["segments"].shape
     assert {kind: (m.dtype, m.shape) for kind, m in masks.items()} == dict.fromkeys(
         ("sliding_attention", "full_attention"), (torch.bfloat16, (rows, 1, length, length))
@@ -247,5 +257,5 @@ def test_masks_come_in_the_dtype_of_the_queries_and_by_layer_type():
 
 def test_a_window_that_the_models_class_does_not_know_is_ignored_as_the_model_does():
     config = _config("llama", sliding_window=WINDOW)
-    mask = prefix.prefix_masks(SHARED["segments"], SHARED["position_ids"], config, torch.float32)
-    assert torch.equal(mask, prefix._additive_mask(SHARED["segments"], SHARED["position_ids"], None, torch.float32))
+    mask = prefix_sharing.prefix_masks(SHARED["segments"], SHARED["position_ids"], config, torch.float32)
+    assert torch.equal(mask, prefix_sharing._additive_mask(SHARED["segments"], SHARED["position_ids"], None, torch.float32))

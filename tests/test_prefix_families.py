@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 from test_prefix import APART, SHARED, TOKENS, WINDOW, _attentive, _logps
 from tiny import causal_lm
 
-from larpo.prefix import FAMILIES, check_prefix_sharing, supports_prefix_sharing
+from larpo.modeling.prefix_sharing import FAMILIES, check_prefix_sharing, supports_prefix_sharing
 
 MOE = {
     "num_experts": 4,

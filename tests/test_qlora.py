@@ -5,9 +5,9 @@ import torch
 
 for package in ("bitsandbytes", "transformers", "accelerate", "datasets", "peft"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from test_trainer import assert_same_gradients, eager_loss, gradients, own_precision, step, trainer  # noqa: E402, F401
+import tiny
+from datasets import Dataset
+from test_trainer import assert_same_gradients, eager_loss, gradients, own_precision, step, trainer  # noqa: F401
 
 
 def in_four_bits(folder, **options):

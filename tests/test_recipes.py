@@ -7,11 +7,13 @@ import pytest
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
-import test_recipes_selection  # noqa: E402
-import tiny  # noqa: E402
+import test_recipes_selection
+import tiny
 
-from larpo.candidates import Candidate, PromptList  # noqa: E402
-from larpo.recipes import RECIPES, load, naming, objectives, report, toy  # noqa: E402
+from larpo.candidates import Candidate, PromptList
+from larpo.recipes import RECIPES, load, objectives
+from larpo.recipes.harness import report
+from larpo.recipes.tasks import naming, toy_lm
 
 SMALL = {
     "objectives": dict(
@@ -82,10 +84,10 @@ def test_a_missing_extra_is_one_sentence_and_no_traceback(monkeypatch, capsys):
 
 
 def test_lists_that_teach_nothing_are_counted_and_stay():
-    from larpo.recipes.trainer import train
+    from larpo.recipes.harness.trainer import train
 
     tokenizer = naming.tokenizer()
-    model = toy.causal_lm(tokenizer, seed=0, hidden_size=16)
+    model = toy_lm.causal_lm(tokenizer, seed=0, hidden_size=16)
     lists = [
         PromptList("name animals", (Candidate("dog", 1.0), Candidate("", 0.0))),
         PromptList("name foods", (Candidate("rice", 0.5), Candidate("soup", 0.5))),
@@ -105,7 +107,7 @@ def objective_trainer(folder, **options):
     from datasets import Dataset
 
     from larpo.config import LarPOConfig
-    from larpo.recipes.trainer import ObjectiveTrainer
+    from larpo.recipes.harness.trainer import ObjectiveTrainer
 
     return ObjectiveTrainer(
         tiny.causal_lm(),

@@ -9,8 +9,9 @@ import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
-from larpo.recipes import corridor, lake, linvit, read, toy, twosome  # noqa: E402
-from larpo.recipes.actions import Menu, action_logits  # noqa: E402
+from larpo.recipes import linvit, read, twosome
+from larpo.recipes.actions import Menu, action_logits
+from larpo.recipes.tasks import corridor, lake, toy_lm
 
 
 def agree(ours, plain, x):
@@ -26,7 +27,7 @@ def agree(ours, plain, x):
 
 def test_menu_is_what_the_model_says_of_each_action_alone():
     words = lake.tokenizer()
-    model = toy.causal_lm(words, seed=0, hidden_size=16)
+    model = toy_lm.causal_lm(words, seed=0, hidden_size=16)
     prompts = [lake.describe(0), lake.describe(6)]
     menu = Menu(words, prompts, lake.ACTIONS)
     assert menu.words.tolist() == [1, 4, 3, 2]
@@ -46,7 +47,7 @@ def test_a_policy_is_asked_with_the_tokens_it_was_fitted_to():
     from larpo.sampling import prompt_tokens
 
     words = lake.tokenizer()
-    ids = toy.prompt_ids(words, lake.describe(0))
+    ids = toy_lm.prompt_ids(words, lake.describe(0))
     assert ids[0] == words.bos_token_id
     assert list(prompt_tokens(words, lake.describe(0))) == ids
     assert Menu(words, [lake.describe(0)], ["retreat"]).rows["input_ids"][0, : len(ids)].tolist() == ids

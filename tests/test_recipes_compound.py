@@ -7,10 +7,12 @@ import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
-from test_recipes_selection import quiz, tiny  # noqa: E402
+from test_recipes_selection import quiz, tiny
 
-from larpo.recipes import compound, reading, tail  # noqa: E402
-from larpo.recipes.reading import Lists  # noqa: E402
+from larpo.recipes import compound
+from larpo.recipes.harness import tail
+from larpo.recipes.tasks import reading
+from larpo.recipes.tasks.reading import Lists
 
 RIGHT = torch.tensor([0.0, 1.0, 0.0, 0.0])
 

@@ -95,7 +95,7 @@ def test_nothing_seen_yet_and_an_empty_completion_have_finite_bonuses():
 
 
 def test_completions_are_read_from_a_batch_in_its_order():
-    from larpo.collator import ListCollator
+    from larpo.data.collator import ListCollator
 
     rows = [
         {"prompt_ids": [5, 6], "completion_ids": [[1, 2], [3]], "scores": [1.0, 0.0]},

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import larpo_kernels as lk
-from larpo.recipes import lists as lists_of
 from larpo.recipes import objectives
+from larpo.recipes.harness import lists as lists_of
 
 SIZES = [4, 1, 2, 5, 3]
 TIED = 4  # the list whose rewards are all equal

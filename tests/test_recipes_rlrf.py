@@ -8,14 +8,16 @@ import pytest
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
+import tiny
+import torch
+from datasets import Dataset
 
-from larpo.candidates import Candidate, PromptList, to_rows  # noqa: E402
-from larpo.recipes import naming, naming_feedback, online, rlrf, toy  # noqa: E402
-from larpo.recipes.refinements import ORIGINAL, REFINEMENT, refine  # noqa: E402
-from larpo.sampling import Sampled, TransformersSampler  # noqa: E402
+from larpo.candidates import Candidate, PromptList, to_rows
+from larpo.recipes import rlrf
+from larpo.recipes.harness import online
+from larpo.recipes.refinements import ORIGINAL, REFINEMENT, refine
+from larpo.recipes.tasks import naming, naming_feedback, toy_lm
+from larpo.sampling import Sampled, TransformersSampler
 
 
 @pytest.fixture(autouse=True)
@@ -154,8 +156,8 @@ def plain_loss(model, reference, lists, beta):
 def test_loss_and_gradient_of_refined_lists_are_those_behind_the_original_prompt(tmp_path):
     """Real tokens from a sampler, ragged lists, ties within and over a list, upstream gradient other than 1."""
     from larpo.config import LarPOConfig
+    from larpo.recipes.harness.trainer import ObjectiveTrainer
     from larpo.recipes.objectives import OBJECTIVES
-    from larpo.recipes.trainer import ObjectiveTrainer
 
     model, reference, tokenizer = tiny.causal_lm(seed=0), tiny.causal_lm(seed=1), tiny.tokenizer()
     sampler = TransformersSampler(model, tokenizer, 5)
@@ -265,7 +267,7 @@ def test_every_arm_trains_on_as_many_completions(arm):
 
 
 def test_first_answers_are_measured_and_the_candidates_of_a_source_are_counted():
-    model = toy.causal_lm(naming.tokenizer(), seed=0, hidden_size=16)
+    model = toy_lm.causal_lm(naming.tokenizer(), seed=0, hidden_size=16)
     best = PromptList("name animals", (Candidate("yak emu dog", 1.0), Candidate("red", 0.0)))
     taken = []
     options = dict(rounds=1, k=3, seed=0, prompts=["name animals"])

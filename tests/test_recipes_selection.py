@@ -8,8 +8,10 @@ import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
-from larpo.policy import Policy, attach  # noqa: E402
-from larpo.recipes import questions, reading, selection, tail, toy  # noqa: E402
+from larpo.modeling.policy import Policy, attach
+from larpo.recipes import selection
+from larpo.recipes.harness import tail
+from larpo.recipes.tasks import questions, reading, toy_lm
 
 SIZES = [2, 1, 3, 4, 2]
 TIED = 4  # the list whose answers are all right
@@ -26,8 +28,8 @@ def quiz(n: int = 6) -> list[questions.Question]:
 
 
 def tiny(seed: int = 0):
-    words = toy.tokenizer(WORDS)
-    return toy.causal_lm(words, seed=seed, hidden_size=16, layers=3), words
+    words = toy_lm.tokenizer(WORDS)
+    return toy_lm.causal_lm(words, seed=seed, hidden_size=16, layers=3), words
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import pytest
 for package in ("transformers", "datasets", "typer", "matplotlib"):
     pytest.importorskip(package)
 
-from benchmarks import reproduction  # noqa: E402
-from benchmarks.studies import tiny_lm  # noqa: E402
-from larpo import align  # noqa: E402
+from benchmarks import reproduction
+from benchmarks.studies import tiny_lm
+from larpo import align
 
 
 @pytest.mark.parametrize("arm", [*reproduction.ARMS, reproduction.CURVES])

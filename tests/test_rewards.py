@@ -152,7 +152,7 @@ def test_a_users_function_or_class_is_found_by_name(monkeypatch):
 # --- a reward model
 
 transformers = pytest.importorskip("transformers")
-from tiny_tokenizer import WORDS, tiny_tokenizer  # noqa: E402
+from tiny_tokenizer import WORDS, tiny_tokenizer
 
 
 def classifier(labels=1, **config):

@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny import causal_lm
 
-from larpo.rows import Candidate, backbone_inputs, num_tokens, packed_rows, padded_rows, shared_rows
+from larpo.modeling.row_layouts import TokenizedCandidate, backbone_inputs, num_tokens, packed_rows, padded_rows, shared_rows
 
 PROMPT, OTHER = [5, 6, 7], [8]
 RAGGED = [
-    Candidate(PROMPT, [10, 11], 0),
-    Candidate(PROMPT, [], 0),
-    Candidate(PROMPT, [12], 0),
-    Candidate(OTHER, [13, 14, 15, 16], 1),
+    TokenizedCandidate(PROMPT, [10, 11], 0),
+    TokenizedCandidate(PROMPT, [], 0),
+    TokenizedCandidate(PROMPT, [12], 0),
+    TokenizedCandidate(OTHER, [13, 14, 15, 16], 1),
 ]
 LAYOUTS = {
     "padded": lambda candidates: padded_rows(candidates, 0),
@@ -49,7 +49,7 @@ def test_each_label_is_predicted_behind_its_prompt_and_the_completion_so_far(lay
 
 
 def test_lists_with_no_completion_tokens_ask_for_nothing(layout):
-    rows = layout([Candidate(PROMPT, [], 0), Candidate(PROMPT, [], 0)])
+    rows = layout([TokenizedCandidate(PROMPT, [], 0), TokenizedCandidate(PROMPT, [], 0)])
     assert rows["at"].tolist() == rows["labels"].tolist() == []
     assert rows["cu_seqlens"].tolist() == [0, 0, 0]
 
@@ -96,14 +96,14 @@ def test_a_list_of_many_completion_tokens_is_spread_over_rows_with_its_prompt(mo
 
 def test_a_list_of_several_prompts_is_an_error():
     with pytest.raises(ValueError, match="candidate 1 of list 7 has another prompt"):
-        shared_rows([Candidate(PROMPT, [1], 7), Candidate(OTHER, [1], 7)], 0)
+        shared_rows([TokenizedCandidate(PROMPT, [1], 7), TokenizedCandidate(OTHER, [1], 7)], 0)
 
 
 def test_bad_candidates_are_told_by_name(layout):
     with pytest.raises(ValueError, match="candidates: got none"):
         layout([])
     with pytest.raises(ValueError, match=r"candidates\[1\].prompt_ids: got no tokens"):
-        layout([RAGGED[0], Candidate([], [1])])
+        layout([RAGGED[0], TokenizedCandidate([], [1])])
 
 
 def test_a_multiple_below_one_is_an_error():

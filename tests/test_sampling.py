@@ -10,7 +10,7 @@ import torch
 from larpo.sampling import Distinct, Sampled, TransformersSampler, VLLMSampler, prompt_tokens, temperature_at
 
 transformers = pytest.importorskip("transformers")
-from tiny_tokenizer import WORDS, tiny_tokenizer  # noqa: E402
+from tiny_tokenizer import WORDS, tiny_tokenizer
 
 EOS = WORDS.index("<eos>")
 PROMPTS = ["a", "b c d e", "c d", "film"]

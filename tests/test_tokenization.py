@@ -8,11 +8,11 @@ from optional_hypothesis import given, st
 pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
-from tokenizer_families import CHATML, CORPUS, FAMILIES, LOSSY, tiny_tokenizer  # noqa: E402
+from tokenizer_families import CHATML, CORPUS, FAMILIES, LOSSY, tiny_tokenizer
 
-from larpo import border  # noqa: E402
-from larpo.data import as_lists  # noqa: E402
-from larpo.tokenization import TokenizationReport, tokenize_lists, tokenize_row  # noqa: E402
+from larpo.data import prompt_boundary
+from larpo.data.loading import as_lists
+from larpo.data.tokenization import TokenizationReport, tokenize_lists, tokenize_row
 
 datasets.disable_progress_bars()
 
@@ -119,8 +119,8 @@ def test_a_tokenizer_that_ends_texts_in_eos_does_not_end_prompts_in_it():
 
 def test_bos_is_not_doubled_where_the_prompt_brings_it(tokenizer):
     assert tokenize_row(row_of("<s>Answer:"), tokenizer) == tokenize_row(row_of("Answer:"), tokenizer)
-    assert border.leading_special_tokens(tokenizer) == [BOS]
-    assert border.leading_special_tokens(tiny_tokenizer("byte-level", bos=False)) == []
+    assert prompt_boundary.leading_special_tokens(tokenizer) == [BOS]
+    assert prompt_boundary.leading_special_tokens(tiny_tokenizer("byte-level", bos=False)) == []
 
 
 # --- EOS

@@ -9,12 +9,12 @@ import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
-from datasets import Dataset  # noqa: E402
+import tiny
+from datasets import Dataset
 
-from larpo.checkpoints import last_whole_checkpoint  # noqa: E402
-from larpo.config import LarPOConfig  # noqa: E402
-from larpo.trainer import LarPOTrainer  # noqa: E402
+from larpo.config import LarPOConfig
+from larpo.runs.checkpoints import last_whole_checkpoint
+from larpo.trainer import LarPOTrainer
 
 OBJECTIVES = ["pairwise", "contrastive", "listmle", "lambdarank"]
 
@@ -501,10 +501,10 @@ def test_prefix_sharing_that_cannot_be_had_says_why(tmp_path, data):
 
 
 def test_prefix_sharing_that_gives_other_numbers_falls_back(tmp_path, data, monkeypatch):
-    from larpo import prefix
+    from larpo.modeling import prefix_sharing
 
-    right = prefix.prefix_masks
-    monkeypatch.setattr(prefix, "prefix_masks", lambda *args: torch.zeros_like(right(*args)))
+    right = prefix_sharing.prefix_masks
+    monkeypatch.setattr(prefix_sharing, "prefix_masks", lambda *args: torch.zeros_like(right(*args)))
     with pytest.warns(UserWarning, match="share_prefix is off.*nats"):
         t = trainer(tmp_path, data, share_prefix=True)
     assert t.data_collator.layout == "padded"
@@ -617,7 +617,7 @@ def test_nothing_is_warned_of_in_an_ordinary_run(tmp_path, data):
 
 
 def test_a_base_model_that_was_scored_can_be_given_an_adapter(tmp_path, data):
-    from larpo.policy import Policy, attach
+    from larpo.modeling.policy import Policy, attach
 
     model = tiny.causal_lm()
     attach(model, Policy(model))

@@ -9,12 +9,12 @@ import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
-import tiny  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from test_trainer import config, eager_logps, eager_loss, lora, moved, own_precision, step, trainer  # noqa: E402, F401
+import tiny
+from datasets import Dataset
+from test_trainer import config, eager_logps, eager_loss, lora, moved, own_precision, step, trainer  # noqa: F401
 
-from larpo.reference import without_dropout  # noqa: E402
-from larpo.trainer import LarPOTrainer  # noqa: E402
+from larpo.modeling.reference_model import without_dropout
+from larpo.trainer import LarPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_a_reference_that_follows_goes_on_from_a_checkpoint(tmp_path, data, adap
 
 
 def test_only_a_reference_that_follows_is_in_the_checkpoints(tmp_path, data):
-    from larpo.reference import REFERENCE_FILE
+    from larpo.modeling.reference_model import REFERENCE_FILE
 
     options = dict(save_strategy="steps", save_steps=1)
     trainer(tmp_path, data, **options).train()

@@ -16,8 +16,8 @@ import larpo_kernels as lk
 from benchmarks.core.problem import BETA, OBJECTIVE
 from benchmarks.core.truth import Target
 from benchmarks.providers.registry import Output, provider
-from larpo.prefix import DENSE_MASK_TOKENS, TOLERANCE
-from larpo.rows import Candidate, backbone_inputs, padded_rows, shared_rows
+from larpo.modeling.prefix_sharing import DENSE_MASK_TOKENS, TOLERANCE
+from larpo.modeling.row_layouts import TokenizedCandidate, backbone_inputs, padded_rows, shared_rows
 
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -69,7 +69,7 @@ class ModelStep:
     dtype: torch.dtype
     device: torch.device
     model: torch.nn.Module
-    candidates: list[Candidate]
+    candidates: list[TokenizedCandidate]
     rows: dict[str, torch.Tensor] = field(default_factory=dict)  # those of the provider under way
     side, mode = "prefix", "step"
 
@@ -88,7 +88,7 @@ class ModelStep:
         draw = torch.Generator().manual_seed(seed)
         tokens = lambda n: torch.randint(config.vocab_size, (n,), generator=draw).tolist()  # noqa: E731
         prompt = tokens(shape.prompt)
-        candidates = [Candidate(prompt, tokens(shape.completion)) for _ in range(shape.m)]
+        candidates = [TokenizedCandidate(prompt, tokens(shape.completion)) for _ in range(shape.m)]
         return cls(case, seed, dtype, torch.device(device), model, candidates)
 
     def logps(self) -> torch.Tensor:

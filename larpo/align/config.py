@@ -9,9 +9,9 @@ from typing import Any
 
 from ..candidates import PAPER_SUBSETS
 from ..rewards import name_of
-from ..run_settings import changed
+from ..runs.identity import changed
+from ..runs.yaml_config import load_yaml, nearest, number
 from ..sampling import temperature_at
-from ..yaml_config import load_yaml, nearest, number
 
 # Settings of LarPOConfig where neither `training` nor the loop says otherwise. "paper": arXiv 2502.03699, its experiment
 # on objectives; it states neither schedule nor warm-up, these are what comparable public recipes use.

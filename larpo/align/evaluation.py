@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .. import retrieval
+from ..runs.files import Rows
 from .config import AlignConfig
-from .run_folder import Rows
 
 
 def metrics(rows: Rows, start: Rows, config: AlignConfig) -> dict[str, Any]:

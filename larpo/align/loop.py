@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..runs.files import read_json, write_json, write_text
 from . import stages
 from .config import AlignConfig, differences
 from .evaluation import interval
 from .prompts import load_prompts
-from .run_folder import RunFolder, read_json, write_json, write_text
+from .run_folder import RunFolder
 from .stages import Run
 
 if TYPE_CHECKING:

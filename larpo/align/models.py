@@ -71,7 +71,7 @@ class Models:
         return self._tokenizer
 
     def _load(self, name: str) -> PreTrainedModel:
-        from ..loading import load_causal_lm
+        from ..modeling.loading import load_causal_lm
 
         adapter = Path(name) / "adapter_config.json"
         base = self.initial() if adapter.is_file() else name
@@ -88,7 +88,7 @@ class Models:
         config = self.config
         if config.peft is None and config.trained_layers is None:
             return
-        from ..adapters import lora_config, with_adapter
+        from ..modeling.adapters import lora_config, with_adapter
 
         adapter = None if config.peft is None else lora_config(config.peft)
         model = self._without_weights()

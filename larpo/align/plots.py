@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..runs.files import write_whole
 from .config import AlignConfig
-from .run_folder import write_whole
 
 Metrics = list[dict[str, Any]]
 

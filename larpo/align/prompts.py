@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..chat import template_keywords
-from ..row_check import check_text
+from ..data.chat_template import template_keywords
+from ..data.validation import check_text
 from .config import AlignConfig
 
 Prompt = dict[str, Any]
@@ -74,8 +74,8 @@ def _read(source: Any, split: str, name: str) -> list[Prompt]:
 
 
 def _read_file(path: Path) -> list:
-    from ..data import read_json
-    from .run_folder import read_rows
+    from ..data.loading import read_json
+    from ..runs.files import read_rows
 
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")

@@ -18,12 +18,13 @@ import numpy as np
 from .. import candidates as lists_of
 from .. import rewards
 from ..candidates import Candidate, PromptList, from_rows, to_rows
-from ..chat import template_keywords
+from ..data.chat_template import template_keywords
+from ..runs.files import Rows, in_chunks, plain, read_json, read_rows, remove, rows_once, write_rows
 from . import evaluation, training
 from .config import AlignConfig
 from .models import Models
 from .prompts import Prompt, of_iteration
-from .run_folder import Rows, RunFolder, in_chunks, plain, read_json, read_rows, remove, rows_once, write_rows
+from .run_folder import RunFolder
 
 SAMPLE, EVALUATE, NEGATIVES = 1, 2, 3  # what a seed is for; 0 is training
 
@@ -118,7 +119,7 @@ def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
     """Log-likelihoods of the rows' exact tokens under a policy: sums, nats, one per candidate."""
     from datasets import Dataset
 
-    from ..policy import detach
+    from ..modeling.policy import detach
     from ..scoring import score_lists
 
     tokens = [{name: row[name] for name in ("prompt_ids", "completion_ids")} for row in rows]

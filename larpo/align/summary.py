@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..rewards import text_of
+from ..runs.files import read_rows
 from .evaluation import interval
-from .run_folder import read_rows
 from .stages import Run
 
 Metrics = list[dict[str, Any]]

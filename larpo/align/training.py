@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.files import Rows, plain, write_whole
 from .config import AlignConfig
-from .run_folder import Rows, plain, write_whole
 
 if TYPE_CHECKING:
     from .models import Models
@@ -28,7 +28,7 @@ def train(
     The reference is the policy before training, or the initial model with reference="initial". Without lists the policy
     is written as it is, with a warning.
     """
-    from ..checkpoints import last_whole_checkpoint
+    from ..runs.checkpoints import last_whole_checkpoint
     from ..trainer import LarPOTrainer
     from .models import train_last_layers
 
@@ -105,7 +105,7 @@ def _dataset(rows: Rows) -> Any:
 def _peft_config(config: AlignConfig, policy: Any) -> Any:
     if config.peft is None or hasattr(policy, "peft_config"):  # after the first iteration the policy has its adapter
         return None
-    from ..adapters import lora_config
+    from ..modeling.adapters import lora_config
 
     return lora_config(config.peft)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from larpo import rows
+from larpo.modeling import row_layouts
 
-from . import toy
+from .tasks import toy_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ class Menu:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], actions: Sequence[str]):
         if not prompts or not actions:
             raise ValueError(f"expected at least one prompt and one action, got {len(prompts)} and {len(actions)}")
-        ids = [toy.completion_ids(tokenizer, action, end=False) for action in actions]
+        ids = [toy_lm.completion_ids(tokenizer, action, end=False) for action in actions]
         for action, tokens in zip(actions, ids, strict=True):
             if not tokens:
                 raise ValueError(f"actions: {action!r} has no tokens, so its log-likelihood would be 0 whatever the policy")
@@ -45,9 +45,11 @@ class Menu:
         self.tokens = torch.tensor([float(len(tokens)) for tokens in ids])
         self.words = torch.tensor([float(len(action.split())) for action in actions])
         candidates = [
-            rows.Candidate(toy.prompt_ids(tokenizer, prompt), tokens, i) for i, prompt in enumerate(prompts) for tokens in ids
+            row_layouts.TokenizedCandidate(toy_lm.prompt_ids(tokenizer, prompt), tokens, i)
+            for i, prompt in enumerate(prompts)
+            for tokens in ids
         ]
-        self.rows = rows.shared_rows(candidates, tokenizer.pad_token_id, multiple=1)
+        self.rows = row_layouts.shared_rows(candidates, tokenizer.pad_token_id, multiple=1)
 
     def logps(self, model: PreTrainedModel) -> Tensor:
         """[prompts, actions] sums over tokens, nats."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import larpo_kernels as lk
 
-from . import questions, reading, report, tail
+from .harness import report, tail
+from .tasks import questions, reading
 
 ARMS = ("retriever", "answerer", "both")
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 import larpo_kernels as lk
 
-from . import report
-from .lists import implicit_rewards, list_means
+from .harness import report
+from .harness.lists import implicit_rewards, list_means
 
 Features = Callable[[Sequence[Tensor]], Tensor]  # completions' token ids -> [S, F]
 
@@ -84,7 +84,7 @@ def copo(
     objective: str = "pairwise",
     centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As a `larpo.recipes.trainer.Loss`, with the bonus [S] of each candidate beside it; gradients do not reach the bonus."""
+    """A `harness.trainer.Loss`, with the bonus [S] of each candidate beside it; gradients do not reach the bonus."""
     scores = implicit_rewards(logps, ref_logps, beta)
     loss = lk.listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective)
     weight = bonus.detach().to(logps)
@@ -100,7 +100,7 @@ def completions_of(inputs: Mapping[str, Any]) -> list[Tensor]:
 
 def make_trainer():
     """The trainer class: ObjectiveTrainer that hands each candidate's bonus to the loss."""
-    from .trainer import ObjectiveTrainer
+    from .harness.trainer import ObjectiveTrainer
 
     class CountTrainer(ObjectiveTrainer):
         def __init__(self, *args, counts: PseudoCounts, **kwargs):
@@ -128,8 +128,9 @@ def run(
     fit_steps: int = 300,
 ) -> dict[str, Any]:
     """Rounds of DPO on the best and worst of k completions on the naming task: without the bonus, with it, and centred."""
-    from . import naming, online
-    from .trainer import train
+    from .harness import online
+    from .harness.trainer import train
+    from .tasks import naming
 
     trainer = make_trainer()
 
@@ -156,7 +157,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    from .online import plot
+    from .harness.online import plot
 
     return report.main(argv, name="copo", doc=__doc__, run=run, plot=plot)
 

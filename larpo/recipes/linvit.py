@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from larpo import rows
+from larpo.modeling import row_layouts
 
-from . import lake, report, toy
 from .actions import Menu
+from .harness import report
+from .tasks import lake, toy_lm
 
 
 def regularised(q: Tensor, log_prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
@@ -83,13 +84,13 @@ def guidebook(draw: random.Random) -> tuple[str, str]:
 def lm_prior(seed: int, steps: int) -> Tensor:
     """log pi [S, A] of a tiny LM that has read the guidebook: its likelihoods of the actions' texts, normed over the list."""
     tokenizer, draw = lake.tokenizer(), random.Random(seed)
-    model = toy.causal_lm(tokenizer, seed=seed, hidden_size=32)
+    model = toy_lm.causal_lm(tokenizer, seed=seed, hidden_size=32)
     pairs = [guidebook(draw) for _ in range(400)]
     read = [
-        rows.Candidate(toy.prompt_ids(tokenizer, text), toy.completion_ids(tokenizer, action, end=False))
+        row_layouts.TokenizedCandidate(toy_lm.prompt_ids(tokenizer, text), toy_lm.completion_ids(tokenizer, action, end=False))
         for text, action in pairs
     ]
-    toy.fit(model, read, steps=steps, batch_size=32, seed=seed)
+    toy_lm.fit(model, read, steps=steps, batch_size=32, seed=seed)
     with torch.no_grad():
         menu = Menu(tokenizer, [lake.describe(state) for state in range(lake.STATES)], lake.ACTIONS)
         return menu.logps(model).double().log_softmax(-1)

@@ -13,8 +13,8 @@ p_i = l_i / n_i, the loss of one list is
 The last three have no reference. LiPO-lambda is LambdaRank("dcg") of larpo_kernels without its norm: LambdaRank divides gains
 by the list's ideal DCG, and its logarithm has base 2. So per list LiPO = LambdaRank * ideal DCG / log 2.
 
-Each function here is a `larpo.recipes.trainer.Loss`: it returns the mean over lists and the scores that it orders by. Lists
-of one candidate count in the mean; of them only the last terms of RRHF and PRO see anything. Candidates that tie form no pair
+Each function here is a `harness.trainer.Loss`: it returns the mean over lists and the scores that it orders by. Lists of
+one candidate count in the mean; of them only the last terms of RRHF and PRO see anything. Candidates that tie form no pair
 in LiPO-lambda, RRHF and PRO. SimPO, as larpo_kernels' Pairwise, takes the first of the best and the last of the worst.
 """
 
@@ -31,8 +31,8 @@ from torch import Tensor
 
 import larpo_kernels as lk
 
-from . import report
-from .lists import best, ideal_dcg, implicit_rewards, pairs
+from .harness import report
+from .harness.lists import best, ideal_dcg, implicit_rewards, pairs
 
 Numbers = tuple[Tensor, Tensor]
 
@@ -112,7 +112,7 @@ def run(
     fit_steps: int = 300,
     drawn_per_prompt: int = 8,
 ) -> dict[str, Any]:
-    """Every objective from the same start policy over the same lists; the naming task of `larpo.recipes.naming`.
+    """Every objective from the same start policy over the same lists; the naming task of `larpo.recipes.tasks.naming`.
 
     Per objective and seed: ndcg of held-out lists ordered by the objective's own scores; margin = mean (l - l_ref) of the best
     candidates minus that of the others, nats; reward of and KL to the start policy in drawn_per_prompt completions per prompt.
@@ -121,8 +121,8 @@ def run(
 
     from tqdm import tqdm
 
-    from . import naming
-    from .trainer import said, train
+    from .harness.trainer import said, train
+    from .tasks import naming
 
     tokenizer = naming.tokenizer()
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ["start policy", *objectives]}
@@ -172,12 +172,12 @@ def run(
 def measure(model, loss, *, start, tokenizer, held_out, drawn_per_prompt: int, seed: int) -> dict[str, float]:
     """What a run's table shows, of one policy: see `run`."""
     from larpo.metrics import list_metrics
-    from larpo.policy import detach
+    from larpo.modeling.policy import detach
     from larpo.retrieval import kl_estimate
     from larpo.sampling import TransformersSampler
 
-    from . import naming
-    from .trainer import logps_of
+    from .harness.trainer import logps_of
+    from .tasks import naming
 
     relevance = torch.tensor([c.score for one in held_out for c in one.candidates])
     sizes = torch.tensor([len(one.candidates) for one in held_out])

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from larpo import rows
+from larpo.modeling import row_layouts
 
-from . import corridor, report, toy
 from .actions import Menu
-from .corridor import ACTIONS, STATES
+from .harness import report
+from .tasks import corridor, toy_lm
+from .tasks.corridor import ACTIONS, STATES
 
 MOST_WEIGHT = 20.0  # a single lucky step does not outweigh a batch
 
@@ -56,14 +57,16 @@ class Planner:
 
     def __init__(self, seed: int, steps: int):
         words, draw = corridor.tokenizer(), random.Random(seed)
-        self.model = toy.causal_lm(words, seed=seed, hidden_size=32)
+        self.model = toy_lm.causal_lm(words, seed=seed, hidden_size=32)
         prompts = [corridor.prompt(s) for s in STATES] + [corridor.prompt(s, a) for a in range(len(ACTIONS)) for s in STATES]
         self.menu = Menu(words, prompts, ACTIONS)
         read = [
-            rows.Candidate(toy.prompt_ids(words, told), toy.completion_ids(words, ACTIONS[action], end=False))
+            row_layouts.TokenizedCandidate(
+                toy_lm.prompt_ids(words, told), toy_lm.completion_ids(words, ACTIONS[action], end=False)
+            )
             for told, action in (_selfish(draw) for _ in range(1500))
         ]
-        toy.fit(self.model, read, steps=steps, seed=seed)
+        toy_lm.fit(self.model, read, steps=steps, seed=seed)
 
     @torch.no_grad()
     def policy(self) -> np.ndarray:

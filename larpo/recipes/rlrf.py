@@ -22,14 +22,14 @@ from typing import Any
 from larpo.candidates import PromptList, deduplicate, rank
 from larpo.sampling import Sampler
 
-from . import report
+from .harness import report
 from .refinements import ORIGINAL, REFINEMENT, refine
 
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
 def naming_reward(*, prompts: Sequence[str], completions: Sequence[str], **_) -> list[float]:
-    from . import naming
+    from .tasks import naming
 
     return [naming.reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
@@ -43,7 +43,7 @@ def refined(
     sampler: Sampler, lists: list[PromptList], seed: int, *, blank: bool = False, promising: int | None = None
 ) -> tuple[list[PromptList], dict[str, float]]:
     """A source of as many candidates: the first half of the answers, and refinements in place of the others."""
-    from . import naming, naming_feedback
+    from .tasks import naming, naming_feedback
 
     half, draw = len(lists[0].candidates) // 2, random.Random(seed)
     answers = [replace(one, candidates=tuple(replace(c, source=ORIGINAL) for c in one.candidates[:half])) for one in lists]
@@ -90,9 +90,10 @@ def run(
     """Rounds of DPO on the best and worst of k completions on the naming task, all of them answers or half refinements."""
     if k < 2 or k % 2:
         raise ValueError(f"k must be even and at least 2, got {k}")
-    from . import naming, naming_feedback, online
+    from .harness import online
+    from .harness.trainer import train
     from .objectives import OBJECTIVES
-    from .trainer import train
+    from .tasks import naming, naming_feedback
 
     def trained_by(model, tokenizer):
         return lambda lists, seed: train(
@@ -128,7 +129,7 @@ def run(
 
 
 def plot(figure, result: dict[str, Any]) -> None:
-    from . import online
+    from .harness import online
 
     *_, found = online.PANELS
     online.plot(figure, result, panels=[("reward", "mean reward of first answers"), ("gain", "gain of a refinement"), found])

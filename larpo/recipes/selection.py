@@ -21,8 +21,9 @@ from torch import Tensor
 
 import larpo_kernels as lk
 
-from . import questions, reading, report, tail
-from .lists import implicit_rewards
+from .harness import report, tail
+from .harness.lists import implicit_rewards
+from .tasks import questions, reading
 
 
 def selection_loss(logps: Tensor, ref_logps: Tensor, correct: Tensor, list_sizes: Tensor, *, beta: float) -> Tensor:

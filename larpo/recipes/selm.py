@@ -20,8 +20,8 @@ from torch import Tensor
 
 import larpo_kernels as lk
 
-from . import report
-from .lists import implicit_rewards, list_means
+from .harness import report
+from .harness.lists import implicit_rewards, list_means
 
 
 def selm(
@@ -35,7 +35,7 @@ def selm(
     beta: float = 0.1,
     objective: str = "pairwise",
 ) -> tuple[Tensor, Tensor]:
-    """A `larpo.recipes.trainer.Loss` for lists whose candidates were all sampled from the reference."""
+    """A `larpo.recipes.harness.trainer.Loss` for lists whose candidates were all sampled from the reference."""
     scores = implicit_rewards(logps, ref_logps, beta)
     loss = lk.listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective)
     return loss + alpha * list_means(scores, list_sizes).mean(), scores
@@ -55,8 +55,9 @@ def run(
     fit_steps: int = 300,
 ) -> dict[str, Any]:
     """Rounds of DPO on the best and worst of k completions, with and without optimism, on the naming task."""
-    from . import naming, online
-    from .trainer import train
+    from .harness import online
+    from .harness.trainer import train
+    from .tasks import naming
 
     def arm(alpha: float):
         def trained_by(model, tokenizer):
@@ -75,7 +76,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    from .online import plot
+    from .harness.online import plot
 
     return report.main(argv, name="selm", doc=__doc__, run=run, plot=plot)
 

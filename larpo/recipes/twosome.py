@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import lake, report, toy
 from .actions import NORMALISATIONS, Menu, Normalisation, action_logits
+from .harness import report
+from .tasks import lake, toy_lm
 
 
 def ppo_loss(
@@ -63,7 +64,7 @@ def train(
     draw = np.random.default_rng(seed)
     env = lake.make(slippery=False)
     tokenizer = lake.tokenizer()
-    model = toy.causal_lm(tokenizer, seed=seed, hidden_size=32)
+    model = toy_lm.causal_lm(tokenizer, seed=seed, hidden_size=32)
     menu = Menu(tokenizer, [lake.describe(state) for state in range(lake.STATES)], lake.ACTIONS)
     lengths = menu.lengths(normalisation)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import larpo_kernels as lk
 
-from . import heads, rows
+from . import lm_heads, row_layouts
 
 
 class Policy:
@@ -30,13 +30,13 @@ class Policy:
         self, model: nn.Module, *, schedule: str = "auto", memory_budget: int | None = None, backend: str | None = None
     ):
         self.options = dict(schedule=schedule, memory_budget=memory_budget, backend=backend)
-        self.from_hidden: dict[heads.AdapterState, bool] = {}  # known of a state of the head after its first batch
+        self.from_hidden: dict[lm_heads.AdapterState, bool] = {}  # known of a state of the head after its first batch
         refuse(model)
 
     @torch.compiler.disable(recursive=False)  # torch.compile is for the backbone, which is called from here
     def logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Sum of token log-probs of each candidate in `batch` (see larpo/rows.py): [S] float32, nats."""
-        lm = heads.causal_lm(model)
+        """Sum of token log-probs of each candidate in `batch` (see larpo/modeling/row_layouts.py): [S] float32, nats."""
+        lm = lm_heads.causal_lm(model)
         from_hidden = self._is_from_hidden(lm, batch)
         inputs = _backbone_inputs(batch, lm.config, compute_dtype(lm))
         at, labels, cu_seqlens = batch["at"], batch["labels"], batch["cu_seqlens"]
@@ -48,27 +48,27 @@ class Policy:
 
     @torch.compiler.disable
     def _head(self, lm: nn.Module, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
-        post = heads.post_processing(lm.config)
+        post = lm_heads.post_processing(lm.config)
 
         def logps(hidden: Tensor) -> Tensor:
-            hidden, weight, bias = heads.head_inputs(lm, hidden)
+            hidden, weight, bias = lm_heads.head_inputs(lm, hidden)
             return lk.linear_sequence_logps(
                 hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, logit_scale=post.logit_scale, softcap=post.softcap,
                 **self.options,
             )  # fmt: skip
 
-        return heads.within_head(lm, logps, hidden)
+        return lm_heads.within_head(lm, logps, hidden)
 
     @torch.compiler.disable
     def _is_from_hidden(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
         """Whether log-likelihoods come from hidden states: with an adapter on the head, each of its states is checked."""
-        state = heads.adapter_state(lm)
+        state = lm_heads.adapter_state(lm)
         if state not in self.from_hidden:
             self.from_hidden[state] = self._choose(lm, batch)
         return self.from_hidden[state]
 
     def _choose(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
-        reason = _agreed(heads.check(lm, batch["input_ids"], _own_forward(lm)), batch["input_ids"].device)
+        reason = _agreed(lm_heads.check(lm, batch["input_ids"], _own_forward(lm)), batch["input_ids"].device)
         if reason is not None:
             warnings.warn(
                 f"{type(lm).__name__} is trained from its logits, which takes more memory than hidden states: {reason}",
@@ -94,14 +94,14 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-_backbone_inputs = torch.compiler.disable(rows.backbone_inputs)
+_backbone_inputs = torch.compiler.disable(row_layouts.backbone_inputs)
 
 
 @torch.compiler.disable(recursive=False)
 def _forward(self, *args, rows: Mapping[str, Tensor] | None = None, **kwargs):
-    if rows is None:
+    if row_layouts is None:
         return self._larpo_forward(*args, **kwargs)
-    return self._larpo_policy.logps(self, rows)
+    return self._larpo_policy.logps(self, row_layouts)
 
 
 def _own_forward(lm: nn.Module) -> Callable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import toy
+from . import toy_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -66,4 +66,4 @@ def prompt(state: tuple[int, int], ann_does: int | None = None) -> str:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return toy.tokenizer(["ann", "ben", "at", ":", *CELLS, *ACTIONS])
+    return toy_lm.tokenizer(["ann", "ben", "at", ":", *CELLS, *ACTIONS])

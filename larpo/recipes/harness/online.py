@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from larpo.candidates import PromptList
-from larpo.policy import detach
+from larpo.modeling.policy import detach
 from larpo.sampling import Sampler, TransformersSampler
 
-from . import naming
+from ..tasks import naming
 
 Train = Callable[[list[PromptList], int], dict[str, int]]  # (this round's lists, its seed) -> counts; trains in place
 # (the policy's sampler, this round's lists of k first answers, its seed) -> (lists to train on, measures of the round)

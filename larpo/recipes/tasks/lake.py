@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import report, toy
+from ..harness import report
+from . import toy_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = [*(word for state in range(STATES) for word in describe(state).split()), *" ".join(ACTIONS).split()]
     whole = [word for word in words if not word.endswith(ENDINGS)]
     stems = [word.removesuffix(ENDINGS[0]) for word in words if word.endswith(ENDINGS)]
-    return toy.tokenizer([*whole, *stems], ENDINGS)
+    return toy_lm.tokenizer([*whole, *stems], ENDINGS)
 
 
 def draw_action(chances: np.ndarray, draw: np.random.Generator) -> int:

@@ -14,7 +14,7 @@ from larpo.candidates import PromptList, drop_uninformative, to_rows
 from larpo.config import LarPOConfig
 from larpo.trainer import LarPOTrainer
 
-from . import toy
+from ..tasks import toy_lm
 
 # (logps [S], ref_logps [S] or None, num_tokens [S], relevance [S], list_sizes [L]) -> (mean loss over lists, scores [S])
 Loss = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -62,7 +62,7 @@ def train(
     counts["empty completions"] = sum(not c.completion for one in lists for c in one.candidates)
     if not kept:
         return counts  # nothing to learn from: the optimiser would divide noise by noise
-    with toy.quiet(), tempfile.TemporaryDirectory() as folder:
+    with toy_lm.quiet(), tempfile.TemporaryDirectory() as folder:
         arguments = LarPOConfig(
             output_dir=folder,
             max_steps=steps,
@@ -99,11 +99,11 @@ def said(counts: Mapping[str, int]) -> str:
 @torch.no_grad()
 def logps_of(model, tokenizer, lists: Sequence[PromptList]) -> tuple[Tensor, Tensor]:
     """Log-likelihoods [S] and tokens [S] of all candidates, lists one after the other."""
-    from larpo.collator import ListCollator
-    from larpo.policy import Policy, attach
+    from larpo.data.collator import ListCollator
+    from larpo.modeling.policy import Policy, attach
     from larpo.scoring import candidate_logps, tokenize_lists
 
-    with toy.quiet():
+    with toy_lm.quiet():
         tokens, _ = tokenize_lists(Dataset.from_list(to_rows(lists)), tokenizer)
     attach(model, Policy(model))
     found = candidate_logps(

@@ -17,9 +17,9 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from larpo.rows import Candidate as Tokens
+from larpo.modeling.row_layouts import TokenizedCandidate
 
-from . import naming, toy
+from . import naming, toy_lm
 from .naming import MOST_WORDS, PROMPTS, TOPICS, WORDS, WORTH
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def ask(prompt: str, completion: str, *, blank: bool = False) -> str:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return toy.tokenizer(["name", "and", *TOPICS, *WORDS, "|", "better", *MARKS, UNSAID, NOTHING])
+    return toy_lm.tokenizer(["name", "and", *TOPICS, *WORDS, "|", "better", *MARKS, UNSAID, NOTHING])
 
 
 def rewritten(prompt: str, completion: str, draw: random.Random, *, blank: bool) -> str:
@@ -84,16 +84,19 @@ def _word(prompt: str, draw: random.Random) -> str:
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 600) -> PreTrainedModel:
     """A tiny LM fitted to what the speaker says first, and to what the speaker makes of feedback and of "?"."""
     draw = random.Random(seed)
-    model = toy.causal_lm(tokenizer, seed=seed)
+    model = toy_lm.causal_lm(tokenizer, seed=seed)
     texts = [(prompt, naming.said(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
     for prompt in PROMPTS:
         for i in range(1000):
             answer = naming.said(prompt, draw) if i % 2 else " ".join(draw.choices(WORDS, k=draw.randint(0, MOST_WORDS + 1)))
             blank = i % 3 == 0
             texts.append((ask(prompt, answer, blank=blank), rewritten(prompt, answer, draw, blank=blank)))
-    toy.fit(
+    toy_lm.fit(
         model,
-        [Tokens(toy.prompt_ids(tokenizer, prompt), toy.completion_ids(tokenizer, text, end=True)) for prompt, text in texts],
+        [
+            TokenizedCandidate(toy_lm.prompt_ids(tokenizer, prompt), toy_lm.completion_ids(tokenizer, text, end=True))
+            for prompt, text in texts
+        ],
         steps=steps,
         learning_rate=6e-3,
         seed=seed,

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .row_check import check_row
 from .schemas import KNOWN, Schema, recognise
+from .validation import check_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .offline import CandidateList
+    from ..offline import CandidateList
 
 __all__ = ["as_lists", "check_row", "from_candidate_lists", "load_lists"]
 
@@ -64,7 +64,7 @@ def load_lists(source: Any, *, split: str = "train", scored: bool = True) -> Dat
 def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = True) -> Dataset:
     """Candidate lists in the form of this module, from a Dataset or a list of dicts; every row is checked.
 
-    The form is told by the columns (see `larpo.schemas`): {prompt, completions, scores} as they are;
+    The form is told by the columns (see `larpo.data.schemas`): {prompt, completions, scores} as they are;
     {prompt, responses, rewards}; {prompt, all_generated_responses, all_rm_scores}; pairs {chosen, rejected} with the
     prompt given or found as what both share at their start, and with scores 1 and 0 where no score columns are.
     Completions of messages that repeat the prompt's messages lose them. Other columns are kept. scored=False takes

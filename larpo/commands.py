@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from .align.run_folder import read_json, write_json
-from .run_settings import changed, content
-from .yaml_config import load_yaml, nearest
+from .runs.files import read_json, write_json
+from .runs.identity import changed, content
+from .runs.yaml_config import load_yaml, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,9 +131,9 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
 
     Raises ValueError where output_dir has checkpoints of another job, naming every difference.
     """
-    from .adapters import lora_config
-    from .checkpoints import last_whole_checkpoint
-    from .data import load_lists
+    from .data.loading import load_lists
+    from .modeling.adapters import lora_config
+    from .runs.checkpoints import last_whole_checkpoint
     from .trainer import LarPOTrainer
 
     adapter = None if job.peft is None else lora_config(job.peft)
@@ -210,8 +210,8 @@ def score(
     import torch
     from transformers import AutoTokenizer
 
-    from .data import load_lists
-    from .loading import load_causal_lm
+    from .data.loading import load_lists
+    from .modeling.loading import load_causal_lm
     from .scoring import score_lists
 
     out = Path(out).expanduser()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .candidates import top_bottom_indices
-from .data import as_lists
+from ..candidates import top_bottom_indices
+from .loading import as_lists
 from .tokenization import tokenize_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from .config import LarPOConfig
+    from ..config import LarPOConfig
 
 PER_CANDIDATE = ("completions", "scores", "source", "ref_logps", "num_tokens", "completion_ids")
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .row_check import present
+from .validation import present
 
 Message = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from larpo.offline import json_lines
 
-from . import report
+from ..harness import report
 
 FILE = "data/Bigbench/DisflQA/test.jsonl"
 FEWEST_WORDS, MOST_WORDS = 8, 40  # of a passage: shorter sentences join the one before, longer ones are cut

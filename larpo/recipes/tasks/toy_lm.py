@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from larpo import rows
+from larpo.modeling import row_layouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -46,10 +46,10 @@ def completion_ids(tokenizer: PreTrainedTokenizerFast, text: str, *, end: bool) 
 
 
 def causal_lm(tokenizer: PreTrainedTokenizerFast, *, seed: int, hidden_size: int = 48, layers: int = 2) -> PreTrainedModel:
-    """A random Llama of this size, with the forward model(rows=batch) of `larpo.policy`."""
+    """A random Llama of this size, with the forward model(rows=batch) of `larpo.modeling.policy`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from larpo.policy import Policy, attach
+    from larpo.modeling.policy import Policy, attach
 
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -70,7 +70,7 @@ def causal_lm(tokenizer: PreTrainedTokenizerFast, *, seed: int, hidden_size: int
 
 def fit(
     model: PreTrainedModel,
-    candidates: Sequence[rows.Candidate],
+    candidates: Sequence[row_layouts.TokenizedCandidate],
     *,
     steps: int,
     batch_size: int = 64,
@@ -84,7 +84,7 @@ def fit(
     model.train()
     for _ in range(steps):
         drawn = torch.randint(len(candidates), (batch_size,), generator=generator).tolist()
-        loss = -model(rows=rows.padded_rows([candidates[i] for i in drawn], model.config.pad_token_id)).mean()
+        loss = -model(rows=row_layouts.padded_rows([candidates[i] for i in drawn], model.config.pad_token_id)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 
-class Candidate(NamedTuple):
+class TokenizedCandidate(NamedTuple):
     """One completion of a prompt, as tokens. The prompt has at least one token (a BOS will do); the completion may be empty."""
 
     prompt_ids: Sequence[int]
@@ -38,12 +38,12 @@ class Candidate(NamedTuple):
     list_index: int = 0
 
 
-def padded_rows(candidates: Sequence[Candidate], pad_token_id: int, multiple: int = 8) -> dict[str, Tensor]:
+def padded_rows(candidates: Sequence[TokenizedCandidate], pad_token_id: int, multiple: int = 8) -> dict[str, Tensor]:
     """A row a candidate (R = S), padded to the right to the longest, T rounded up to `multiple`.
 
     Raises ValueError without candidates, for a prompt without tokens and for multiple < 1.
 
-    >>> rows = padded_rows([Candidate([1, 2], [3, 4]), Candidate([1, 2], [5])], pad_token_id=0, multiple=1)
+    >>> rows = padded_rows([TokenizedCandidate([1, 2], [3, 4]), TokenizedCandidate([1, 2], [5])], pad_token_id=0, multiple=1)
     >>> rows["input_ids"].tolist(), rows["at"].tolist(), rows["labels"].tolist()
     ([[1, 2, 3, 4], [1, 2, 5, 0]], [1, 2, 5], [3, 4, 5])
     """
@@ -59,7 +59,7 @@ def padded_rows(candidates: Sequence[Candidate], pad_token_id: int, multiple: in
     }
 
 
-def packed_rows(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+def packed_rows(candidates: Sequence[TokenizedCandidate]) -> dict[str, Tensor]:
     """All candidates behind one another in one row (R = 1), nothing padded.
 
     For attention that keeps sequences apart by their borders (flash-attention's varlen kernels). Without it transformers
@@ -67,7 +67,7 @@ def packed_rows(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
 
     Raises ValueError without candidates and for a prompt without tokens.
 
-    >>> rows = packed_rows([Candidate([1, 2], [3, 4]), Candidate([1, 2], [5])])
+    >>> rows = packed_rows([TokenizedCandidate([1, 2], [3, 4]), TokenizedCandidate([1, 2], [5])])
     >>> rows["input_ids"].tolist(), rows["position_ids"].tolist(), rows["cu_seqlens_q"].tolist()
     ([[1, 2, 3, 4, 1, 2, 5]], [[0, 1, 2, 3, 0, 1, 2]], [0, 4, 7])
     """
@@ -85,13 +85,13 @@ def packed_rows(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
 
 
 def shared_rows(
-    candidates: Sequence[Candidate], pad_token_id: int, multiple: int = 64, max_completion_tokens: int | None = None
+    candidates: Sequence[TokenizedCandidate], pad_token_id: int, multiple: int = 64, max_completion_tokens: int | None = None
 ) -> dict[str, Tensor]:
     """A row a list: "prompt + candidate 1 + ... + candidate m", so that the prompt runs once.
 
     Neighbours with the same list_index share a row. Positions of each candidate start again behind the prompt, and the
     prompt's last hidden state predicts the first token of every candidate: it is in `at` once for each. Needs attention
-    by the masks of `larpo.prefix`. T is rounded up to `multiple`, so that compiled attention sees few lengths.
+    by the masks of `larpo.modeling.prefix_sharing`. T is rounded up to `multiple`, so that compiled attention sees few lengths.
 
     Attention that computes what it masks (SDPA, not FlexAttention) pays for every candidate seeing every other. With
     max_completion_tokens a list of more than that is spread evenly over as few rows as hold it, each with the prompt; a
@@ -99,7 +99,7 @@ def shared_rows(
 
     Raises ValueError if candidates of a list have different prompts, and as `padded_rows`.
 
-    >>> rows = shared_rows([Candidate([1, 2], [3, 4]), Candidate([1, 2], [5])], pad_token_id=0, multiple=1)
+    >>> rows = shared_rows([TokenizedCandidate([1, 2], [3, 4]), TokenizedCandidate([1, 2], [5])], pad_token_id=0, multiple=1)
     >>> rows["input_ids"].tolist(), rows["position_ids"].tolist(), rows["segments"].tolist()
     ([[1, 2, 3, 4, 5]], [[0, 1, 2, 3, 2]], [[0, 0, 1, 1, 2]])
     >>> rows["at"].tolist(), rows["labels"].tolist(), rows["cu_seqlens"].tolist()
@@ -135,7 +135,7 @@ def shared_rows(
 def num_tokens(rows: dict[str, Tensor]) -> int:
     """Tokens that the backbone runs for these rows, padding left out. Of rows on a GPU it waits for the device.
 
-    >>> candidates = [Candidate([1, 2], [3, 4]), Candidate([1, 2], [5])]
+    >>> candidates = [TokenizedCandidate([1, 2], [3, 4]), TokenizedCandidate([1, 2], [5])]
     >>> num_tokens(padded_rows(candidates, 0)), num_tokens(packed_rows(candidates)), num_tokens(shared_rows(candidates, 0))
     (7, 7, 5)
     """
@@ -155,13 +155,14 @@ def backbone_inputs(rows: dict[str, Tensor], model_config, dtype: torch.dtype) -
         dtype: what attention computes in, the autocast dtype where there is one; prefix masks come in it.
 
     Returns:
-        input_ids, position_ids, and attention_mask: [R, T] for padded rows, by `larpo.prefix.prefix_masks` for shared rows.
+        input_ids, position_ids, and attention_mask: [R, T] for padded rows, for shared rows by
+        `larpo.modeling.prefix_sharing.prefix_masks`.
         Packed rows have none; flash attention gets their borders instead (the longest is read from the device, once a call).
         Pass use_cache=False beside them: with a cache transformers does not look for sequences packed in a row.
     """
     inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"]}
     if "segments" in rows:
-        from .prefix import prefix_masks
+        from .prefix_sharing import prefix_masks
 
         inputs["attention_mask"] = prefix_masks(rows["segments"], rows["position_ids"], model_config, dtype)
     elif "attention_mask" in rows:
@@ -172,7 +173,7 @@ def backbone_inputs(rows: dict[str, Tensor], model_config, dtype: torch.dtype) -
     return inputs
 
 
-def _check(candidates: Sequence[Candidate], multiple: int = 1) -> None:
+def _check(candidates: Sequence[TokenizedCandidate], multiple: int = 1) -> None:
     if not candidates:
         raise ValueError("candidates: got none, expected at least one")
     for i, c in enumerate(candidates):
@@ -182,7 +183,7 @@ def _check(candidates: Sequence[Candidate], multiple: int = 1) -> None:
         raise ValueError(f"multiple: got {multiple}, expected at least 1")
 
 
-def _row_lists(candidates: Sequence[Candidate], max_completion_tokens: int | None) -> list[list[Candidate]]:
+def _row_lists(candidates: Sequence[TokenizedCandidate], max_completion_tokens: int | None) -> list[list[TokenizedCandidate]]:
     """The candidates of each shared row: neighbours of one list, which must have one prompt."""
     found = []
     for index, same in groupby(candidates, key=lambda c: c.list_index):
@@ -198,7 +199,7 @@ def _row_lists(candidates: Sequence[Candidate], max_completion_tokens: int | Non
     return found
 
 
-def _spread(same: list[Candidate], most: int | None) -> list[list[Candidate]]:
+def _spread(same: list[TokenizedCandidate], most: int | None) -> list[list[TokenizedCandidate]]:
     """One list in as few rows as hold at most so many completion tokens each, their candidates even in number."""
     for count in range(1, len(same) + 1):
         borders = [i * len(same) // count for i in range(count + 1)]
@@ -215,7 +216,7 @@ def _rectangle(rows: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> T
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.int64)
 
 
-def _counted(candidates: Sequence[Candidate], before: list[int], starts: list[int]) -> dict[str, Tensor]:
+def _counted(candidates: Sequence[TokenizedCandidate], before: list[int], starts: list[int]) -> dict[str, Tensor]:
     """at, labels, cu_seqlens; before, starts: flat places of each prompt's last and each completion's first token."""
     at, labels, lengths = [], [], []
     for c, last, start in zip(candidates, before, starts, strict=True):

@@ -1,8 +1,8 @@
 """A language model reads questions: rows in which it scores the question behind each passage, and every option behind both.
 
 One row is "Passage: ... Question: q Answer: option 1 option 2 ...", each option behind the prompt alone (see
-`larpo.rows.shared_rows`). On the way to them the same forward gives log p(q | passage), the query likelihood that language
-models rank passages by.
+`larpo.modeling.row_layouts.shared_rows`). On the way to them the same forward gives log p(q | passage), the query
+likelihood that language models rank passages by.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from larpo import rows
+from larpo.modeling import row_layouts
 
 from .questions import Question, exact_match
 
@@ -36,8 +36,12 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Seque
     asked, options = ids(f" {question.text}"), [ids(f" {option}") for option in question.options]
     before = [ids("".join(f"Passage: {passage}\n" for passage in one) + "Question:") for one in shown]
     behind = ids("\nAnswer:")
-    batch = rows.shared_rows(
-        [rows.Candidate(head + asked + behind, option, i) for i, head in enumerate(before) for option in options],
+    batch = row_layouts.shared_rows(
+        [
+            row_layouts.TokenizedCandidate(head + asked + behind, option, i)
+            for i, head in enumerate(before)
+            for option in options
+        ],
         fill, multiple=1,
     )  # fmt: skip
     width = batch["input_ids"].shape[1]

@@ -3,8 +3,8 @@
 The order of things, for each row:
 
 1. Tokens. `prompt_ids` and `completion_ids` of the row are taken as they are. Otherwise the text is tokenised, with the
-   prompt's tokens those of the prompt alone (see `larpo.border`). Text gets what the tokenizer puts in front (BOS);
-   messages go through the chat template, which writes its own special tokens (see `larpo.chat`).
+   prompt's tokens those of the prompt alone (see `larpo.data.prompt_boundary`). Text gets what the tokenizer puts in front
+   (BOS); messages go through the chat template, which writes its own special tokens (see `larpo.data.chat_template`).
 2. EOS ends a completion that is text, unless it is there already, and one from a chat template that left the turn open.
 3. A prompt above `max_prompt_length` is cut: "keep_end" keeps its last tokens (and a BOS at its start), "keep_start" its
    first ones. An empty prompt becomes BOS, or EOS where there is no BOS: the first token needs one to be predicted from.
@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import border, chat
-from .row_check import check_row
+from . import chat_template, prompt_boundary
+from .validation import check_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -182,18 +182,18 @@ def _tokenize(
 
 
 def _from_text(prompt: str, completions: list[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    leading = border.leading_special_tokens(tokenizer)
-    return border.split(tokenizer, prompt, [prompt + completion for completion in completions], leading)
+    leading = prompt_boundary.leading_special_tokens(tokenizer)
+    return prompt_boundary.split(tokenizer, prompt, [prompt + completion for completion in completions], leading)
 
 
 def _from_messages(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[list[int], list[list[int]]]:
     """The template writes BOS itself where the model wants one, so nothing is put in front."""
     try:
-        keywords = chat.template_keywords(row)
+        keywords = chat_template.template_keywords(row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    start = chat.prompt_text(tokenizer, row["prompt"], keywords)
-    texts = [chat.whole_text(tokenizer, row["prompt"], answer, keywords) for answer in row["completions"]]
+    start = chat_template.prompt_text(tokenizer, row["prompt"], keywords)
+    texts = [chat_template.whole_text(tokenizer, row["prompt"], answer, keywords) for answer in row["completions"]]
     for i, text in enumerate(texts):
         if not text.startswith(start):
             at = next((k for k, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
@@ -202,7 +202,7 @@ def _from_messages(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[
                 f"prompt: {start[at : at + 40]!r} became {text[at : at + 40]!r}. Use a template that only appends, or give "
                 "the row as prompt_ids and completion_ids"
             )
-    return border.split(tokenizer, start, texts)
+    return prompt_boundary.split(tokenizer, start, texts)
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
@@ -220,7 +220,7 @@ def _ended(ids: list[int], tokenizer: Any, append_eos: bool) -> list[int]:
 
 def _turn_is_over(ids: list[int], tokenizer: Any, special: set[int]) -> bool:
     """Whether the text of a template ends in a special token (of any name: EOS, end of turn) and perhaps white space."""
-    last = next((id for id in reversed(ids) if id in special or border.decode(tokenizer, [id]).strip()), None)
+    last = next((id for id in reversed(ids) if id in special or prompt_boundary.decode(tokenizer, [id]).strip()), None)
     return last in special
 
 

@@ -16,9 +16,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from larpo.candidates import Candidate, PromptList
-from larpo.rows import Candidate as Tokens
+from larpo.modeling.row_layouts import TokenizedCandidate
 
-from . import toy
+from . import toy_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -52,7 +52,7 @@ def reward(prompt: str, completion: str) -> float:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return toy.tokenizer(["name", "and", *TOPICS, *WORDS])
+    return toy_lm.tokenizer(["name", "and", *TOPICS, *WORDS])
 
 
 def said(prompt: str, draw: random.Random) -> str:
@@ -65,12 +65,13 @@ def said(prompt: str, draw: random.Random) -> str:
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 300) -> PreTrainedModel:
     """A tiny LM fitted to the speaker's text."""
     draw = random.Random(seed)
-    model = toy.causal_lm(tokenizer, seed=seed)
+    model = toy_lm.causal_lm(tokenizer, seed=seed)
     texts = [(prompt, said(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
     spoken = [
-        Tokens(toy.prompt_ids(tokenizer, prompt), toy.completion_ids(tokenizer, text, end=True)) for prompt, text in texts
+        TokenizedCandidate(toy_lm.prompt_ids(tokenizer, prompt), toy_lm.completion_ids(tokenizer, text, end=True))
+        for prompt, text in texts
     ]
-    toy.fit(model, spoken, steps=steps, seed=seed)
+    toy_lm.fit(model, spoken, steps=steps, seed=seed)
     return model
 
 
@@ -84,10 +85,10 @@ def lists(tokenizer: PreTrainedTokenizerFast, n: int, m: int, *, seed: int) -> l
             said(prompt, draw) if j % 2 else " ".join(draw.choices(WORDS, k=draw.randint(1, MOST_WORDS))) for j in range(m)
         ]
         candidates = [
-            Candidate(text, reward(prompt, text), completion_ids=tuple(toy.completion_ids(tokenizer, text, end=True)))
+            Candidate(text, reward(prompt, text), completion_ids=tuple(toy_lm.completion_ids(tokenizer, text, end=True)))
             for text in texts
         ]
-        made.append(PromptList(prompt, tuple(candidates), prompt_ids=tuple(toy.prompt_ids(tokenizer, prompt))))
+        made.append(PromptList(prompt, tuple(candidates), prompt_ids=tuple(toy_lm.prompt_ids(tokenizer, prompt))))
     return made
 
 

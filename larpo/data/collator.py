@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import rows
+from ..modeling import row_layouts
 
 Layout = Literal["padded", "packed", "shared"]
 
@@ -23,7 +23,7 @@ class ListCollator:
         num_tokens  [S] int64      completion tokens of each candidate
         ref_logps   [S] float32    where the data has them: sums over tokens, nats
         num_input_tokens  int      tokens that the backbone runs
-        rows        list of dicts  the candidates' tokens (larpo/rows.py), slice_size candidates in each (None: all in one)
+        rows        list of dicts  the candidates' tokens (row_layouts.py), slice_size candidates in each (None: all in one)
 
     layout: "padded", one row per candidate; "packed", one row of all, for variable-length attention; "shared", one row
     per list in which the prompt stands once, or several with at most max_completion_tokens behind it in each.
@@ -37,7 +37,7 @@ class ListCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         candidates = [
-            rows.Candidate(example["prompt_ids"], completion, i)
+            row_layouts.TokenizedCandidate(example["prompt_ids"], completion, i)
             for i, example in enumerate(examples)
             for completion in example["completion_ids"]
         ]
@@ -48,15 +48,17 @@ class ListCollator:
             "num_tokens": torch.tensor([len(candidate.completion_ids) for candidate in candidates]),
             "rows": [self._rows(candidates[a : a + size]) for a in range(0, len(candidates), size)],
         }
-        batch["num_input_tokens"] = sum(map(rows.num_tokens, batch["rows"]))
+        batch["num_input_tokens"] = sum(map(row_layouts.num_tokens, batch["rows"]))
         if examples[0].get("ref_logps") is not None:
             batch["ref_logps"] = torch.tensor([x for example in examples for x in example["ref_logps"]], dtype=torch.float32)
         return batch
 
-    def _rows(self, candidates: Sequence[rows.Candidate]) -> dict[str, torch.Tensor]:
+    def _rows(self, candidates: Sequence[row_layouts.TokenizedCandidate]) -> dict[str, torch.Tensor]:
         if self.layout == "packed":
-            return rows.packed_rows(candidates)
+            return row_layouts.packed_rows(candidates)
         options = {} if self.pad_to_multiple_of is None else {"multiple": self.pad_to_multiple_of}
         if self.layout == "shared":
-            return rows.shared_rows(candidates, self.pad_token_id, max_completion_tokens=self.max_completion_tokens, **options)
-        return rows.padded_rows(candidates, self.pad_token_id, **options)
+            return row_layouts.shared_rows(
+                candidates, self.pad_token_id, max_completion_tokens=self.max_completion_tokens, **options
+            )
+        return row_layouts.padded_rows(candidates, self.pad_token_id, **options)

@@ -2,7 +2,7 @@
 
 Training only the last layers runs all the others again in every step, to the same result. `cut` runs them once for all rows of
 an experiment and keeps their output in a table. The tail is a causal LM whose embedding is that table: its `input_ids` are
-places in the table, and everything else (rows, masks, `larpo.policy`, the head) stays what it was.
+places in the table, and everything else (rows, masks, `larpo.modeling.policy`, the head) stays what it was.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from larpo.policy import Policy, attach
-from larpo.rows import backbone_inputs
+from larpo.modeling.policy import Policy, attach
+from larpo.modeling.row_layouts import backbone_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ def cut(
 
     Args:
         model: a causal LM built as Llama is: model.model has embed_tokens, layers and norm. It is left as it was.
-        batches: of `larpo.rows`.
+        batches: of `larpo.modeling.row_layouts`.
         layers: between 1 and the model's number of layers.
 
     The tail's layers and last norm are copies that can be trained; its head is the model's, frozen.

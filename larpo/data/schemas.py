@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .row_check import OPTIONAL, REQUIRED, bad_field, check_completions, check_number, check_text, present
+from .validation import OPTIONAL, REQUIRED, bad_field, check_completions, check_number, check_text, present
 
 Row = dict[str, Any]
 
