@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import larpo_kernels as lk  # noqa: E402
-from larpo_kernels import schedules  # noqa: E402
+from larpo_kernels.linear import schedules  # noqa: E402
 
 TOKENS, HIDDEN, VOCAB = 512, 128, 4096
 STDS = (1, 2, 4, 8, 16, 32)

@@ -31,11 +31,11 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.reporting.tables import aligned
-from larpo_kernels import schedules
+from larpo_kernels.linear import schedules
 
 NO_GPU = "tune needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
 NOISE = 0.02  # a candidate must be faster by this share
-SCHEDULE_VALUES = ("GPU_TILE_BYTES", "GPU_TILE_TOKENS")  # names in larpo_kernels/schedules.py; the rest are fields of Launch
+SCHEDULE_VALUES = ("GPU_TILE_BYTES", "GPU_TILE_TOKENS")  # names in linear/schedules.py; the rest are fields of Launch
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def table(group: Group, rows: list[dict], most: int = 8) -> str:
 
 
 def entry(arch: str, values: dict[str, int], origin: str) -> str:
-    """A line of launch.TABLE, and lines of schedules.py."""
+    """A line of launch.TABLE, and lines of linear/schedules.py."""
     launch = {name: value for name, value in values.items() if name not in SCHEDULE_VALUES}
     line = f'    "{arch}": Launch({", ".join(f"{name}={value}" for name, value in launch.items())}, origin="{origin}"),'
     return "\n".join([line, *(f"{name} = {_bytes(values[name])}  # {origin}" for name in SCHEDULE_VALUES)])

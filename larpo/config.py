@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from larpo_kernels import layout
+from larpo_kernels import validation
+from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
-from larpo_kernels.schedules import SCHEDULES
 
 
 def _arg(default: Any, text: str) -> Any:
@@ -76,7 +76,7 @@ class LarPOConfig(TrainingArguments):
         super().__post_init__()
         self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
         self.resolved_objective()  # refused here, not after the model is loaded
-        layout.positive("beta", self.beta)
+        validation.positive("beta", self.beta)
         for name in ("max_length", "max_prompt_length", "candidate_micro_batch_size", "precompute_ref_batch_size", "ndcg_k"):
             _count(name, getattr(self, name), at_least=1)
         for name in ("list_top", "list_bottom"):

@@ -2,11 +2,11 @@
 
 from . import reference
 from .fused_listwise_loss import fused_linear_listwise_loss, fused_listwise_loss
+from .linear.schedules import Plan
 from .logps import linear_sequence_logps, linear_token_logps, plan, sequence_logps, token_logps
 from .microbatch import backward_in_slices
 from .objectives import Contrastive, LambdaRank, ListMLE, ListNet, Pairwise, listwise_loss
 from .outputs import ListwiseLossOutput, TokenLogps
-from .schedules import Plan
 
 __all__ = [
     "Contrastive",

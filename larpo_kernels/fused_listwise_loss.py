@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from . import layout, ops
+from . import ops, validation
 from .logps import LinearTokens, counted
 from .objectives import Objective, resolve
 from .outputs import ListwiseLossOutput
@@ -71,8 +71,8 @@ def fused_listwise_loss(
     >>> tuple(out.scores.shape), tuple(logits.grad.shape)
     ((4,), (4, 5, 100))
     """
-    tokens = layout.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
-    layout.check_options(logit_scale=logit_scale, softcap=softcap)
+    tokens = validation.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
+    validation.check_options(logit_scale=logit_scale, softcap=softcap)
     lists = Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
     token_outputs = ops.token_logps(
         tokens,
@@ -145,13 +145,13 @@ class Lists:
     """The list side of a fused loss: checked when made, computed once the token log-probs are there."""
 
     def __init__(self, tokens, relevance, list_sizes, ref_logps, objective, beta, reduction):
-        layout.check_options(beta=beta, reduction=reduction)
+        validation.check_options(beta=beta, reduction=reduction)
         n = tokens.num_candidates
         self.objective, self.beta, self.reduction = resolve(objective), beta, reduction
         self.cu_tokens = tokens.cu_tokens
-        self.cu_lists = layout.lists(list_sizes, n, tokens.values.device)
-        self.relevance = layout.relevance(relevance, self.cu_lists, tokens.values, n)
-        self.ref_logps = layout.ref_logps(ref_logps, n, tokens.values)
+        self.cu_lists = validation.lists(list_sizes, n, tokens.values.device)
+        self.relevance = validation.relevance(relevance, self.cu_lists, tokens.values, n)
+        self.ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
 
     def loss(self, token_outputs, counted, shape, return_stats, backend) -> ListwiseLossOutput:
         token_logps, entropy, top1 = token_outputs

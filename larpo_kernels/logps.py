@@ -6,9 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from . import layout, ops, schedules
+from . import ops, validation
+from .linear import schedules
+from .linear.vocab_shard import IGNORED
 from .outputs import TokenLogps
-from .shards import IGNORED
 
 
 def token_logps(
@@ -49,8 +50,8 @@ def token_logps(
     >>> token_logps(logits, torch.tensor([2, -100]))
     tensor([-1.3863,  0.0000])
     """
-    tokens = layout.tokens(logits, labels, None, name="logits", ignore_index=ignore_index, need_candidates=False)
-    layout.check_options(logit_scale=logit_scale, softcap=softcap)
+    tokens = validation.tokens(logits, labels, None, name="logits", ignore_index=ignore_index, need_candidates=False)
+    validation.check_options(logit_scale=logit_scale, softcap=softcap)
     out = ops.token_logps(
         tokens,
         ignore_index=ignore_index,
@@ -97,8 +98,8 @@ def sequence_logps(
     >>> sequence_logps(logits, labels)
     tensor([-6.9078, -2.3026])
     """
-    tokens = layout.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
-    layout.check_options(logit_scale=logit_scale, softcap=softcap)
+    tokens = validation.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
+    validation.check_options(logit_scale=logit_scale, softcap=softcap)
     logps, _, _ = ops.token_logps(
         tokens,
         ignore_index=ignore_index,
@@ -214,13 +215,13 @@ class LinearTokens:
         self, hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
         candidates=True, shard=None,
     ):  # fmt: skip
-        layout.check_head(hidden, weight, bias)
-        self.tokens = layout.tokens(
+        validation.check_head(hidden, weight, bias)
+        self.tokens = validation.tokens(
             hidden, labels, cu_seqlens, name="hidden", vocab_size=weight.shape[0] if shard is None else shard.size,
             ignore_index=ignore_index,
             need_candidates=candidates,
         )  # fmt: skip
-        layout.check_options(logit_scale=logit_scale, softcap=softcap)
+        validation.check_options(logit_scale=logit_scale, softcap=softcap)
         self.weight, self.bias, self.shard, self.ignore_index = weight, bias, shard, ignore_index
         self.labels = self.tokens.labels.reshape(-1)
         self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=backend)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from . import layout
+from . import validation
 from .objectives import Objective, listwise_loss, resolve
 from .outputs import ListwiseLossOutput
 
@@ -64,10 +64,10 @@ def backward_in_slices(
         raise ValueError(f"slice_size must be an int >= 1, got {slice_size!r}")
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum' here: a backward needs one number")
-    layout.check_options(beta=beta, reduction=reduction)
+    validation.check_options(beta=beta, reduction=reduction)
     objective = resolve(objective)
     s = relevance.shape[0]
-    layout.lists(list_sizes, s, relevance.device)  # refused before the first pass, not after it
+    validation.lists(list_sizes, s, relevance.device)  # refused before the first pass, not after it
     slices = [slice(a, min(a + slice_size, s)) for a in range(0, s, slice_size)]
     slices += [slice(s, s)] * max(0, (num_slices or 0) - len(slices))
     states = []
@@ -77,7 +77,7 @@ def backward_in_slices(
             states.append(_rng_state() if replay_rng else None)
             parts.append(_checked(logps(at), at))
     all_logps = torch.cat(parts).detach().requires_grad_() if parts else relevance.new_zeros(0).float().requires_grad_()
-    ref = layout.ref_logps(ref_logps, s, all_logps)
+    ref = validation.ref_logps(ref_logps, s, all_logps)
     with torch.enable_grad():
         if loss is None:
             scores = beta * (all_logps if ref is None else all_logps - ref)
@@ -94,7 +94,7 @@ def backward_in_slices(
 def _checked(part: Tensor, at: slice) -> Tensor:
     if tuple(part.shape) != (at.stop - at.start,):
         raise ValueError(
-            f"logps must return [{at.stop - at.start}] for candidates {at.start}:{at.stop}, got shape {layout.shape(part)}"
+            f"logps must return [{at.stop - at.start}] for candidates {at.start}:{at.stop}, got shape {validation.shape(part)}"
         )
     return part
 

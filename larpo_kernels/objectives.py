@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from . import layout, ops
+from . import ops, validation
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def listwise_loss(
     [0.6931, 2.1269]
     """
     objective = resolve(objective)
-    layout.check_scores(scores)
-    layout.check_options(reduction=reduction)
-    lists = layout.lists(list_sizes, scores.shape[0], scores.device)
-    relevance = layout.relevance(relevance, lists, scores)
+    validation.check_scores(scores)
+    validation.check_options(reduction=reduction)
+    lists = validation.lists(list_sizes, scores.shape[0], scores.device)
+    relevance = validation.relevance(relevance, lists, scores)
     loss, _, _ = ops.list_stage(scores, None, None, lists, relevance, None, objective, beta=1.0, backend=backend)
     return ops.reduce(loss, reduction)

@@ -27,12 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import layout, ops
+from . import ops, validation
 from .fused_listwise_loss import Lists
+from .linear.vocab_shard import VocabShard, process_group
 from .logps import LinearTokens, counted
 from .objectives import Objective
 from .outputs import ListwiseLossOutput
-from .shards import VocabShard, process_group
 
 __all__ = [
     "VocabShard",
@@ -213,7 +213,7 @@ def fused_listwise_loss(
 def _head(hidden, weight, labels, shard, bias, *options, candidates=True) -> LinearTokens:
     weight, bias, shard = _own_rows(weight, bias, shard)
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] != shard.rows:
-        raise ValueError(f"weight must be [{shard.rows}, H], the rows of its shard, got shape {layout.shape(weight)}")
+        raise ValueError(f"weight must be [{shard.rows}, H], the rows of its shard, got shape {validation.shape(weight)}")
     return LinearTokens(hidden, weight, labels, bias, *options, candidates=candidates, shard=shard)
 
 
@@ -233,15 +233,15 @@ def _own_rows(weight, bias, shard) -> tuple[Tensor, Tensor | None, VocabShard]:
     return weight.to_local(), None if bias is None else bias.to_local(), shard
 
 
-def _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap, candidates=True) -> layout.Tokens:
+def _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap, candidates=True) -> validation.Tokens:
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard (its rows of the vocabulary), got {type(shard).__name__}")
-    tokens = layout.tokens(
+    tokens = validation.tokens(
         logits, labels, cu_seqlens, name="logits", vocab_size=shard.size, ignore_index=ignore_index, need_candidates=candidates
     )
     if logits.shape[-1] != shard.rows:
-        raise ValueError(f"logits must have {shard.rows} columns, those of its shard, got shape {layout.shape(logits)}")
-    layout.check_options(logit_scale=logit_scale, softcap=softcap)
+        raise ValueError(f"logits must have {shard.rows} columns, those of its shard, got shape {validation.shape(logits)}")
+    validation.check_options(logit_scale=logit_scale, softcap=softcap)
     return tokens
 
 
@@ -274,7 +274,7 @@ def gather_logps(logps: Tensor, group: dist.ProcessGroup | None = None) -> Tenso
     >>> loss = listwise_loss(scores, gather_logps(relevance), list_sizes=8)                            # doctest: +SKIP
     >>> (loss * torch.distributed.get_world_size()).backward()  # under DDP, which averages            # doctest: +SKIP
     """
-    layout.check_floats("logps", logps, (1,), "[S], one per candidate")
+    validation.check_floats("logps", logps, (1,), "[S], one per candidate")
     return _Gather.apply(logps, process_group(group))
 
 
@@ -285,7 +285,7 @@ def sum_logps(logps: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     over tokens are sums of logps over sums of counts. Backward hands each rank the gradient of the sum; see
     `gather_logps` for what that means under DDP.
     """
-    layout.check_floats("logps", logps, (1,), "[S], one per candidate")
+    validation.check_floats("logps", logps, (1,), "[S], one per candidate")
     return _Sum.apply(logps, process_group(group))
 
 

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 torch.ops.load_library(sys.argv[1])
 
 import larpo_kernels as lk
-from larpo_kernels import schedules, walk
 from larpo_kernels.backends import triton as primitives
 from larpo_kernels.backends.triton import launch, lists, rows, tiles
+from larpo_kernels.linear import schedules, walk
 from larpo_kernels.ops import linear
 
 S, T, H, V = 8, 16, 256, 1000

@@ -11,7 +11,7 @@ from regimes import REGIMES
 from tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps, rms
 
 import larpo_kernels as lk
-from larpo_kernels import schedules, walk
+from larpo_kernels.linear import schedules, walk
 
 ALL = ("hidden", "weight", "bias")
 

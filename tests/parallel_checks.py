@@ -13,7 +13,8 @@ from regimes import REGIMES
 from tolerance import assert_no_worse_than_eager, gradient_eps
 
 import larpo_kernels as lk
-from larpo_kernels import parallel, schedules, walk
+from larpo_kernels import parallel
+from larpo_kernels.linear import schedules, walk
 
 V = 31
 UNEVEN = (5, 1, 25)  # rows of each rank

@@ -18,8 +18,8 @@ from heads import WALKS, make_head, ours, run, scheduled, true
 from tolerance import assert_no_worse_than_eager
 
 import larpo_kernels as lk
-from larpo_kernels import schedules
 from larpo_kernels.backends.pytorch import tiles as plain
+from larpo_kernels.linear import schedules
 
 each_walk = pytest.mark.parametrize("schedule", WALKS)
 VOCABULARY = 100  # tiles of 40, 40 and 20

@@ -228,7 +228,7 @@ def test_all_launch_parameters_are_tuned():
 
 def test_a_candidate_is_in_place_only_while_it_is_measured():
     launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
-    from larpo_kernels import schedules
+    from larpo_kernels.linear import schedules
 
     shipped, tokens = launch.TABLE["sm_90"], schedules.GPU_TILE_TOKENS
     with pytest.raises(KeyError), tune.using({"row_block": 512, "GPU_TILE_TOKENS": 77}, "sm_90"):
@@ -316,7 +316,7 @@ def test_limits_are_the_arithmetic_of_the_documentation():
 
 
 def test_limits_use_the_tiles_of_the_walk():
-    from larpo_kernels.schedules import GPU_TILE_BYTES, GPU_TILE_TOKENS, tile_shape
+    from larpo_kernels.linear.schedules import GPU_TILE_BYTES, GPU_TILE_TOKENS, tile_shape
 
     for t in (1000, 8192, 16384):
         for v in (32000, 128256, 262144):

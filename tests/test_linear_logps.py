@@ -14,7 +14,8 @@ from heads import ALL, SCHEDULES, WALKS, assert_matches_float64, eager, make_hea
 from tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
 import larpo_kernels as lk
-from larpo_kernels import backends, schedules
+from larpo_kernels import backends
+from larpo_kernels.linear import schedules
 
 each_walk = pytest.mark.parametrize("schedule", WALKS)
 each_training_walk = pytest.mark.parametrize("schedule", WALKS[1:])

@@ -10,7 +10,7 @@ from heads import WALKS, eager, make_head, ours, run, scheduled, true
 from tolerance import rms
 
 import larpo_kernels as lk
-from larpo_kernels import schedules
+from larpo_kernels.linear import schedules
 
 TRAINING = [name for name in WALKS if name != "score_only"]
 

@@ -10,8 +10,8 @@ from costs import costs
 from heads import ALL, WALKS, make_head, plan_of, scheduled
 
 import larpo_kernels as lk
-from larpo_kernels import schedules
 from larpo_kernels.backends.pytorch import tiles as plain
+from larpo_kernels.linear import schedules
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is allocated on a CPU")
 TILE_BYTES = 1 << 17

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.core.problem import IGNORE, Problem
 from benchmarks.providers.registry import Output, provider
-from larpo_kernels.schedules import tile_shape
+from larpo_kernels.linear.schedules import tile_shape
 
 
 def _scored_only(dtype):

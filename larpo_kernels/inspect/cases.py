@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import walk
 from ..backends.triton import lists, rows, tiles
+from ..linear import walk
 
 IGNORE = -100
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

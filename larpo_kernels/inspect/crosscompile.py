@@ -11,7 +11,7 @@ from triton import knobs
 from triton.backends import backends
 from triton.runtime import JITFunction, driver
 
-from ..kernels import rows
+from ..backends.triton.kernels import rows
 from .cases import Case
 from .targets import Target
 

@@ -1,7 +1,7 @@
 """The autograd graph, once, as torch.library ops: opaque to torch.compile, the same on every backend.
 
     token_logps     logits, labels        -> l_t                      backward: one row pass over the logits
-    linear_logps    hidden, weight        -> l_t                      backward: GEMMs (schedules.py)
+    linear_logps    hidden, weight        -> l_t                      backward: GEMMs (linear/schedules.py)
     candidate_logps l_t                   -> L_s                      backward: a gather
     list_stage      l_t                   -> loss, L_s, g_s           backward: a gather of c_s, formed in the forward
 

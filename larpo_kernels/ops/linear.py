@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, schedules, walk
-from ..shards import ELSEWHERE
+from .. import backends
+from ..linear import schedules, walk
+from ..linear.vocab_shard import ELSEWHERE
 
 
 @torch.library.custom_op("larpo_kernels::linear_logps", mutates_args=())
@@ -25,7 +26,7 @@ def _linear_logps(
     one_pass: bool,
     stats: bool,
     backend: str,
-    group: str = "",  # of the ranks that share the vocabulary (shards.py): labels are local
+    group: str = "",  # of the ranks that share the vocabulary (linear/vocab_shard.py): labels are local
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # walk.Kept; its first three over all N
     labels, counted, wrong = _labels_in_range(labels, weight.shape[0], ignore_index, group)
     head = walk.Head(weight, bias, logit_scale, softcap, compute, group)

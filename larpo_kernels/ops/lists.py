@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..layout import owners
+from ..validation import owners
 from .logits import logps_dtype
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends.pytorch.rows import FAR
-from ..shards import ELSEWHERE, IGNORED, add_up, largest
+from ..linear.vocab_shard import ELSEWHERE, IGNORED, add_up, largest
 from .logits import logps_dtype
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 # With one thread 1 to 32 MB took the same time. With two on busy cores every parallel region waits for a thread that is
 # not running: few large regions (16 MB) were faster than many small ones.
 SCRATCH_BYTES = 16 << 20
-MOST, FAR = 1e36, -64.0  # of s and l; kernels/rows.py has the same
+MOST, FAR = 1e36, -64.0  # of s and l; backends/triton/kernels/rows.py has the same
 
 
 def token_logps(

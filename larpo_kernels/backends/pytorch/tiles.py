@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...schedules import seen_step
-from ...shards import add_up, largest
+from ...linear.schedules import seen_step
+from ...linear.vocab_shard import add_up, largest
 
 ROOM = 1e30  # s stays below it, so that E^T W and E (r h) stay finite too
 STEP = 256  # rows at a time where something needs a float32 copy: small enough to stay in the cache

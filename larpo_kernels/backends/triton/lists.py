@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import lists
+from .kernels import lists
 from .launch import on_device, options
 
 TOKENS = 1024  # token log-probs per step: 4 KB, one load per thread and vector at 4 warps

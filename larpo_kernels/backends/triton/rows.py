@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...kernels import rows
+from .kernels import rows
 from .launch import for_tensor, on_device, options
 
 

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ...kernels import tiles
-from ...shards import add_up
+from ...linear.vocab_shard import add_up
 from ..pytorch import tiles as plain
+from .kernels import tiles
 from .launch import for_tensor, on_device, options
 
 # torch 2.8 and 2.9 refuse an accumulator that is wider than the operands (pytorch/pytorch#167931)

@@ -12,7 +12,7 @@ number per token and never touch the vocabulary: with r = -c / (e0 + s),
 
 Where s would overflow (a target some 70 nats below the largest logit), k is raised and what was summed is rescaled.
 
-Ranks that share the vocabulary (shards.py) walk their own rows. Since partial sums add up, they exchange per token k
+Ranks that share the vocabulary (vocab_shard.py) walk their own rows. Since partial sums add up, they exchange per token k
 before the walk and s after it, and the rows of d hidden; d weight stays where its rows are.
 """
 
@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
+from .. import backends
 from .schedules import tile_shape
-from .shards import add_up
+from .vocab_shard import add_up
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Head:
     scale: float
     softcap: float | None
     dtype: torch.dtype  # of the GEMM operands and tiles
-    group: str = ""  # whose ranks own a part of the vocabulary each (shards.py); labels are local then
+    group: str = ""  # whose ranks own a part of the vocabulary each (vocab_shard.py); labels are local then
 
     def rows(self, a: int, b: int) -> Tensor:
         return self.weight[a:b].to(self.dtype)

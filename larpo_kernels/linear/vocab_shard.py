@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import layout
+from .. import validation
 
 ELSEWHERE = -1  # local label of a token whose target another rank owns; it is no row of any tile
 IGNORED = -100
@@ -66,7 +66,7 @@ class VocabShard:
 
     def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         """A label that no rank owns: where labels can be read it was refused at the door."""
-        if layout.readable(labels):
+        if validation.readable(labels):
             return logps
         return logps.masked_fill((labels != ignore_index) & ((labels < 0) | (labels >= self.size)), torch.nan)
 
