@@ -11,14 +11,14 @@ TRITON = importlib.util.find_spec("triton") is not None
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so this comes first
     if TRITON:
-        import interpreter_bf16
+        from tests.helpers import interpreter_bf16
 
         interpreter_bf16.install()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores
 
-import optional_hypothesis  # noqa: F401  sets the profile
-from regimes import REGIMES
+from tests.helpers import optional_hypothesis  # noqa: F401  sets the profile
+from tests.helpers.regimes import REGIMES
 
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="too large for Triton's interpreter")
 NO_TRITON = pytest.mark.skipif(not TRITON, reason="triton is not installed")

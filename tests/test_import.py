@@ -7,6 +7,8 @@ import textwrap
 
 import pytest
 
+from tests.helpers import HANGS
+
 
 def run(code, **environment):
     """Standard output of `code` in a fresh interpreter, which must end well."""
@@ -15,7 +17,7 @@ def run(code, **environment):
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", **environment},
-        timeout=120,
+        timeout=HANGS,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

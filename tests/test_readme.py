@@ -28,7 +28,7 @@ def test_the_kernels_example_runs_and_trains():
 def test_the_trainer_example_runs(file, tmp_path, monkeypatch):
     for package in ("transformers", "accelerate", "datasets"):
         pytest.importorskip(package)
-    import tiny
+    from tests.helpers import tiny
 
     tiny.causal_lm().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

@@ -1,0 +1,330 @@
+"""benchmarks/gpu_check.py and benchmarks/tune.py as far as they go without a GPU: cutting, recording, printing, choosing."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, limits, tune
+from benchmarks.gpu import steps
+from benchmarks.gpu.steps import Step
+from tests.helpers import HANGS
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+WRITE = """
+import json, sys, time
+from tests.helpers import HANGS
+def write(**row):
+    with open(sys.argv[1], "a") as file:
+        file.write(json.dumps(row) + "\\n")
+"""
+
+
+def fake(name, code, limit_s=60.0, least_s=0.0):
+    return Step(name, f"what {name} shows", [sys.executable, "-c", WRITE + code], limit_s, least_s)
+
+
+def ran(*fakes, seconds=120.0, folder):
+    return list(steps.run(fakes, seconds, folder / "log.txt"))
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_ends_keeps_its_rows(tmp_path):
+    (found,) = ran(fake("one", "write(what='a', ok=True); write(what='b', value=2)"), folder=tmp_path)
+    assert found["status"] == "ok" and found["message"] == ""
+    assert found["rows"] == [{"what": "a", "ok": True}, {"what": "b", "value": 2}]
+
+
+def test_a_step_past_its_own_limit_is_cut_and_keeps_what_it_wrote(tmp_path):
+    slow = "write(what='before'); time.sleep(60); write(what='after')"
+    cut, after = ran(fake("slow", slow, limit_s=2.0), fake("next", "write(what='c')"), folder=tmp_path)
+    assert cut["status"] == "cut" and cut["message"] == "after 2 s" and cut["seconds"] < 20
+    assert cut["rows"] == [{"what": "before"}]
+    assert after["status"] == "ok" and after["rows"] == [{"what": "c"}]
+
+
+def test_what_a_cut_step_started_ends_with_it(tmp_path):
+    alive = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(alive)!r}).touch()"
+    code = f"import subprocess; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    (cut,) = ran(fake("parent", code, limit_s=2.0), folder=tmp_path)
+    assert cut["status"] == "cut"
+    time.sleep(4)
+    assert not alive.exists()
+
+
+def test_a_failing_step_is_shown_as_failed_and_does_not_stop_the_others(tmp_path):
+    raising, wrong, dead, good = ran(
+        fake("raising", "write(what='a'); raise RuntimeError('no luck')"),
+        fake("wrong", "write(what='one', ok=True); write(what='two', ok=False, error='off by 3')"),
+        fake("dead", "import os; os.abort()"),
+        fake("good", "write(what='b', ok=True)"),
+        folder=tmp_path,
+    )
+    assert [r["status"] for r in (raising, wrong, dead, good)] == ["failed", "failed", "failed", "ok"]
+    assert raising["message"] == "RuntimeError: no luck" and raising["rows"] == [{"what": "a"}]
+    assert wrong["message"] == "two off by 3"
+    assert "no luck" in (tmp_path / "log.txt").read_text()
+
+
+def test_steps_for_which_no_time_is_left_are_not_started(tmp_path):
+    first = fake("first", "time.sleep(60)")
+    second = fake("second", "write(what='never')", least_s=1.0)
+    cut, left_out = ran(first, second, seconds=2.5, folder=tmp_path)
+    assert cut["status"] == "cut"
+    assert left_out["status"] == "not run" and left_out["message"] == steps.OUT_OF_TIME and left_out["rows"] == []
+
+
+def test_a_row_that_was_half_written_is_left_out(tmp_path):
+    file = tmp_path / "rows"
+    file.write_text('{"what": "whole"}\n{"what": "ha')
+    assert steps.read_rows(file) == [{"what": "whole"}]
+    assert steps.read_rows(tmp_path / "none") == []
+
+
+def test_rows_are_on_disk_before_the_next_is_computed(tmp_path):
+    file, seen = tmp_path / "rows", []
+
+    def rows():
+        for i in range(3):
+            seen.append(len(steps.read_rows(file)))
+            yield {"i": i}
+
+    steps.write_rows(rows(), file, say=lambda line: None)
+    assert seen == [0, 1, 2] and len(steps.read_rows(file)) == 3
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_every_step_names_a_generator_that_exists():
+    for name in gpu_check.STEPS:
+        assert hasattr(gpu_check.rows_of(name), "__next__")  # nothing runs before the first row is asked for
+    assert [s.name for s in gpu_check.steps(None)][:2] == ["tests", "big"]
+    assert [s.name for s in gpu_check.steps(["rows", "big"])] == ["big", "rows"]
+
+
+@NO_GPU
+def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path):
+    for command in ("gpu_check", "tune"):
+        where = ["--out", str(tmp_path / "out")]
+        done = subprocess.run([sys.executable, f"benchmarks/{command}.py", *where], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout.count("\n") == 1 and "GPU" in done.stdout and "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def result(step, rows=(), status="ok", message=""):
+    return {"step": step, "what": "", "status": status, "seconds": 12.3, "message": message, "rows": list(rows)}
+
+
+ROW = {
+    "T": 8192, "V": 32000, "dtype": "bfloat16", "forward GB/s": 4000.0, "backward GB/s": 3900.0, "copy GB/s": 4200.0,
+    "forward of copy": 0.95, "backward of copy": 0.93,
+}  # fmt: skip
+HEAD = {
+    "T": 4096, "ignored": 3, "H": 4096, "V": 128256, "schedule": "list_hold", "seconds": 0.0182, "TFLOP/s": 700.0,
+    "GEMMs TFLOP/s": 790.0, "GEMMs alone / time": 0.89, "peak bytes": 2.1e9,
+}  # fmt: skip
+DONE = [
+    result("tests", [{"what": "so far", "passed": 50}, {"what": "kernel tests", "ok": True, "passed": 70, "skipped": 2}]),
+    result("big", [{"what": "a", "ok": True}, {"what": "b", "ok": False}], "failed", "b: too large"),
+    result("rows", [ROW]),
+    result("linear", [HEAD]),
+    result("profile", [{"what": "recompute", "kernels": [{"kernel": "gemm", "ms": 5.5, "launches": 2}]}], "cut", "after 40 s"),
+    result("suites", status="not run", message=steps.OUT_OF_TIME),
+]
+
+
+def test_results_are_on_disk_after_every_step(tmp_path):
+    def one_by_one():
+        for i, step in enumerate(DONE):
+            if i:
+                recorded = json.loads((tmp_path / "results.json").read_text())
+                assert recorded["schema"] == 1 and len(recorded["steps"]) == i
+            yield step
+
+    assert gpu_check.record(one_by_one(), tmp_path, {"schema": 1}, say=lambda line: None) == DONE
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == DONE
+    assert not (tmp_path / "suites.json").exists()
+
+
+def test_the_table_of_steps_comes_last_and_says_what_happened():
+    text = gpu_check.summary(DONE)
+    last = text.split("\n\n")[-1].splitlines()
+    assert [line.split()[0] for line in last] == ["step", *(r["step"] for r in DONE)]
+    assert "70 passed, 2 skipped" in last[1] and "ok" in last[1]
+    assert "failed" in last[2] and "b: too large; 1 of 2 checks" in last[2]
+    assert "cut" in last[5] and "after 40 s" in last[5]
+    assert "not run" in last[6]
+    assert text.index("gemm") < text.index("4096 - 3, list_hold") < text.index("8192 x 32000 bfloat16")
+    assert "18.20" in text and "2.10" in text and "0.95" in text
+
+
+def test_a_recorded_run_is_shown_again(tmp_path, capsys):
+    gpu_check.record(DONE, tmp_path, {"schema": 1}, say=lambda line: None)
+    assert gpu_check.main(["--show", str(tmp_path / "results.json")]) == 0
+    assert capsys.readouterr().out == gpu_check.summary(DONE) + "\n"
+
+
+def test_suites_are_recorded_as_the_report_reads_them(tmp_path):
+    table = {
+        "case": "made up", "note": "", "side": "logits", "mode": "train", "dtype": "bfloat16", "device": "cuda",
+        "candidates": 2, "lists": 1, "m": 2, "T": 4, "scored_tokens": 4, "masked": 0.0, "H": None, "V": 8,
+        "gemm_flops": 0, "traffic_bytes": 192, "gradient_bytes": 64,
+    }  # fmt: skip
+    row = {
+        "provider": "ours (triton)", "group": None, "computes": "list loss", "floor": False, "gemms": None,
+        "status": "ok", "message": "", "seconds": [1e-3] * 3, "one_run": False, "errors": {"logps": 1e-3},
+        "peak_bytes": 64, "peak_method": "test",
+    }  # fmt: skip
+    table["rows"] = [row]
+    suites = result("suites", [{"what": "logits train", "ok": True, "table": table}])
+    gpu_check.record([suites], tmp_path, {"schema": 1}, say=lambda line: None)
+    assert json.loads((tmp_path / "suites.json").read_text())["tables"] == [table]
+    (line,) = (line for line in gpu_check.summary([suites]).splitlines() if line.startswith("ours (triton)"))
+    assert line.split()[2:4] == ["1", "ms"]
+
+
+def test_plots_show_what_was_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = gpu_check.draw([result("rows", [ROW]), result("linear", [{**HEAD, "ignored": 0}])], tmp_path)
+    assert [path.name for path in drawn] == ["rows.png", "head.png"] and all(path.stat().st_size for path in drawn)
+    assert gpu_check.draw([result("big")], tmp_path) == []
+
+
+# --- the tuner -----------------------------------------------------------------------------------------------------
+
+
+def groups():
+    return pytest.mark.parametrize("group", tune.GROUPS, ids=lambda group: group.name)
+
+
+@groups()
+def test_candidates_are_launches_that_make_sense(group):
+    pytest.importorskip("triton")
+    candidates = group.candidates()
+    assert 1 < len(candidates) <= 50  # each is compiled
+    assert len({tuple(values.items()) for values in candidates}) == len(candidates)
+    assert set(group.values) <= set(tune.shipped("sm_90"))
+    for values in candidates:
+        assert all(value & (value - 1) == 0 for value in values.values())  # Triton's blocks are powers of 2
+        if "tile_span" in values:
+            assert values["tile_span"] % values["tile_rows"] == 0
+
+
+def test_all_launch_parameters_are_tuned():
+    launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
+    tuned = {name for group in tune.GROUPS for name in group.values}
+    assert tuned == {field.name for field in fields(launch.Launch)} - {"origin"} | set(tune.SCHEDULE_VALUES)
+
+
+def test_a_candidate_is_in_place_only_while_it_is_measured():
+    launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
+    from larpo_kernels.linear import schedules
+
+    shipped, tokens = launch.TABLE["sm_90"], schedules.GPU_TILE_TOKENS
+    with pytest.raises(KeyError), tune.using({"row_block": 512, "GPU_TILE_TOKENS": 77}, "sm_90"):
+        assert launch.TABLE["sm_90"].row_block == 512 and launch.TABLE["sm_90"].row_warps == shipped.row_warps
+        assert schedules.GPU_TILE_TOKENS == 77
+        raise KeyError
+    assert launch.TABLE["sm_90"] is shipped and tokens == schedules.GPU_TILE_TOKENS
+
+
+def test_the_fastest_wins_only_if_it_beats_noise():
+    candidates = [{"x": 1}, {"x": 2}, {"x": 4}]
+    rows = tune.ranked(candidates, [{"a": 1.0, "b": 4.0}, {"a": 0.5, "b": 4.0}, {"a": 2.0, "b": 4.0}])
+    assert [row["values"]["x"] for row in rows] == [2, 1, 4]
+    assert [row["ratio"] for row in rows] == pytest.approx([0.5**0.5, 1.0, 2**0.5])
+    assert tune.winner(rows, {"x": 1}) == {"x": 2}
+    close = tune.ranked(candidates[:2], [{"a": 1.0}, {"a": 0.99}])
+    assert tune.winner(close, {"x": 1}) == {"x": 1}
+    assert tune.winner([], {"x": 1}) == {"x": 1}
+
+
+def test_problems_past_the_deadline_are_not_measured(monkeypatch):
+    timed = []
+
+    def medians(functions, **options):
+        timed.append(sorted(functions))
+        return {name: 1.0 for name in functions}
+
+    import benchmarks.gpu.timing
+
+    monkeypatch.setattr(benchmarks.gpu.timing, "medians", medians)
+    monkeypatch.setattr(tune, "problems", lambda group: iter([("first", None), ("second", None)]))
+    monkeypatch.setattr(tune.time, "monotonic", iter([0.0, 5.0]).__next__)
+    group = tune.Group("rows", {"row_block": (1, 2)})
+    rows = tune.measured(group, group.candidates(), {}, "sm_90", deadline=3.0)
+    assert timed == [["0", "1"]] and list(rows[0]["seconds"]) == ["first"]
+
+
+def test_the_printed_entry_is_a_line_of_the_launch_table():
+    launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
+    values = tune.shipped("sm_90") | {"row_block": 2048, "GPU_TILE_BYTES": 1 << 29, "GPU_TILE_TOKENS": 8192}
+    line, tile_bytes, tokens = tune.entry("sm_90", values, "measured, NVIDIA H200, 2026-11-21").splitlines()
+    found = eval("{" + line + "}", {"Launch": launch.Launch})["sm_90"]
+    assert found.row_block == 2048 and found.row_warps == launch.TABLE["sm_90"].row_warps
+    assert found.origin == "measured, NVIDIA H200, 2026-11-21"
+    assert tile_bytes.startswith("GPU_TILE_BYTES = 1 << 29 ") and tokens.startswith("GPU_TILE_TOKENS = 8192 ")
+
+
+def test_a_table_of_candidates_shows_the_fastest_first_and_says_when_there_is_none():
+    group = tune.Group("rows", {"row_block": (1024, 2048)})
+    rows = tune.ranked(group.candidates(), [{"forward": 2e-3}, {"forward": 1e-3}])
+    head, names, first, second = tune.table(group, rows).splitlines()
+    assert head.startswith("rows: 2 candidates") and names.split() == ["ratio", "row_block", "forward"]
+    assert first.split() == ["0.500", "2048", "1.000"] and second.split() == ["1.000", "1024", "2.000"]
+    assert tune.table(group, []) == "rows: not measured, the time limit was reached; shipped values stay"
+
+
+def test_candidates_are_compiled_without_a_gpu():
+    pytest.importorskip("triton")
+    code = """
+from benchmarks import tune
+base = tune.shipped("sm_90")
+print(tune.spills("rows", base, "sm_90"), tune.spills("rows", base | {"row_block": 1000}, "sm_90"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS
+    )
+    assert done.stdout.split() == ["0", "None"], done.stdout + done.stderr  # 1000 is no power of 2
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def test_limits_are_the_arithmetic_of_the_documentation():
+    card, head = limits.Card(4.3e12, 790e12), limits.Head(8192, 4096, 128256)
+    assert head.logits(card, 1) == pytest.approx(8192 * 128256 * 2 / 4.3e12)
+    assert head.exp_pass(card) / head.gemm(card) == pytest.approx(2 * 790e12 / (4.3e12 * 4096))
+    assert limits.tile(head, 4096, 1 << 30) == (4096, 128256)
+    assert limits.tile(head, 8192, 1 << 30) == (8192, 65536)
+    assert head.sum_weight(card, 8192) == 0
+    more = limits.Head(16384, 4096, 128256)
+    a_block = more.sum_weight(card, 4096) - more.sum_weight(card, 5462)  # four blocks against three
+    assert a_block == pytest.approx(8 * 128256 * 4096 / 4.3e12)
+    text = (ROOT / "docs/performance.md").read_text()
+    for line in limits.rows(card, [limits.Head(t, 4096, 128256) for t in (4096, 8192, 16384)], (4096, 8192, 16384), 1 << 30):
+        assert any(" ".join(shown.split()) == " ".join(" ".join(line).split()) for shown in text.splitlines()), line
+
+
+def test_limits_use_the_tiles_of_the_walk():
+    from larpo_kernels.linear.schedules import GPU_TILE_BYTES, GPU_TILE_TOKENS, tile_shape
+
+    for t in (1000, 8192, 16384):
+        for v in (32000, 128256, 262144):
+            tokens, rows = tile_shape(t, 4096, v, torch.bfloat16, torch.device("cuda"))
+            assert (tokens, rows) == pytest.approx(
+                limits.tile(limits.Head(t, 4096, v), GPU_TILE_TOKENS, GPU_TILE_BYTES), abs=64
+            )

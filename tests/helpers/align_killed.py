@@ -1,0 +1,89 @@
+"""Runs the tiny loop in processes that kill themselves. Usage: python -m tests.helpers.align_killed FOLDER renames|training
+
+Forks one process after the other from this one, which has imported everything and runs nothing, until one ends by itself.
+FOLDER/killed is the run they share, FOLDER/whole that of a process that is left in peace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import larpo.align.loop
+import larpo.trainer
+from larpo.sampling import TransformersSampler
+from tests.helpers import align_runs
+
+MODES = {
+    "renames": dict(iterations=1, eval_prompts=4, prompts_per_iteration=6, chunk_size=4),
+    "training": dict(iterations=2, memory="all", training=dict(save_strategy="steps", save_steps=2, learning_rate=1e-2)),
+}
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_the_next_new_file() -> None:
+    rename = os.replace
+
+    def replace(source, target):
+        new = not os.path.exists(target)
+        rename(source, target)
+        if new:
+            killed()
+
+    os.replace = replace
+
+
+def die_at_the_fourth_step() -> None:
+    """One that has a checkpoint at its second step behind it, and would reach the fourth."""
+    steps, step = [], larpo.trainer.LarPOTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 4:
+            killed()
+        return step(self, *args, **kwargs)
+
+    larpo.trainer.LarPOTrainer.training_step = training_step
+
+
+def count_calls(log: Path) -> None:
+    sample = TransformersSampler.__call__
+
+    def call(self, *args, **kwargs):
+        completions = sample(self, *args, **kwargs)
+        with log.open("a") as file:
+            file.write(json.dumps(kwargs) + "\n")
+        return completions
+
+    TransformersSampler.__call__ = call
+
+
+def main() -> None:
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    for name in ("whole", "killed"):
+        for _ in range(100):
+            pid = os.fork()
+            if pid == 0:
+                count_calls(folder / f"{name}.calls")
+                if name == "killed":
+                    die_after_the_next_new_file() if mode == "renames" else die_at_the_fourth_step()
+                align_runs.align(folder / name, **MODES[mode], model=str(folder / "model"))
+                os._exit(0)
+            status = os.waitpid(pid, 0)[1]
+            with (folder / f"{name}.lives").open("a") as file:
+                file.write(f"{os.waitstatus_to_exitcode(status)}\n")
+            if not os.WIFSIGNALED(status):
+                break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""What test_distributed_trainer.py runs on two gloo ranks; `train` is also what one process runs, for the numbers to meet."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from larpo.config import LarPOConfig
+from larpo.trainer import LarPOTrainer
+from tests.helpers import tiny
+
+LISTS = 4  # of a step, over all ranks
+TIED = dict(tie_word_embeddings=True)
+
+
+class OnFSDP(LarPOTrainer):
+    """accelerate turns FSDP on for GPUs only (AcceleratorState.__init__ lists their device types); gloo can run it too."""
+
+    def create_accelerator_and_postprocess(self):
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        super().create_accelerator_and_postprocess()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="FULL_STATE_DICT", **{"cpu_ram_efficient_loading": False, **self.plugin_options},
+        )  # fmt: skip
+        self.accelerator.state._shared_state["fsdp_plugin"] = plugin
+        distributed_type(DistributedType.FSDP)
+        self.is_fsdp_enabled = True
+
+    plugin_options = {}  # noqa: RUF012
+
+
+def distributed_type(value):
+    from accelerate.state import AcceleratorState, PartialState
+
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = value
+
+
+def make_trainer(folder, ranks, *, fsdp=False, ref_model=None, adapter=False, model=None, evaluate=False, **options):
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    if ranks > 1:  # as no trainer had been before
+        distributed_type(DistributedType.MULTI_CPU)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accumulate = options.get("gradient_accumulation_steps", 1)
+    args = LarPOConfig(
+        **{
+            **dict(
+                output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", optim="sgd",
+                learning_rate=1.0, lr_scheduler_type="constant", max_steps=3, logging_steps=1, max_grad_norm=1e9, beta=0.3,
+                per_device_train_batch_size=LISTS // ranks // accumulate, per_device_eval_batch_size=LISTS // ranks,
+            ),
+            **options,
+        }
+    )  # fmt: skip
+    peft_config = None
+    if adapter:
+        import peft
+
+        peft_config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
+    data = Dataset.from_list(tiny.lists(16, m=None, seed=3))
+    return ((fsdp if isinstance(fsdp, type) else OnFSDP) if fsdp else LarPOTrainer)(
+        tiny.causal_lm() if model is None else model, ref_model, args, train_dataset=data,
+        eval_dataset=data.select(range(8)) if evaluate else None, processing_class=tiny.tokenizer(), peft_config=peft_config,
+    )  # fmt: skip
+
+
+def whole(model):
+    """Every parameter that is trained, whole, by name."""
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: gathered(p).detach().clone() for name, p in named.items()}
+
+
+def gathered(p):
+    if hasattr(p, "ds_id"):  # of ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.data.clone()
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def train(folder, ranks, evaluate=False, **options):
+    """-> weights after a few steps of SGD, which are gradients; what was logged at each step; what evaluation gave."""
+    t = make_trainer(folder, ranks, evaluate=evaluate, **options)
+    t.train()
+    logged = [entry for entry in t.state.log_history if "loss" in entry]
+    return whole(t.model), logged, t.evaluate() if evaluate else {}
+
+
+def other_reference():
+    return tiny.causal_lm(seed=1)
+
+
+def partly_frozen():
+    model = tiny.causal_lm()
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    return model
+
+
+EXPECTED = {  # by one process, on the same global batch
+    "full": dict(evaluate=True),
+    "other reference": dict(ref_model=other_reference),
+    "adapter": dict(adapter=True),
+    "listmle": dict(objective="listmle", length_normalized=True),
+    "tied": dict(model=lambda: tiny.causal_lm(**TIED)),
+    "partly frozen": dict(model=partly_frozen),
+    "reference follows": dict(sync_ref_model=True, ref_model_sync_steps=1),
+}
+NOT_COMPARED = ("memory/rss_mib", "tokens_per_second")
+
+
+def made(options):
+    return {name: value() if callable(value) else value for name, value in options.items()}
+
+
+def assert_like_one_process(name, ranks, given=None, **options):
+    """given: models to train instead of those that one process trained"""
+    folder = Path(os.environ["CHECKS_FOLDER"])
+    weights, logged, evaluated = torch.load(folder / "expected.pt")[name]
+    found, found_logged, found_evaluated = train(folder / "run", ranks, **(made(EXPECTED[name]) | (given or {})), **options)
+    assert found.keys() == weights.keys(), found.keys() ^ weights.keys()
+    start = whole(make_trainer(folder / "run", ranks, **made({**EXPECTED[name], "evaluate": False})).model)
+    largest = max((weights[name] - start[name]).abs().max().item() for name in weights)
+    assert largest > 1e-3, "nothing was learned"
+    for parameter, x in weights.items():
+        torch.testing.assert_close(
+            found[parameter], x, rtol=0, atol=1e-3 * largest, msg=lambda m, parameter=parameter: f"{parameter}: {m}"
+        )
+    assert len(logged) == len(found_logged)
+    pairs = [*zip(logged, found_logged, strict=True), (evaluated, found_evaluated)]
+    for expected, got in pairs:
+        for metric, x in expected.items():
+            if metric not in NOT_COMPARED and "runtime" not in metric and "per_second" not in metric:
+                assert abs(got[metric] - x) <= 1e-3 * max(1, abs(x)), (metric, got[metric], x)
+
+
+def check_ddp(rank, ranks):
+    for name in ("full", "other reference", "tied", "partly frozen"):
+        assert_like_one_process(name, ranks)
+
+
+def check_ddp_in_micro_batches_of_which_ranks_have_different_numbers(rank, ranks):
+    assert_like_one_process("full", ranks, candidate_micro_batch_size=2)
+
+
+def check_ddp_accumulating_gradients(rank, ranks):
+    assert_like_one_process("other reference", ranks, gradient_accumulation_steps=2)
+
+
+def check_ddp_with_an_adapter(rank, ranks):
+    assert_like_one_process("adapter", ranks)
+    assert_like_one_process("adapter", ranks, candidate_micro_batch_size=3)
+
+
+def check_ddp_with_precomputed_reference_log_probs(rank, ranks):
+    assert_like_one_process("full", ranks, precompute_ref_log_probs=True)
+
+
+def check_ddp_listmle_of_means(rank, ranks):
+    assert_like_one_process("listmle", ranks)
+
+
+def check_ddp_with_a_reference_that_follows(rank, ranks):
+    assert_like_one_process("reference follows", ranks)
+
+
+def check_fsdp2(rank, ranks):
+    assert_like_one_process("full", ranks, fsdp=True)
+
+
+def check_fsdp2_with_another_reference(rank, ranks):
+    assert_like_one_process("other reference", ranks, fsdp=True)
+
+
+def check_fsdp2_in_micro_batches_of_which_ranks_have_different_numbers(rank, ranks):
+    assert_like_one_process("full", ranks, fsdp=True, candidate_micro_batch_size=2)
+
+
+def check_fsdp2_accumulating_gradients(rank, ranks):
+    assert_like_one_process("other reference", ranks, fsdp=True, gradient_accumulation_steps=2)
+
+
+def check_fsdp2_with_an_adapter(rank, ranks):
+    assert_like_one_process("adapter", ranks, fsdp=True)
+
+
+def check_fsdp2_with_tied_embeddings(rank, ranks):
+    assert_like_one_process("tied", ranks, fsdp=True)
+
+
+def check_fsdp2_with_a_reference_that_follows(rank, ranks):
+    assert_like_one_process("reference follows", ranks, fsdp=True)
+
+
+def check_fsdp2_a_reference_that_moved_is_saved_whole_and_loaded(rank, ranks):
+    folder = Path(os.environ["CHECKS_FOLDER"]) / "reference"
+    options = dict(fsdp=True, sync_ref_model=True, ref_model_sync_steps=1)
+    moved = make_trainer(folder, ranks, **options)
+    moved.train()
+    moved._sync.save(folder, write=rank == 0)
+    torch.distributed.barrier()
+    fresh = make_trainer(folder, ranks, **options)
+    fresh._sync.load(folder)
+    expected = {name: gathered(p) for name, p in moved.ref_model.named_parameters()}
+    assert not torch.equal(expected["lm_head.weight"], tiny.causal_lm().lm_head.weight)
+    for name, p in fresh.ref_model.named_parameters():
+        assert torch.equal(gathered(p), expected[name]), name
+
+
+def check_fsdp2_with_frozen_parameters(rank, ranks):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` says that parameters will be sharded
+        assert_like_one_process("partly frozen", ranks, fsdp=True)
+
+
+def check_fsdp2_where_only_the_first_rank_has_loaded_weights(rank, ranks):
+    """cpu_ram_efficient_loading: transformers leaves the others' parameters empty, accelerate fills them from rank 0."""
+
+    class Efficient(OnFSDP):
+        plugin_options = {"cpu_ram_efficient_loading": True}  # noqa: RUF012
+
+    def loaded(seed):
+        model = tiny.causal_lm(seed=seed)
+        if rank > 0:
+            for p in model.parameters():
+                p.data.fill_(torch.nan)
+        return model
+
+    assert_like_one_process("other reference", ranks, fsdp=Efficient, given=dict(model=loaded(0), ref_model=loaded(1)))
+    assert_like_one_process("full", ranks, fsdp=Efficient, given=dict(model=loaded(0)))
+
+
+def check_fsdp2_saves_a_whole_model(rank, ranks):
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(os.environ["CHECKS_FOLDER"])
+    t = make_trainer(folder / "run", ranks, fsdp=True, max_steps=1)
+    t.train()
+    t.save_model(str(folder / "saved"))
+    weights = whole(t.model)  # collective
+    if rank == 0:
+        loaded = dict(AutoModelForCausalLM.from_pretrained(folder / "saved").named_parameters())
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], x) for name, x in weights.items())
+
+
+def check_fsdp2_in_bf16_keeps_log_likelihoods_in_float32(rank, ranks):
+    """accelerate asks FSDP2 to round every module's output to the parameters' dtype, the model's included."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    bf16 = torch.bfloat16
+    seen = []
+
+    class Spy(OnFSDP):
+        plugin_options = {  # noqa: RUF012
+            "mixed_precision_policy": MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=bf16, output_dtype=bf16)
+        }
+
+        def list_loss(self, logps, ref_logps, inputs):
+            seen.extend((logps.detach(), ref_logps))
+            return super().list_loss(logps, ref_logps, inputs)
+
+    t = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, fsdp=Spy, max_steps=1)
+    t.train()
+    for x in seen:
+        assert x.dtype == torch.float32
+        assert (x != x.to(bf16)).any(), x
+    torch.testing.assert_close(seen[0], seen[1])  # policy and reference are the same model still
+    assert {p.dtype for p in t.model.parameters()} == {torch.float32}
+
+
+def check_fsdp2_refuses_to_precompute(rank, ranks):
+    with pytest.raises(ValueError, match="precompute_ref_log_probs does not work with sharded parameters"):
+        make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, fsdp=True, precompute_ref_log_probs=True)

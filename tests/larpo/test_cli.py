@@ -1,0 +1,335 @@
+"""`larpo train` and `larpo score` from files, and what they say of bad ones."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("transformers", "accelerate", "datasets", "typer", "yaml"):
+    pytest.importorskip(package)
+from larpo import commands
+from larpo.cli import main
+from larpo.runs.yaml_config import load_yaml
+from tests.helpers import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, its tokenizer and files of lists."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny.causal_lm().save_pretrained(path / "model")
+    tiny.tokenizer().save_pretrained(path / "model")
+    (path / "lists.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(8, m=None, seed=3))))
+    return path
+
+
+def config(path, folder, **settings):
+    settings = {
+        "model": str(folder / "model"), "train_data": str(folder / "lists.jsonl"), "output_dir": str(path / "out"),
+        "max_steps": 4, "save_steps": 1, "logging_steps": 1, "learning_rate": "1e-3", "per_device_train_batch_size": 2,
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings,
+    }  # fmt: skip
+    file = path / "config.yaml"
+    file.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()))
+    return file
+
+
+def larpo(monkeypatch, capsys, *arguments):
+    """Exit status, standard output and standard error of the command."""
+    monkeypatch.setattr(sys, "argv", ["larpo", *map(str, arguments)])
+    try:
+        main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_settings_come_from_the_file_and_flags_win(tmp_path, folder):
+    file = config(tmp_path, folder, objective="listmle", objective_options=None, peft={"r": 2, "target_modules": ["q_proj"]},
+                  lr_scheduler_kwargs={}, label_names=None)  # fmt: skip
+    job, args = commands.train_settings(file, ["--beta", "0.5", "--max-steps=2", "--share_prefix"])
+    assert (args.objective, args.beta, args.max_steps, args.share_prefix) == ("listmle", 0.5, 2, True)
+    assert args.learning_rate == 1e-3
+    assert job.peft == {"r": 2, "target_modules": ["q_proj"]}
+
+
+def test_none_and_empty_lists_are_settings(tmp_path, folder):
+    file = config(tmp_path, folder, max_length=None, report_to=[], eval_data=None, label_names=["a", "b"])
+    _, args = commands.train_settings(file, [])
+    assert (args.max_length, args.report_to, args.label_names) == (None, [], ["a", "b"])
+    _, args = commands.train_settings(file, ["--max_length=9000", "--max-prompt-length", "None", "--report_to", "none"])
+    assert (args.max_length, args.max_prompt_length, args.report_to) == (9000, None, [])
+    _, args = commands.train_settings(
+        config(tmp_path, folder), ["--max_length", "null", "--report_to", "[]", "--list_top=None"]
+    )
+    assert (args.max_length, args.report_to, args.list_top) == (None, [], None)
+    for bad, said in (
+        ({"beta": None}, "beta does not take None"),
+        ({"train_data": ["a"]}, r"train_data does not take \['a'\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            commands.train_settings(config(tmp_path, folder, **bad), [])
+
+
+def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+
+    file = config(tmp_path, folder, eval_data=str(folder / "lists.jsonl"))
+    status, out, err = larpo(monkeypatch, capsys, "train", "--config", file, "--max_steps", 2)
+    assert status == 0, err
+    assert "saved in" in out
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not torch.equal(trained.lm_head.weight, tiny.causal_lm().lm_head.weight)
+    assert "eval_ndcg" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def trained(path, folder, **settings):
+    """The weights that `larpo train` saves."""
+    from safetensors.torch import load_file
+
+    job, args = commands.train_settings(config(path, folder, **settings), [])
+    commands.train(job, args)
+    return load_file(path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"objective": "listmle"}, "objective was 'contrastive' and is 'listmle'"),
+        ({"beta": 0.5}, "beta was 0.1 and is 0.5"),
+        ({"seed": 7, "learning_rate": "1e-2"}, "learning_rate was 0.001 and is 0.01; seed was 42 and is 7"),
+        ({"model": "other"}, "model was .*/model' and is .*/other'"),
+        ({"train_data": "other.jsonl"}, "train_data was '8 lists, sha256 [0-9a-f]*' and is '7 lists, sha256"),
+        ({"peft": {"r": 2, "target_modules": ["q_proj"]}, "resume": False}, "peft was None and is {'r': 2"),
+    ],
+)
+def test_a_folder_with_checkpoints_of_another_run_is_refused_and_what_differs_named(tmp_path, folder, change, said):
+    tiny.causal_lm(seed=5).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(7, m=None, seed=4))))
+    change = {name: str(tmp_path / value) if str(value).startswith("other") else value for name, value in change.items()}
+    before = trained(tmp_path, folder, max_steps=1)
+    with pytest.raises(ValueError, match=f"out' has checkpoints of another run: {said}"):
+        trained(tmp_path, folder, max_steps=1, **change)
+    again = trained(tmp_path, folder, max_steps=1, logging_steps=2, share_prefix=True)  # the same run, told otherwise
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_checkpoints_of_unknown_origin_are_refused(tmp_path, folder):
+    trained(tmp_path, folder, max_steps=1)
+    (tmp_path / "out" / "larpo-job.json").unlink()
+    with pytest.raises(ValueError, match=r"has checkpoints, but no larpo-job\.json"):
+        trained(tmp_path, folder, max_steps=1)
+
+
+def test_a_finished_run_goes_further_with_more_steps(tmp_path, folder):
+    kept = {"lr_scheduler_type": "constant"}
+    (tmp_path / "whole").mkdir()
+    trained(tmp_path, folder, max_steps=2, **kept)
+    longer, whole = trained(tmp_path, folder, max_steps=4, **kept), trained(tmp_path / "whole", folder, max_steps=4, **kept)
+    assert all(torch.equal(longer[name], whole[name]) for name in whole)
+
+
+def test_evaluation_is_on_its_own_split(tmp_path, folder):
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train": tiny.lists(5, seed=1), "test": tiny.lists(3, seed=2), "held": tiny.lists(2, seed=3)}
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(tmp_path / "data")
+    sizes = []
+    for flags in ([], ["--eval_split", "held", "--train_split=test", "--output_dir", str(tmp_path / "second")]):
+        data = str(tmp_path / "data")
+        file = config(tmp_path, folder, train_data=data, eval_data=data, max_steps=1)
+        trainer = commands.train(*commands.train_settings(file, flags))
+        sizes.append((len(trainer.train_dataset), len(trainer.eval_dataset)))
+    assert sizes == [(5, 3), (3, 2)]
+    with pytest.raises(ValueError, match=r"has the splits .*, not 'validation'"):
+        commands.train(*commands.train_settings(file, ["--eval_split", "validation"]))
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, folder):
+    """SIGKILL whenever the third checkpoint has begun to appear: possibly in the middle of writing it."""
+    from safetensors.torch import load_file
+
+    steps = 6
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "larpo.cli", "train", "--max_steps", str(steps), "--config"]
+    results = {}
+    for name in ("whole", "killed"):
+        path = tmp_path / name
+        path.mkdir()
+        file = str(config(path, folder))
+        if name == "killed":
+            process = subprocess.Popen([*command, file], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 120
+            while not (path / "out" / "checkpoint-3").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert (path / "out" / "checkpoint-3").exists() and not (path / "out" / "model.safetensors").exists()
+        done = subprocess.run([*command, file], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results[name] = load_file(path / "out" / "model.safetensors")
+    for name, weight in results["whole"].items():
+        assert torch.equal(results["killed"][name], weight), name
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_score_writes_log_likelihoods_and_implicit_rewards(tmp_path, folder, monkeypatch, capsys, suffix):
+    import datasets
+
+    from tests.larpo.test_trainer import eager_logps, moved
+
+    moved(tiny.causal_lm()).save_pretrained(tmp_path / "policy")
+    tiny.tokenizer().save_pretrained(tmp_path / "policy")
+    out = tmp_path / f"scored{suffix}"
+    status, _, err = larpo(
+        monkeypatch, capsys, "score", "--model", tmp_path / "policy", "--ref-model", folder / "model", "--beta", 0.5,
+        "--data", folder / "lists.jsonl", "--out", out, "--batch-size", 3, "--candidate-batch-size", 2,
+    )  # fmt: skip
+    assert status == 0, err
+    found = (datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json)(str(out))
+    policy, reference = moved(tiny.causal_lm()), tiny.causal_lm()
+    with torch.no_grad():
+        for row, original in zip(found, tiny.lists(8, m=None, seed=3), strict=True):
+            assert row["completions"] == original["completions"]
+            a, b = eager_logps(policy, original), eager_logps(reference, original)
+            torch.testing.assert_close(torch.tensor(row["logps"]), a, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(row["implicit_rewards"]), 0.5 * (a - b), rtol=1e-4, atol=1e-4)
+            assert row["num_tokens"] == [len(tiny.tokenizer()(c).input_ids) + 1 for c in row["completions"]]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
+    from datasets import Dataset
+
+    data = tmp_path / f"lists{suffix}"
+    lists = Dataset.from_list(tiny.lists(3)).remove_columns("scores")
+    lists.to_parquet(data) if suffix == ".parquet" else lists.to_json(data)
+    scored = commands.score(str(folder / "model"), str(data), tmp_path / "new" / "out.jsonl")
+    assert scored.column_names == ["prompt", "completions", "logps", "num_tokens"]
+    data.write_text(json.dumps({"prompt": "a", "completions": "b"}))
+    if suffix == ".jsonl":
+        with pytest.raises(ValueError, match="line 1: field 'completions' holds 'b'"):
+            commands.score(str(folder / "model"), str(data), tmp_path / "out.jsonl")
+
+
+def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_scored_on(tmp_path, folder, monkeypatch, capsys):
+    model, out = str(folder / "model"), tmp_path / "scored.parquet"
+    limits = ["--max-length", 14, "--max-prompt-length", 6, "--truncation-mode", "keep_start", "--no-append-eos"]
+    status, _, err = larpo(monkeypatch, capsys, "score", "--model", model, "--ref-model", model, "--data",
+                           folder / "lists.jsonl", "--out", out, *limits)  # fmt: skip
+    assert status == 0, err
+    same = dict(max_length=14, max_prompt_length=6, truncation_mode="keep_start", append_eos=False, learning_rate=0.0)
+    file = config(tmp_path, folder, train_data=str(out), max_steps=1, **same)
+    trainer = commands.train(*commands.train_settings(file, []))
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    file = config(tmp_path, folder, train_data=str(out), output_dir=str(tmp_path / "other"))
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
+    assert status == 2 and "ref_logps is of" in err and "append_eos" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: 0.1\nlearning_rat: 1.0", "line 2: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("beta: 0.1\nbeta: 0.2", "line 2: 'beta' is given twice, first on line 1"),
+        ("beta: [1", "line 1: not YAML"),
+        ("- beta", "line 1: holds list; expected"),
+    ],
+)
+def test_a_bad_config_file_is_refused_with_its_line(tmp_path, text, message):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_yaml(file, ["beta", "learning_rate"])
+    assert message in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("a: 1e-5\nb: hello\nc: {d: [2E3, e]}\nf: true")
+    assert load_yaml(file, "abcf") == {"a": 1e-5, "b": "hello", "c": {"d": [2000.0, "e"]}, "f": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--betta", "1"], "unknown flag --betta; did you mean 'beta'?"),
+        (["--objective", "dpo"], "objective must be one of"),
+        (["--max_steps", "many"], "max_steps"),
+        (["more"], "expected flags, got 'more'"),
+        (["--peft", "{r: 8}"], "peft must be JSON of an object"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--peft", '{"rank": 8}'], "peft: "),
+    ],
+)
+def test_a_bad_flag_ends_in_one_sentence(tmp_path, folder, monkeypatch, capsys, flags, message):
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder), *flags)
+    assert status == 2
+    assert message in err and "Traceback" not in err
+
+
+def test_what_must_be_given_is_named(tmp_path, monkeypatch, capsys):
+    status, _, err = larpo(monkeypatch, capsys, "train", "--output_dir", tmp_path)
+    assert status == 2 and "model and train_data must be given" in err
+    status, _, err = larpo(monkeypatch, capsys, "train", "--model", "m", "--train_data", "x")
+    assert status == 2 and "output_dir must be given" in err
+
+
+def test_a_bad_line_of_data_is_named(tmp_path, folder, monkeypatch, capsys):
+    bad = tmp_path / "bad.jsonl"
+    good = {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}
+    bad.write_text("\n".join(map(json.dumps, [good, good | {"completions": ["b"]}])))
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder), "--train_data", bad)
+    assert status == 2
+    assert "line 2" in err and "'scores'" in err
+    status, _, err = larpo(monkeypatch, capsys, "score", "--model", folder / "model", "--data", bad, "--out", Path("x.csv"))
+    assert status == 2 and "out must end in .parquet or .jsonl" in err
+
+
+def test_settings_are_listed(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = larpo(monkeypatch, capsys, "settings")
+    assert status == 0
+    assert "candidate_micro_batch_size" in out and "warmup_steps" not in out
+
+
+def test_recipes_are_listed(monkeypatch, capsys):
+    status, out, _ = larpo(monkeypatch, capsys, "recipe")
+    assert status == 0 and "twosome" in out
+    status, _, err = larpo(monkeypatch, capsys, "recipe", "nothing")
+    assert status == 2 and "recipe must be one of" in err
+
+
+def test_a_reward_that_fails_and_a_model_that_is_not_there_end_in_one_sentence(tmp_path, folder, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(row["prompt"] for row in tiny.lists(8, seed=5)))
+    run = ["align", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run", "--eval_prompts", 2, "--eval_k", 1,
+           "--k", 2, "--max_new_tokens", 2, "--training.use_cpu", "true"]  # fmt: skip
+    status, _, err = larpo(monkeypatch, capsys, *run, "--model", folder / "model", "--reward", "math:hypot")
+    assert status == 2 and "reward 'hypot' raised TypeError" in err and "Traceback" not in err
+    status, _, err = larpo(monkeypatch, capsys, "score", "--model", tmp_path / "none", "--data", folder / "lists.jsonl",
+                           "--out", tmp_path / "x.jsonl")  # fmt: skip
+    assert status == 2 and str(tmp_path / "none") in err and "Traceback" not in err
+
+
+def test_a_bad_setting_of_align_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
+    status, _, err = larpo(monkeypatch, capsys, "align", "--output_dir", tmp_path, "--iteration", 3)
+    assert status == 2 and "unknown setting 'iteration'; did you mean 'iterations'?" in err
+
+
+def test_the_config_in_the_docs_is_one(tmp_path, folder):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    file = tmp_path / "docs.yaml"
+    file.write_text(found)
+    job, args = commands.train_settings(file, ["--use_cpu", "--output_dir", str(tmp_path)])
+    assert (args.list_top, args.list_bottom, job.peft) == (1, 3, {"r": 16, "target_modules": "all-linear"})
