@@ -1,0 +1,84 @@
+"""Files that appear whole, by one rename: JSON, text, and parquet files of rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.validation import present
+
+Rows = list[dict[str, Any]]
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """`path` (a file or a folder) appears by one rename after `write(unfinished_path)`; what was there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    remove(unfinished)
+    write(unfinished)
+    if unfinished.is_dir():
+        remove(path)
+    os.replace(unfinished, path)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A parquet file; a row is a dict of plain values, lists and messages."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist(list(rows))
+    write_whole(path, lambda unfinished: parquet.write_table(table, unfinished))
+
+
+def read_rows(path: Path) -> Rows:
+    from pyarrow import parquet
+
+    # Not read_table on a path: it takes a folder's name for a partition.
+    return parquet.ParquetFile(path).read().to_pylist()
+
+
+def plain(text: Any) -> str | list[dict[str, Any]]:
+    """A text, or messages without the keys that Arrow filled in."""
+    return text if isinstance(text, str) else [present(message) for message in text]
+
+
+def rows_once(path: Path, build: Callable[[], Rows]) -> Rows:
+    """The rows of a parquet file, which is written from `build()` if it is not there."""
+    if not path.exists():
+        write_rows(path, build())
+    return read_rows(path)
+
+
+def in_chunks(folder: Path, items: Sequence, size: int, work: Callable[[int, Sequence], Rows]) -> Rows:
+    """The rows of `work(chunk, items of the chunk)` for all chunks, each kept in a file: a chunk that is there is not redone.
+
+    The caller removes `folder` once what it makes of the rows is written.
+    """
+    rows: Rows = []
+    for chunk, start in enumerate(range(0, len(items), size)):
+        part = items[start : start + size]
+        rows += rows_once(folder / f"{chunk:05d}.parquet", lambda chunk=chunk, part=part: work(chunk, part))
+    return rows
