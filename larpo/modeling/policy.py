@@ -99,9 +99,9 @@ _backbone_inputs = torch.compiler.disable(row_layouts.backbone_inputs)
 
 @torch.compiler.disable(recursive=False)
 def _forward(self, *args, rows: Mapping[str, Tensor] | None = None, **kwargs):
-    if row_layouts is None:
+    if rows is None:
         return self._larpo_forward(*args, **kwargs)
-    return self._larpo_policy.logps(self, row_layouts)
+    return self._larpo_policy.logps(self, rows)
 
 
 def _own_forward(lm: nn.Module) -> Callable:

@@ -30,7 +30,7 @@ def model_folder() -> str:
 
 def config(folder: Path, training: dict | None = None, model: str | None = None, **changes) -> AlignConfig:
     settings = dict(
-        output_dir=str(folder), model=model or model_folder(), prompts=PROMPTS, reward="align_runs:count_o", eval_prompts=4,
+        output_dir=str(folder), model=model or model_folder(), prompts=PROMPTS, reward="tests.helpers.align_runs:count_o", eval_prompts=4,
         eval_k=4, k=4, iterations=2, max_new_tokens=6, prompts_per_iteration=6, chunk_size=4, sample_batch_size=16,
         memory="none", subset="all",
     )  # fmt: skip
