@@ -30,12 +30,30 @@ def model_folder() -> str:
 
 def config(folder: Path, training: dict | None = None, model: str | None = None, **changes) -> AlignConfig:
     settings = dict(
-        output_dir=str(folder), model=model or model_folder(), prompts=PROMPTS, reward="tests.helpers.align_runs:count_o", eval_prompts=4,
-        eval_k=4, k=4, iterations=2, max_new_tokens=6, prompts_per_iteration=6, chunk_size=4, sample_batch_size=16,
-        memory="none", subset="all",
-    )  # fmt: skip
-    own = dict(learning_rate=1e-3, per_device_train_batch_size=2, num_train_epochs=1, logging_steps=1, use_cpu=True,
-               lr_scheduler_type="constant", warmup_steps=0)  # fmt: skip
+        output_dir=str(folder),
+        model=model or model_folder(),
+        prompts=PROMPTS,
+        reward="tests.helpers.align_runs:count_o",
+        eval_prompts=4,
+        eval_k=4,
+        k=4,
+        iterations=2,
+        max_new_tokens=6,
+        prompts_per_iteration=6,
+        chunk_size=4,
+        sample_batch_size=16,
+        memory="none",
+        subset="all",
+    )
+    own = dict(
+        learning_rate=1e-3,
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        logging_steps=1,
+        use_cpu=True,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+    )
     return AlignConfig(**{**settings, **changes}, training={**own, **(training or {})})
 
 

@@ -394,7 +394,12 @@ def test_tools_of_a_prompt_reach_its_template_and_an_answer_that_it_began_stays_
 
 
 def test_several_rewards_are_weighed(tmp_path):
-    align(tmp_path, iterations=1, reward=["tests.helpers.align_runs:count_o", "tests.helpers.align_runs:count_o"], reward_weights=[1.0, -3.0])
+    align(
+        tmp_path,
+        iterations=1,
+        reward=["tests.helpers.align_runs:count_o", "tests.helpers.align_runs:count_o"],
+        reward_weights=[1.0, -3.0],
+    )
     for row in rows_of(tmp_path, 1, "candidates"):
         assert row["scores"] == [-2 * count for count in align_runs.count_o(row["completions"])]
 
