@@ -112,7 +112,10 @@ def score(
     batch_size: Annotated[int, typer.Option(help="Lists at a time.")] = 8,
     candidate_batch_size: Annotated[Optional[int], typer.Option(help="Candidates at a time.")] = None,  # noqa: UP045
     max_length: Annotated[int, typer.Option(help="Most tokens of prompt and completion.")] = 1024,
-    max_prompt_length: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 512,
+    max_prompt_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Most tokens of a prompt; half of max_length, 512 at most, if not given."),
+    ] = None,
     truncation_mode: Annotated[str, typer.Option(help="What stays of a long prompt: keep_end or keep_start.")] = "keep_end",
     append_eos: Annotated[bool, typer.Option(help="End completions that are plain strings with EOS.")] = True,
     split: Annotated[str, typer.Option(help="Split of the data, where it has splits.")] = "train",
@@ -124,11 +127,12 @@ def score(
     For ref_logps to train with, give the lengths, truncation_mode and append_eos of that training.
     """
     from . import commands
+    from .data.tokenization import PROMPT_LENGTH
 
     scored = commands.score(
         model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
-        max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode, append_eos=append_eos,
-        split=split, dtype=dtype, trust_remote_code=trust_remote_code,
+        max_length=max_length, max_prompt_length=PROMPT_LENGTH if max_prompt_length is None else max_prompt_length,
+        truncation_mode=truncation_mode, append_eos=append_eos, split=split, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
 

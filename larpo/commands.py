@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from .data.tokenization import PROMPT_LENGTH
 from .runs.files import read_json, write_json
 from .runs.identity import changed, content
 from .runs.yaml_config import load_yaml, nearest
@@ -198,7 +199,7 @@ def score(
     batch_size: int = 8,
     candidate_batch_size: int | None = None,
     max_length: int | None = 1024,
-    max_prompt_length: int | None = 512,
+    max_prompt_length: int | None = PROMPT_LENGTH,
     truncation_mode: str = "keep_end",
     append_eos: bool = True,
     split: str = "train",

@@ -11,6 +11,8 @@ from larpo_kernels import validation
 from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
 
+from .data.tokenization import PROMPT_LENGTH, prompt_limit
+
 
 def _arg(default: Any, text: str) -> Any:
     """A field and what `--help` says of it."""
@@ -43,7 +45,9 @@ class LarPOConfig(TrainingArguments):
     list_top: int | None = _arg(None, "With list_bottom: train on this many best candidates of each list (None: all).")
     list_bottom: int | None = _arg(None, "With list_top: and on this many worst ones (None: all).")
     max_length: int | None = _arg(1024, "Most tokens of prompt + completion; completions lose their end. None: no limit.")
-    max_prompt_length: int | None = _arg(512, "Most tokens of a prompt, below max_length. None: no limit.")
+    max_prompt_length: int | None = _arg(
+        PROMPT_LENGTH, "Most tokens of a prompt, below max_length (not given: half of it, 512 at most). None: no limit."
+    )
     truncation_mode: str = _arg("keep_end", "Which end of a prompt that is too long stays: keep_end or keep_start.")
     append_eos: bool = _arg(True, "End completions that are plain strings with the tokenizer's EOS.")
     dataset_num_proc: int | None = _arg(None, "Processes that tokenise the data.")
@@ -77,6 +81,7 @@ class LarPOConfig(TrainingArguments):
         self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
         self.resolved_objective()  # refused here, not after the model is loaded
         validation.positive("beta", self.beta)
+        self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         for name in ("max_length", "max_prompt_length", "candidate_micro_batch_size", "precompute_ref_batch_size", "ndcg_k"):
             _count(name, getattr(self, name), at_least=1)
         for name in ("list_top", "list_bottom"):

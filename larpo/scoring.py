@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data.collator import ListCollator
-from .data.tokenization import Truncation, tokenize_lists
+from .data.tokenization import PROMPT_LENGTH, Truncation, tokenize_lists
 from .modeling.policy import Policy, attach
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def score_lists(
     batch_size: int = 8,
     candidate_batch_size: int | None = None,
     max_length: int | None = 1024,
-    max_prompt_length: int | None = 512,
+    max_prompt_length: int | None = PROMPT_LENGTH,
     truncation_mode: Truncation = "keep_end",
     append_eos: bool = True,
     progress: bool = True,

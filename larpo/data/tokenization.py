@@ -31,6 +31,24 @@ if TYPE_CHECKING:
 Truncation = Literal["keep_end", "keep_start"]
 
 
+class _Default(int):
+    """A number that nobody gave: unlike the same number given, it makes room for another setting."""
+
+
+PROMPT_LENGTH = _Default(512)  # what max_prompt_length is where it is not given; see prompt_limit
+
+
+def prompt_limit(max_length: int | None, max_prompt_length: int | None) -> int | None:
+    """The most tokens of a prompt: max_prompt_length as given; where it was not, half of max_length, 512 at most.
+
+    >>> prompt_limit(64, PROMPT_LENGTH), prompt_limit(4096, PROMPT_LENGTH), prompt_limit(64, 48), prompt_limit(64, None)
+    (32, 512, 48, None)
+    """
+    if not isinstance(max_prompt_length, _Default):
+        return max_prompt_length
+    return int(max_prompt_length) if not isinstance(max_length, int) else max(1, min(int(max_prompt_length), max_length // 2))
+
+
 @dataclass(frozen=True)
 class TokenizationReport:
     """Counts over a dataset; `str(report)` says them in a sentence.
@@ -69,7 +87,7 @@ def tokenize_row(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = 1024,
-    max_prompt_length: int | None = 512,
+    max_prompt_length: int | None = PROMPT_LENGTH,
     truncation: Truncation = "keep_end",
     append_eos: bool = True,
 ) -> dict[str, Any]:
@@ -79,7 +97,8 @@ def tokenize_row(
         row: as `larpo.data.check_row` wants it; `tools` and `chat_template_kwargs` go to the chat template.
         tokenizer: of transformers. Messages need its chat template.
         max_length: tokens of prompt and completion together; None for no limit.
-        max_prompt_length: tokens of the prompt, below max_length; None for no limit but to leave a token of max_length.
+        max_prompt_length: tokens of the prompt, below max_length; None for no limit but to leave a token of max_length;
+            not given: half of max_length, 512 at most.
         truncation: which part of a long prompt is kept.
         append_eos: end completions with EOS where step 2 above says so. Tokens given in the row never get one.
 
@@ -91,6 +110,7 @@ def tokenize_row(
         ValueError: a bad row, option or tokenizer; a chat template whose text for prompt and completion does not begin
             with its text for the prompt.
     """
+    max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
     tokens, _ = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, "row")
     return tokens
@@ -101,7 +121,7 @@ def tokenize_lists(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = 1024,
-    max_prompt_length: int | None = 512,
+    max_prompt_length: int | None = PROMPT_LENGTH,
     truncation: Truncation = "keep_end",
     append_eos: bool = True,
     num_proc: int | None = None,
@@ -110,6 +130,7 @@ def tokenize_lists(
 
     num_proc: processes, as in `Dataset.map`. Columns that `tokenize_row` does not return are left out.
     """
+    max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
     optional = [name for name in ("ref_logps", "source") if name in dataset.column_names]
     counts = [field.name for field in dataclasses.fields(TokenizationReport)]

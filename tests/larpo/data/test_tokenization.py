@@ -229,6 +229,12 @@ def test_limits_are_exact_and_none_is_no_limit(tokenizer):
     assert len(full["prompt_ids"]) == p - 1 and set(map(len, full["completion_ids"])) == {1}
 
 
+def test_without_a_limit_of_its_own_a_prompt_gets_half_of_max_length(tokenizer):
+    row = row_of("Question: what is the answer?")
+    for tokens in (tokenize_row(row, tokenizer, max_length=8), tokenize_lists(as_lists([row]), tokenizer, max_length=8)[0][0]):
+        assert tokens == tokenize_row(row, tokenizer, max_length=8, max_prompt_length=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
