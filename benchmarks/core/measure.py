@@ -1,4 +1,4 @@
-"""One table: every provider of a problem checked against float64, then timed in turns, then its memory."""
+"""One table: every provider of a problem checked against float64, timed once, its memory, then timed in turns."""
 
 from __future__ import annotations
 
@@ -69,8 +69,11 @@ def measure(
     """A table as it is recorded: the problem's description and one row a provider, every sample kept."""
     entries = [Entry(p, problem, truth) for p in providers]
     _check(entries, settings, progress)
-    _time(entries, settings, progress)
-    if settings.memory:
+    _time(entries, settings, progress, range(1))
+    if settings.memory:  # before the other rounds: a figure that is missing says less than one more sample
+        _peaks(entries, problem, settings, progress)
+    _time(entries, settings, progress, range(1, settings.rounds))
+    if settings.memory and not settings.late:  # of a group whose fastest is another one by now
         _peaks(entries, problem, settings, progress)
     torch._dynamo.reset()  # the next problem has other shapes
     return {**problem.describe(), "rows": [entry.row for entry in entries]}
@@ -162,10 +165,12 @@ def _check(entries: list[Entry], settings: Settings, progress) -> None:
         gc.collect()
 
 
-def _time(entries: list[Entry], settings: Settings, progress) -> None:
+def _time(entries: list[Entry], settings: Settings, progress, rounds: range) -> None:
     """Rounds over all providers, so that a slow minute of the machine hits everybody."""
     start = time.perf_counter()
-    for i in range(settings.rounds):
+    for i in rounds:
+        if i and (settings.late or time.perf_counter() - start > settings.budget_s):
+            break
         progress(f"time, round {i + 1} of {settings.rounds}")
         for entry in entries:
             if not entry.alive or entry.row["one_run"]:
@@ -176,13 +181,12 @@ def _time(entries: list[Entry], settings: Settings, progress) -> None:
             entry.row["seconds"].append(done[0])
             entry.row["one_run"] = done[0] > settings.guard_s
             del done
-        if time.perf_counter() - start > settings.budget_s or settings.late:
-            break
 
 
 def _peaks(entries: list[Entry], problem: Problem, settings: Settings, progress) -> None:
     """Of a group only the fastest: the one the report shows."""
     wanted = [e for e in entries if e.alive and not e.provider.floor and e.row["seconds"] and _leads(e, entries)]
+    wanted = sorted((e for e in wanted if e.row["peak_bytes"] is None), key=_importance)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.pt"
         if problem.device.type == "cpu":
@@ -190,7 +194,7 @@ def _peaks(entries: list[Entry], problem: Problem, settings: Settings, progress)
         for entry in wanted:
             progress(f"memory of {entry.provider.name}")
             slow = median(entry.row["seconds"]) > settings.memory_guard_s
-            if slow or settings.late:
+            if slow or (settings.late and _importance(entry) > 1):
                 entry.row["message"] = f"memory not measured: {'a run takes too long' if slow else LATE}"
                 continue
             if problem.device.type == "cuda":

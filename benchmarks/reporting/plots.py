@@ -92,7 +92,7 @@ def _error_name(kind: str) -> str:
 
 
 def cost_bars(table: dict, folder: Path) -> Path | None:
-    """Memory and time of each provider side by side, slowest on top."""
+    """Memory and time of each provider side by side, slowest on top; a figure that was not measured has no bar."""
     rows = _measured(table)[::-1]
     if not rows:
         return None
@@ -100,11 +100,11 @@ def cost_bars(table: dict, folder: Path) -> Path | None:
     colors = ["tab:blue" if r["provider"].startswith("ours") else "silver" for r in rows]
     labels = [title_of(r) for r in rows]
     for axis, values, text, title in (
-        (axes[0], [r["peak_bytes"] or 0 for r in rows], size, "extra peak memory"),
+        (axes[0], [r["peak_bytes"] for r in rows], size, "extra peak memory"),
         (axes[1], [seconds(r) for r in rows], duration, "time"),
     ):
-        bars = axis.barh(labels, values, color=colors)
-        axis.bar_label(bars, [text(v) for v in values], padding=3, fontsize=8)
+        bars = axis.barh(labels, [v or 0 for v in values], color=colors)
+        axis.bar_label(bars, ["not measured" if v is None else text(v) for v in values], padding=3, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_xticks([])
         axis.margins(x=0.2)

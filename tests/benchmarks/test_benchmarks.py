@@ -315,7 +315,7 @@ def test_the_floor_is_the_faster_of_the_dtypes():
 
 
 def test_plots_are_drawn_for_tables_and_for_sweeps(tmp_path):
-    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    plots = pytest.importorskip("benchmarks.reporting.plots", exc_type=ImportError)
     tables = [
         made_table(row("eager", [2.0 * k, 2.1 * k]), row("ours", [1.0 * k, 1.1 * k]), V=1000 * k, case=f"V{k}") for k in (1, 2)
     ]
@@ -323,6 +323,16 @@ def test_plots_are_drawn_for_tables_and_for_sweeps(tmp_path):
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
     assert {n.rsplit("-", 1)[1] for n in names if "against" not in n} == {"time.png", "cost.png"}
     assert sum("against-V" in n for n in names) == 1
+
+
+def test_a_peak_that_was_not_measured_is_not_drawn_as_nothing(tmp_path, monkeypatch):
+    plots = pytest.importorskip("benchmarks.reporting.plots", exc_type=ImportError)
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.cost_bars(made_table(row("eager", [2.0], peak_bytes=None), row("ours", [1.0], peak_bytes=5_000_000)), tmp_path)
+    memory, time = ([text.get_text() for text in axis.texts] for axis in figures[0].axes)
+    assert memory == ["not measured", "5.0 MB"] and len(time) == 2 and "not measured" not in time
+    assert [bar.get_width() for bar in figures[0].axes[0].patches] == [0, 5_000_000]
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
@@ -357,14 +367,15 @@ def test_providers_are_chosen_by_pattern_or_by_group():
     assert sum(n.startswith("torch.compile") for n in names) == 3
 
 
-def test_past_the_deadline_eager_and_ours_are_still_checked_and_the_others_say_why_not():
+def test_past_the_deadline_eager_and_ours_are_still_measured_and_the_others_say_why_not(monkeypatch):
+    monkeypatch.setattr(measure, "peak_in_child", lambda file, name, timeout: (len(name), "letters"))
     p = problem("logits", "train")
     late = measure.Settings(rounds=3, deadline=0.0)
     found = measure.measure(p, measure.all_providers("logits", "train", ["eager", "ours (torch)", "log_*"]), Truth(p), late)
     by_name = {r["provider"]: r for r in found["rows"]}
     assert [len(by_name[n]["seconds"]) for n in ("eager", "ours (torch)", "log_softmax a row")] == [1, 1, 0]
-    assert by_name["log_softmax a row"]["status"] == "not run"
-    assert "time limit" in by_name["eager"]["message"] and by_name["eager"]["peak_bytes"] is None
+    assert [by_name[n]["peak_bytes"] for n in ("eager", "ours (torch)", "log_softmax a row")] == [5, 12, None]
+    assert by_name["log_softmax a row"]["status"] == "not run" and "time limit" in by_name["log_softmax a row"]["message"]
 
 
 def test_an_overwriting_provider_gets_its_own_copy_and_its_gradient_is_not_copied():
