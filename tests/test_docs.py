@@ -1,0 +1,65 @@
+"""What README and docs state about the tree and about recorded results is so."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ("quick", "quick-trainable", "linear", "linear-T2048-H896-V32000", "prefix")  # in the order of the tables
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BY_NAME = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]
+
+
+@pytest.mark.parametrize("page", BY_NAME)
+def test_tables_of_measurements_are_those_of_the_recorded_results(page):
+    report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
+    results = report.load([ROOT / f"benchmarks/results/amd-epyc-2-threads-avx2/{name}.json" for name in RESULTS])
+    text = page.read_text(encoding="utf-8")
+    assert report.fill_markers(text, results) == text
+
+
+@pytest.mark.parametrize("page", BY_NAME)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", BY_NAME)
+def test_files_and_commands_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"\b((?:larpo|larpo_kernels|benchmarks|tests|docs)/[\w./-]*\w)", text)
+    made = ("benchmarks/out", "docs/reproduction")  # by a command
+    missing = [
+        path for path in named if not path.startswith(made) and not (ROOT / path).exists() and not list(ROOT.glob(path + "*"))
+    ]
+    assert not missing
+    modules = re.findall(r"python3? -m ([\w.]+\w)", text) + re.findall(
+        r"`((?:larpo|larpo_kernels|benchmarks)(?:\.[a-z_]+)+)\b", text
+    )
+    assert [name for name in modules if name.islower() and not _leads_somewhere(name)] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [name for name in re.findall(r"(?:^|`)make ([a-z-]+)\b", text, re.M) if f"\n{name}:" not in makefile] == []
+
+
+def _leads_somewhere(dotted: str) -> bool:
+    """Whether a name is a module, or an attribute of one."""
+    module, _, rest = dotted.rpartition(".")
+    try:
+        if importlib.util.find_spec(dotted):
+            return True
+    except ModuleNotFoundError:
+        pass
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return False
+    return hasattr(found, rest)
+
+
+def test_the_table_of_schedules_has_them_all():
+    from larpo_kernels.linear.schedules import SCHEDULES
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \| .*\d \|", text, re.M)) == set(SCHEDULES) - {"auto"}
