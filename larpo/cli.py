@@ -141,11 +141,12 @@ def main() -> None:
     """Runs the command; what the user got wrong, a model that is not there and a reward that fails end in what they have to
     say, not in a traceback."""
     from .rewards import RewardError
+    from .runs.secrets import masked
 
     try:
         app()
     except (ValueError, OSError, ImportError, RewardError) as error:  # ConnectionError is an OSError
-        typer.echo(f"larpo: {error}", err=True)
+        typer.echo(f"larpo: {masked(str(error))}", err=True)  # some show settings, or an address with its password
         sys.exit(2)
 
 

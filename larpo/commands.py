@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from .data.tokenization import PROMPT_LENGTH
 from .runs.files import read_json, write_json
 from .runs.identity import changed, content
+from .runs.secrets import masked, without_secrets
 from .runs.yaml_config import load_yaml, nearest
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
         if value is not None and not isinstance(value, list | dict):
             as_flags.append(f"--{name}={value}")
         elif not _takes(hints[name], value):
-            raise ValueError(f"{name} does not take {value!r} (its type is {hints[name]})")
+            raise ValueError(f"{name} does not take {masked(value, name)!r} (its type is {hints[name]})")
         elif name not in given:
             as_they_are[name] = value
     parser = HfArgumentParser(kinds, exit_on_error=False, allow_abbrev=False)
@@ -99,9 +100,9 @@ def _parse(parser: Any, flags: list[str]) -> dict[str, Any]:
     try:
         found, rest = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(masked(str(error))) from None
     if rest:
-        raise ValueError(f"expected flags, got {' '.join(rest)!r}")
+        raise ValueError(f"expected flags, got {masked(' '.join(rest))!r}")
     return vars(found)
 
 
@@ -121,9 +122,9 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be JSON of an object, got {text!r}: {error}") from None
+        raise ValueError(f"{name} must be JSON of an object, got {masked(text)!r}: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be JSON of an object, got {text!r}")
+        raise ValueError(f"{name} must be JSON of an object, got {masked(text)!r}")
     return value
 
 
@@ -166,7 +167,7 @@ def _identity(job: TrainJob, args: LarPOConfig, data: Dataset) -> dict[str, Any]
     names = [name for name in LarPOConfig.__annotations__ if name not in HOW]
     what = {name: settings[name] for name in (*names, *WHAT) if name in settings}
     own = {"model": _place(job.model), "ref_model": _place(job.ref_model), "peft": job.peft, "train_data": content(data)}
-    return json.loads(json.dumps(own | what, default=str))  # as it is read back
+    return json.loads(json.dumps(without_secrets(own | what), default=str))  # as it is read back
 
 
 def _place(model: str | None) -> str | None:

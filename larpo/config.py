@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
 
 from .data.tokenization import PROMPT_LENGTH, prompt_limit
+from .runs.secrets import given_again, is_secret, masked, without_secrets
 
 
 def _arg(default: Any, text: str) -> Any:
@@ -77,6 +79,9 @@ class LarPOConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, _json(name, value))
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, given_again(getattr(self, name), f"{name}."))
+        self.hub_token = given_again({"hub_token": self.hub_token}).get("hub_token")
         super().__post_init__()
         self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
         self.resolved_objective()  # refused here, not after the model is loaded
@@ -115,6 +120,23 @@ class LarPOConfig(TrainingArguments):
         if self.sync_ref_model and (self.reference_free or self.precompute_ref_log_probs):
             raise ValueError("sync_ref_model needs a reference model; reference_free and precompute_ref_log_probs have none")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in TrainingArguments, for what logs and reports the settings: secrets are masked at any depth."""
+        return {name: masked(value, name) for name, value in super().to_dict().items()}
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(self.to_dict().items()))})"
+
+    __repr__ = __str__
+
+    def without_secrets(self) -> LarPOConfig:
+        """A copy for training_args.bin, which is shared with the model: tokens, keys and passwords are not there."""
+        shared = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, str | dict):
+                setattr(shared, name, None if is_secret(name) else without_secrets(value))
+        return shared
+
     def resolved_objective(self) -> Objective:
         """The objective with its options."""
         resolve(self.objective)
@@ -132,9 +154,9 @@ def _json(name: str, text: str) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be a dict or JSON text of one, got {text!r}: {error}") from None
+        raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a dict or JSON text of one, got {text!r}")
+        raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}")
     return value
 
 

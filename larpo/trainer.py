@@ -492,6 +492,14 @@ class LarPOTrainer(Trainer):
         self._time_of_log = time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _save(self, *args, **kwargs):
+        """transformers pickles the settings beside the model: without the secrets among them."""
+        settings, self.args = self.args, self.args.without_secrets()
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = settings
+
     def _save_checkpoint(self, model, trial):
         if self._sync is not None:  # first: a checkpoint is whole once the last file of transformers' own is there
             folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")

@@ -10,6 +10,7 @@ from typing import Any
 from ..candidates import PAPER_SUBSETS
 from ..rewards import name_of
 from ..runs.identity import changed
+from ..runs.secrets import given_again, masked
 from ..runs.yaml_config import load_yaml, nearest, number
 from ..sampling import temperature_at
 
@@ -38,12 +39,12 @@ def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING) -> Any:
     return field(**given, metadata={"help": text})
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class AlignConfig:
     """A run of LarPO's algorithm 1 (arXiv 2502.03699): sample, score, build lists, train, evaluate, and again.
 
     Raises ValueError for a value that is out of its range, naming the field, and TypeError for prompts that are neither a
-    source's name nor rows.
+    source's name nor rows. A token of the hub that config.yaml has masked is taken from the environment, HF_TOKEN.
     """
 
     output_dir: str = _arg(text="The run folder; a run that was killed goes on from what is in it.")
@@ -135,7 +136,8 @@ class AlignConfig:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         for name in ("training", "model_init_kwargs", "sampler_options"):
             if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must hold `name: value` settings, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must hold `name: value` settings, got {masked(getattr(self, name), name)!r}")
+        self._take_no_mask_for_a_secret()
         for iteration in range(self.iterations):
             if temperature_at(self.temperatures, iteration, self.iterations) == 0 and self.k > 1:
                 raise ValueError("temperatures must be above 0: at 0 all completions of a prompt are the same")
@@ -162,6 +164,11 @@ class AlignConfig:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def _take_no_mask_for_a_secret(self) -> None:
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in given_again(settings).items():
+            setattr(self, name, value)
 
     def _check_training_names(self) -> None:
         from ..config import LarPOConfig
@@ -218,11 +225,19 @@ class AlignConfig:
         return [one if isinstance(one, str) else name_of(one) for one in rewards]
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.yaml holds: plain values, a reward that is a Python object by its name."""
+        """What config.yaml holds: plain values, a reward that is a Python object by its name, secrets masked."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         names = self.reward_names()
         values["reward"] = names if isinstance(self.reward, list | tuple) else names[0]
-        return {name: _plain(value) for name, value in values.items()}
+        return {name: _plain(value if _is_rows(name, value) else masked(value, name)) for name, value in values.items()}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+
+def _is_rows(name: str, value: Any) -> bool:
+    """Whether these are prompts themselves: data, in which nothing is masked."""
+    return name in ("prompts", "eval_prompts") and isinstance(value, list | tuple)
 
 
 def _rows(name: str, prompts: Any) -> Any:
@@ -266,7 +281,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
             raise ValueError(f"unknown setting {name!r}{nearest(group, known)}")
         if inner:
             if not isinstance(values.get(group) or {}, Mapping):
-                raise ValueError(f"{name!r} is set, but {group} holds {values[group]!r}")
+                raise ValueError(f"{name!r} is set, but {group} holds {masked(values[group], group)!r}")
             values[group] = {**(values.get(group) or {}), inner: number(value)}
         else:
             values[name] = number(value)

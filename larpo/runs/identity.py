@@ -7,16 +7,20 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .secrets import without_secrets
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
-    """The settings by which one run differs from another, as sentences; none if it is the same run.
+    """The settings by which one run differs from another, as sentences; none if it is the same run. A token, key or password
+    makes no other run, and is not shown.
 
     >>> changed({"beta": 0.1, "steps": 5}, {"beta": 0.2, "steps": 9}, may_change=["steps"])
     ['beta was 0.1 and is 0.2']
     """
+    before, now = without_secrets(before), without_secrets(now)
     return [
         f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in now.items()
