@@ -13,7 +13,7 @@ from .data.tokenization import PROMPT_LENGTH
 from .runs.files import read_json, write_json
 from .runs.identity import changed, content
 from .runs.secrets import masked, without_secrets
-from .runs.yaml_config import load_yaml, nearest
+from .runs.yaml_config import as_word, load_yaml, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,6 +78,7 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     as_flags, as_they_are = [], {}
     for name, value in values.items():
+        value = as_word(name, value, hints[name])
         if value is not None and not isinstance(value, list | dict):
             as_flags.append(f"--{name}={value}")
         elif not _takes(hints[name], value):
@@ -91,7 +92,20 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
     job, args = (kind(**{f.name: found[f.name] for f in fields(kind) if f.init}) for kind in kinds)
     if isinstance(job.peft, str):
         job.peft = _json_object("peft", job.peft)
+    _refuse_what_scripts_read(job, args)
     return job, args
+
+
+def _refuse_what_scripts_read(job: TrainJob, args: LarPOConfig) -> None:
+    """Settings of TrainingArguments that are there for scripts of one's own: they would be ignored here."""
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "resume_from_checkpoint must be left out: a run goes on from the newest whole checkpoint in output_dir"
+        )
+    if args.do_predict:
+        raise ValueError("do_predict must be left out: nothing is predicted, eval_data is what is evaluated")
+    if args.do_eval and job.eval_data is None:
+        raise ValueError("do_eval and eval_strategy need eval_data, which is not given")
 
 
 def _parse(parser: Any, flags: list[str]) -> dict[str, Any]:

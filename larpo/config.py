@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -13,7 +13,9 @@ from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
 
 from .data.tokenization import PROMPT_LENGTH, prompt_limit
+from .refused_settings import refuse_settings
 from .runs.secrets import given_again, is_secret, masked, without_secrets
+from .runs.yaml_config import as_word
 
 
 def _arg(default: Any, text: str) -> Any:
@@ -75,6 +77,10 @@ class LarPOConfig(TrainingArguments):
     ndcg_k: int | None = _arg(None, "Cut-off of the logged ndcg (None: the whole list).")
 
     def __post_init__(self):
+        hints = get_type_hints(LarPOConfig)
+        for one in fields(LarPOConfig):
+            if one.init and one.name != "fsdp":  # where transformers itself puts True
+                setattr(self, one.name, as_word(one.name, getattr(self, one.name), hints[one.name]))
         for name in ("objective_options", "model_init_kwargs"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -103,20 +109,7 @@ class LarPOConfig(TrainingArguments):
         _one_of("truncation_mode", self.truncation_mode, ("keep_end", "keep_start"))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: the data's columns are lists, not the model's arguments")
-        if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: a ranking has no labels")
-        if self.include_num_input_tokens_seen not in ("no", False):
-            raise ValueError(
-                "include_num_input_tokens_seen must be 'no': transformers counts them in a batch that is one tensor of ids. "
-                "tokens_per_second is logged without it"
-            )
-        if getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
-            raise ValueError(
-                "train_sampling_strategy must be random, sequential or group_by_length: batch_rebalance makes batches of "
-                "different numbers of lists, whose mean losses would then count the same"
-            )
+        refuse_settings(self)
         if self.sync_ref_model and (self.reference_free or self.precompute_ref_log_probs):
             raise ValueError("sync_ref_model needs a reference model; reference_free and precompute_ref_log_probs have none")
 

@@ -308,10 +308,24 @@ class LarPOTrainer(Trainer):
     # --- data that comes later ------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return super().get_eval_dataloader(self._prepared(eval_dataset, "eval"))
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            with self._whole_data():
+                return super().get_eval_dataloader(eval_dataset)
+        # with persistent workers transformers would keep the first such loader and evaluate on it ever after
+        return self.get_test_dataloader(eval_dataset, "eval")
 
-    def get_test_dataloader(self, test_dataset):
-        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+    def get_test_dataloader(self, test_dataset, name: str = "test"):
+        with self._whole_data():
+            return super().get_test_dataloader(self._prepared(test_dataset, name))
+
+    @contextlib.contextmanager
+    def _whole_data(self) -> Iterator[None]:
+        """dataloader_drop_last is for training: an evaluation is of every list."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     @property
     def _holds_reference(self) -> bool:
@@ -319,7 +333,7 @@ class LarPOTrainer(Trainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """What `evaluate` and `predict` are given, as the trainer's own data is: tokens, with ref_logps where needed."""
-        if dataset is None or isinstance(dataset, str) or is_tokenised(dataset):
+        if is_tokenised(dataset):
             return dataset
         lists = training_lists(dataset, self.processing_class, self.args, name)
         check_tokens(lists, lm_heads.causal_lm(self.model).config, name)
@@ -480,7 +494,10 @@ class LarPOTrainer(Trainer):
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As transformers.Trainer.train; True resumes from the newest checkpoint that was written to its end."""
+        """As transformers.Trainer.train; True resumes from the newest checkpoint that was written to its end, and where
+        nothing is said here `args.resume_from_checkpoint` counts."""
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..candidates import PAPER_SUBSETS
 from ..rewards import name_of
 from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
-from ..runs.yaml_config import load_yaml, nearest, number
+from ..runs.yaml_config import as_word, load_yaml, nearest, number
 from ..sampling import temperature_at
 
 # Settings of LarPOConfig where neither `training` nor the loop says otherwise. "paper": arXiv 2502.03699, its experiment
@@ -28,6 +28,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 OWNED = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "sync_ref_model": "reference",
          "list_top": "subset", "list_bottom": "subset", "eval_strategy": "eval_k", "load_best_model_at_end": "eval_k",
+         "do_eval": "eval_k", "do_predict": "eval_k", "resume_from_checkpoint": "output_dir",
          "model_init_kwargs": "model_init_kwargs"}  # fmt: skip
 MAY_CHANGE = ("iterations", "output_dir")  # of a run that has begun
 
@@ -159,6 +160,8 @@ class AlignConfig:
         _, bottom = self.top_and_bottom()
         if bottom == 0 and self.negatives != "low":
             raise ValueError(f"negatives {self.negatives!r} fill the bottom of the subset, but subset={self.subset!r} has none")
+        for name, hint in get_type_hints(AlignConfig).items():
+            setattr(self, name, as_word(name, getattr(self, name), hint))
 
     def _at_least_one(self, name: str) -> None:
         value = getattr(self, name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import types
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def load_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
@@ -48,6 +50,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+WORDS = {False: ("no", "off", "none"), True: ("yes", "on")}  # that YAML 1.1 reads as a boolean, or that a user means by it
+CHOICES = {"report_to": ("none", "all")}  # of settings whose type does not list them
+
+
+def as_word(name: str, value: Any, hint: Any) -> Any:
+    """The choice that was meant by a boolean, where a setting of this type takes none: `save_strategy: no` is "no".
+
+    Raises ValueError for a boolean that stands for no choice. Anything else is returned as it is.
+
+    >>> as_word("save_strategy", False, Literal["no", "steps"]), as_word("bf16", False, bool), as_word("seed", 7, int)
+    ('no', False, 7)
+    """
+    if not isinstance(value, bool):
+        return value
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = [*CHOICES.get(name, ()), *(choice for kind in kinds for choice in _choices(kind))]
+    if bool in kinds or Any in kinds or any(choice is value for choice in choices):
+        return value
+    for word in WORDS[value]:
+        if word in choices:
+            return word
+    expected = f"one of {', '.join(map(repr, choices))}" if choices else "no boolean"
+    raise ValueError(f"{name} must be {expected}, got {value!r}; YAML reads no, off, yes and on as booleans unless quoted")
+
+
+def _choices(kind: Any) -> tuple:
+    """The values of an enumeration or of a Literal."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return tuple(member.value for member in kind)
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def number(value: Any) -> Any:

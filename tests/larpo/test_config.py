@@ -1,11 +1,18 @@
 """LarPOConfig: defaults that follow each other, and settings of TrainingArguments that mean nothing here."""
 
+from types import SimpleNamespace
+
 import pytest
 
-for package in ("transformers", "accelerate", "datasets"):
+for package in ("transformers", "accelerate", "datasets", "yaml"):
     pytest.importorskip(package)
+import yaml
 
+from larpo import commands
+from larpo.align import AlignConfig
+from larpo.align.training import arguments
 from larpo.config import LarPOConfig
+from larpo.refused_settings import refuse_settings
 
 
 def config(folder, **options):
@@ -44,3 +51,90 @@ def test_the_limit_of_prompts_is_one_number_on_a_command_line_too(tmp_path):
     flags = [f"--output_dir={tmp_path}", "--max_length=64"]
     assert parse(flags)[0].max_prompt_length == 32
     assert parse([*flags, "--max_prompt_length=40"])[0].max_prompt_length == 40
+
+
+# --- words that YAML reads as booleans
+
+
+def read(tmp_path, text):
+    """The settings of `larpo train` with this file."""
+    file = tmp_path / "train.yaml"
+    file.write_text(f"model: m\ntrain_data: d\noutput_dir: {tmp_path}\n{text}\n")
+    return commands.train_settings(file, [])[1]
+
+
+@pytest.mark.parametrize("word", ["no", "off", "False"])
+def test_no_and_off_are_words_where_a_choice_is_meant(tmp_path, word):
+    text = "\n".join(f"{name}: {word}" for name in ("save_strategy", "eval_strategy", "logging_strategy", "report_to"))
+    by_loop = arguments(AlignConfig(output_dir="run", model="m", prompts=["a"], reward="r", training=yaml.safe_load(
+        f"save_strategy: {word}\nlogging_strategy: {word}\nreport_to: {word}")), str(tmp_path), 0)  # fmt: skip
+    for args in (read(tmp_path, text), by_loop, config(tmp_path, save_strategy=False, logging_strategy=False)):
+        assert (args.save_strategy, args.eval_strategy, args.logging_strategy, args.report_to) == ("no", "no", "no", [])
+
+
+def test_a_boolean_stays_one_where_the_setting_takes_it(tmp_path):
+    args = read(tmp_path, "bf16: no\nappend_eos: off\nreference_free: on\nlr_scheduler_kwargs: {on: yes}\nddp_static_graph: no")
+    assert (args.bf16, args.append_eos, args.reference_free, args.ddp_static_graph) == (False, False, True, False)
+    assert args.lr_scheduler_kwargs == {True: True}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("save_strategy: yes", r"save_strategy must be one of 'no', 'steps', .*got True; YAML reads no, off"),
+        ("run_name: on", "run_name must be no boolean, got True"),
+        ("beta: yes", "beta must be no boolean, got True"),
+        ("warmup_steps: no", "warmup_steps must be no boolean, got False"),
+        ("peft: no", "peft must be no boolean, got False"),
+    ],
+)
+def test_a_boolean_that_stands_for_no_choice_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, text)
+
+
+# --- what is inherited
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(label_smoothing_factor=0.1), "label_smoothing_factor must be 0"),
+        (dict(include_num_input_tokens_seen="all"), r"include_num_input_tokens_seen must be 'no'.*tokens_per_second"),
+        (dict(include_num_input_tokens_seen=True), "include_num_input_tokens_seen must be 'no'"),
+        (dict(train_sampling_strategy="batch_rebalance"), "train_sampling_strategy"),
+        (dict(accelerator_config={"dispatch_batches": True}), "accelerator_config: dispatch_batches must be left out"),
+        (dict(accelerator_config={"split_batches": True}), "accelerator_config: split_batches must be left out"),
+        (dict(auto_find_batch_size=True), r"auto_find_batch_size must be False.*candidate_micro_batch_size"),
+        (dict(bf16_full_eval=True), r"bf16_full_eval must be False.*the reference"),
+        (dict(use_liger_kernel=True), "use_liger_kernel must be False"),
+        (dict(include_for_metrics=["inputs"]), "include_for_metrics must not hold 'inputs'"),
+        (dict(neftune_noise_alpha=5.0, share_prefix=True), "neftune_noise_alpha needs share_prefix=False"),
+        (dict(optim="adalomo", candidate_micro_batch_size=2), r"optim must not be 'adalomo' with candidate_micro_batch_size"),
+        (dict(torch_empty_cache_steps=1, candidate_micro_batch_size=2), "torch_empty_cache_steps must be None"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_would_do_nothing_or_something_else_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_a_sequence_on_several_devices_is_refused(tmp_path):
+    args = config(tmp_path)
+    args.parallelism_config = SimpleNamespace(tp_size=1, cp_size=2, sp_size=1)  # a real one starts process groups
+    with pytest.raises(ValueError, match="parallelism_config: cp_size must be 1, got 2"):
+        refuse_settings(args)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resume_from_checkpoint: x", "resume_from_checkpoint must be left out: a run goes on"),
+        ("do_predict: true", "do_predict must be left out"),
+        ("eval_strategy: steps", "need eval_data, which is not given"),
+    ],
+)
+def test_what_is_there_for_scripts_is_not_ignored_by_the_command(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, text)

@@ -282,18 +282,42 @@ def test_lists_of_one_length_can_come_together(tmp_path):
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(label_smoothing_factor=0.1), "label_smoothing_factor must be 0"),
-        (dict(include_num_input_tokens_seen="all"), "include_num_input_tokens_seen must be 'no'.*tokens_per_second"),
-        (dict(include_num_input_tokens_seen=True), "include_num_input_tokens_seen must be 'no'"),
-        (dict(train_sampling_strategy="batch_rebalance"), "train_sampling_strategy"),
-    ],
-)
-def test_settings_that_would_do_nothing_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **options)
+def test_an_evaluation_is_of_every_list_when_training_drops_its_last_batch(tmp_path, data):
+    t = trainer(tmp_path, data, eval_dataset=data, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    expected = trainer(tmp_path, data, eval_dataset=data, per_device_eval_batch_size=4).evaluate()["eval_loss"]
+    for found in (t.evaluate(), t.evaluate(data), t.predict(data).metrics):
+        assert next(value for name, value in found.items() if name.endswith("_loss")) == expected
+    assert len(t.get_train_dataloader()) == 3 and t.args.dataloader_drop_last
+
+
+def test_workers_that_persist_evaluate_the_data_they_are_given(tmp_path, data):
+    t = trainer(tmp_path, data, eval_dataset=data, dataloader_persistent_workers=True, dataloader_num_workers=1)
+    whole, part = t.evaluate()["eval_loss"], t.evaluate(data.select(range(2)))["eval_loss"]
+    assert part != whole
+    assert t.evaluate(data.select([3]))["eval_loss"] not in (whole, part) and t.evaluate()["eval_loss"] == whole
+
+
+def test_noise_on_embeddings_is_the_same_in_micro_batches_and_not_in_the_reference(tmp_path, data):
+    found = []
+    for micro in (None, 2):
+        t = trainer(tmp_path, data, neftune_noise_alpha=5.0, candidate_micro_batch_size=micro, max_steps=2)
+        t.train()
+        assert t.evaluate(data)["eval_loss"] > 0
+        found.append([entry["loss"] for entry in t.state.log_history if "loss" in entry])
+    without = trainer(tmp_path, data, max_steps=2)
+    without.train()
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[0][0] != pytest.approx(losses(without)[0], rel=1e-2), "with noise policy and reference differ at the start"
+
+
+def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(tmp_path, data):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    trainer(tmp_path, data, **options).train()
+    t = trainer(tmp_path, data, **options, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    seen = []
+    step_of, t.training_step = t.training_step, lambda *args, **kwargs: seen.append(1) or step_of(*args, **kwargs)
+    t.train()
+    assert len(seen) == 2
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""Settings of transformers.TrainingArguments that would do nothing here, or something else than they say: refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# name: (values that are fine, why no other is)
+FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "remove_unused_columns": ((False,), "the data's columns are lists, not the model's arguments"),
+    "label_smoothing_factor": ((0,), "a ranking has no labels"),
+    "include_num_input_tokens_seen": (
+        ("no", False),
+        "transformers counts them in a batch that is one tensor of ids. tokens_per_second is logged without it",
+    ),
+    "auto_find_batch_size": (
+        (False,),
+        "where memory runs out transformers begins again with the weights as they are by then. candidate_micro_batch_size "
+        "bounds the memory of a step without changing it",
+    ),
+    "bf16_full_eval": (
+        (False,),
+        "it casts the policy for good, and not the reference beside it. bf16=True evaluates in bf16 and keeps the weights",
+    ),
+    "fp16_full_eval": (
+        (False,),
+        "it casts the policy for good, and not the reference beside it. fp16=True evaluates in fp16 and keeps the weights",
+    ),
+    "use_liger_kernel": (
+        (False,),
+        "it replaces the forward that log-likelihoods come from. The head is fused without it; for Liger's layers patch the "
+        "model before it is handed over",
+    ),
+}
+UPDATING_IN_BACKWARD = ("lomo", "adalomo")  # and those whose name ends in layerwise
+
+
+def refuse_settings(args: TrainingArguments) -> None:
+    """Raises ValueError for a setting of TrainingArguments that has no meaning for lists of candidates, and says why."""
+    for name, (fine, why) in FIXED.items():
+        value = getattr(args, name, fine[0])
+        if value not in fine:
+            raise ValueError(f"{name} must be {fine[0]!r}, got {value!r}: {why}")
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            raise ValueError(
+                f"accelerator_config: {name} must be left out: it cuts a batch at equal rows of each tensor, and lists have "
+                "different numbers of candidates and tokens"
+            )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy must be random, sequential or group_by_length: batch_rebalance makes batches of "
+            "different numbers of lists, whose mean losses would then count the same"
+        )
+    if "inputs" in args.include_for_metrics:
+        raise ValueError(
+            "include_for_metrics must not hold 'inputs': a batch is lists of candidates, not one tensor. predictions and "
+            "label_ids come in the order of the data"
+        )
+    if getattr(args, "parallelism_config", None) is not None:
+        _refuse_parallelism(args.parallelism_config)
+    if args.candidate_micro_batch_size is not None:
+        _refuse_with_micro_batches(args)
+    if args.share_prefix and args.neftune_noise_alpha is not None:
+        raise ValueError(
+            "neftune_noise_alpha needs share_prefix=False: the noise is scaled by the length of a row, and a shared row holds "
+            "all candidates of a list"
+        )
+
+
+def _refuse_parallelism(config: Any) -> None:
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if getattr(config, name, 1) > 1:
+            raise ValueError(
+                f"parallelism_config: {name} must be 1, got {getattr(config, name)}: a candidate's log-likelihood is computed "
+                "on one device. Data-parallel settings (FSDP, ZeRO) shard parameters"
+            )
+
+
+def _refuse_with_micro_batches(args: TrainingArguments) -> None:
+    optimizer = getattr(args.optim, "value", args.optim)
+    if optimizer in UPDATING_IN_BACKWARD or optimizer.endswith("layerwise"):
+        raise ValueError(
+            f"optim must not be {optimizer!r} with candidate_micro_batch_size: it updates weights in every backward, and "
+            "a step has several then"
+        )
+    if args.torch_empty_cache_steps is not None:
+        raise ValueError("torch_empty_cache_steps must be None with candidate_micro_batch_size: its steps do not read it")
