@@ -9,10 +9,11 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -25,19 +26,18 @@ from .data.preprocessing import is_tokenised, training_lists
 from .metrics import MetricMeans, list_metric_sums
 from .modeling import lm_heads, prefix_sharing
 from .modeling.adapters import with_adapter
-from .modeling.checks import check_tokens, refuse_frozen, refuse_shared, warn_half_precision, warn_router_loss
+from .modeling.checks import check_tokens, refuse_frozen, warn_half_precision, warn_router_loss
 from .modeling.loading import load_causal_lm
 from .modeling.policy import Policy, attach, compute_dtype
-from .modeling.reference_model import SyncReference, frozen_copy, reshard, without_dropout
+from .modeling.reference_model import SyncReference, without_dropout
+from .modeling.reference_policy import ReferencePolicy, Way
+from .modeling.sharding import is_sharded, on_deepspeed
 from .runs.checkpoints import last_whole_checkpoint
-from .scoring import candidate_logps
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEEPSPEED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LarPOTrainer(Trainer):
@@ -99,7 +99,6 @@ class LarPOTrainer(Trainer):
         if processing_class is None:
             trusted = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "trust_remote_code"}
             processing_class = AutoTokenizer.from_pretrained(lm_config._name_or_path, **trusted)
-        self._reference_is_base = peft_config is not None and ref_model is None
         if peft_config is not None:
             model = with_adapter(model, peft_config)
             if args.gradient_checkpointing:
@@ -118,22 +117,14 @@ class LarPOTrainer(Trainer):
         tokenised = {name: training_lists(data, processing_class, args, name) for name, data in tokenised.items()}
         for name, data in tokenised.items():
             check_tokens(data, lm_config, name)
-        with_ref_logps = [name for name, data in tokenised.items() if "ref_logps" in data.column_names]
-        has_ref_logps = len(with_ref_logps) == len(tokenised)
-
         attach(model, self._policy(model, args))
-        self.ref_model = None
-        if ref_model is not None and (args.reference_free or with_ref_logps):
-            why = "reference_free is set" if args.reference_free else f"the {with_ref_logps[0]} data has ref_logps"
-            raise ValueError(f"ref_model is given, but {why}: it would not be asked. Leave one of the two out")
-        if args.reference_free or has_ref_logps:
-            pass
-        elif ref_model is not None:
-            refuse_shared(model, ref_model)
-            self.ref_model = without_dropout(ref_model) if args.disable_dropout else ref_model
-            self.ref_model.requires_grad_(False).eval()
-        elif not self._reference_is_base and not args.precompute_ref_log_probs:
-            self.ref_model = frozen_copy(model, share_frozen=not _will_replace_parameters(args))
+        self.reference = ReferencePolicy.choose(
+            model,
+            ref_model,
+            args,
+            new_adapter=peft_config is not None,
+            with_ref_logps={name: "ref_logps" in data.column_names for name, data in tokenised.items()},
+        )
         if self.ref_model is not None:
             attach(self.ref_model, self._policy(self.ref_model, args))
 
@@ -163,17 +154,11 @@ class LarPOTrainer(Trainer):
         self.data_collator.layout = self._layout()
         if lm_heads.causal_lm(model).config._attn_implementation != "flex_attention":
             self.data_collator.max_completion_tokens = prefix_sharing.DENSE_MASK_TOKENS
-        self._sync: SyncReference | None = None
-        if self.ref_model is not None:
-            self.ref_model = self._prepare_reference(self.ref_model)
-            if args.sync_ref_model:
-                self._sync = SyncReference(model, self.ref_model, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
-                self.add_callback(self._sync)
-        elif args.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model needs a reference model; here the reference is the model without its adapter or given"
-            )
-        if args.precompute_ref_log_probs and not (args.reference_free or has_ref_logps):
+        self.reference.prepare(self.accelerator, self.args.device)
+        self._sync: SyncReference | None = self.reference.following(model, args)
+        if self._sync is not None:
+            self.add_callback(self._sync)
+        if args.precompute_ref_log_probs:
             self._precompute_ref_logps()
 
     # --- set-up ---------------------------------------------------------------------------------------------
@@ -227,52 +212,24 @@ class LarPOTrainer(Trainer):
         if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
-    def _prepare_reference(self, reference: nn.Module) -> nn.Module:
-        if self.accelerator.is_fsdp2:
-            return fsdp2_prepare_model(self.accelerator, reference)
-        if self._sharded:
-            raise ValueError(
-                f"a reference model beside a policy sharded by {'ZeRO-3' if self._on_deepspeed else 'FSDP1'} is not supported: "
-                "give the data ref_logps (`larpo score` writes them), or train an adapter with peft_config"
-            )
-        if self._on_deepspeed:  # it casts the policy's parameters, not its buffers: rotary frequencies stay in float32
-            dtype = DEEPSPEED_DTYPES.get(self.accelerator.mixed_precision)
-            for p in reference.parameters() if dtype else ():
-                p.data = p.data.to(dtype)
-            return reference.to(self.args.device)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
-
     @property
     def _on_deepspeed(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return on_deepspeed(self.accelerator)
 
     @property
     def _sharded(self) -> bool:
-        """Whether parameters are cut over processes: by FSDP and ZeRO-3. ZeRO-1 and 2 leave them whole."""
-        if self._on_deepspeed:
-            return self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        return self.accelerator.distributed_type == DistributedType.FSDP
+        return is_sharded(self.accelerator)
 
     # --- the reference --------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The model that is the reference; None where it is none, in the data, or the policy without its adapter."""
+        return self.reference.model
+
     def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         """Log-likelihood of each candidate under the reference: sums over tokens, [S]; None for no reference."""
-        if self.args.reference_free:
-            return None
-        if "ref_logps" in inputs:
-            return inputs["ref_logps"]
-        if self.ref_model is not None:
-            logps = self._logps(self.ref_model, inputs)
-            reshard(self.ref_model)
-            return logps
-        training = model.training
-        with self.accelerator.unwrap_model(model).disable_adapter():
-            model.eval()
-            logps = self._logps(model, inputs)
-            model.train(training)
-            reshard(model)  # PEFT is about to set requires_grad: on gathered parameters it would be forgotten
-        return logps
+        return self.reference.logps(model, inputs, partial(self._logps, inputs=inputs), self.accelerator)
 
     def _precompute_ref_logps(self) -> None:
         """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
@@ -284,26 +241,9 @@ class LarPOTrainer(Trainer):
             self.eval_dataset = self._with_ref_logps(self.eval_dataset, "eval")
 
     def _with_ref_logps(self, dataset: Dataset, name: str) -> Dataset:
-        if "ref_logps" in dataset.column_names:
-            return dataset
-        if self._sharded:
-            raise ValueError("precompute_ref_log_probs does not work with sharded parameters: `larpo score` writes ref_logps")
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        with self.model.disable_adapter() if self._reference_is_base else contextlib.nullcontext():
-            found = candidate_logps(
-                self.model if self.ref_model is None else self.ref_model,
-                dataset,
-                self.data_collator,
-                batch_size=self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
-                device=self.args.device,
-                autocast=self.accelerator.autocast(),
-                shard=(rank, ranks),
-                description=f"Reference log-probs ({name})",
-                progress=not self.args.disable_tqdm and rank == 0,
-            )
-        if ranks > 1:
-            found = {i: part for one in gather_object([found]) for i, part in one.items()}
-        return dataset.add_column("ref_logps", [found[i] for i in range(len(dataset))])
+        return self.reference.fill(
+            dataset, name, self.model, collator=self.data_collator, args=self.args, accelerator=self.accelerator
+        )
 
     # --- data that comes later ------------------------------------------------------------------------------
 
@@ -327,17 +267,13 @@ class LarPOTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    @property
-    def _holds_reference(self) -> bool:
-        return self.ref_model is not None or self._reference_is_base
-
     def _prepared(self, dataset: Any, name: str) -> Any:
         """What `evaluate` and `predict` are given, as the trainer's own data is: tokens, with ref_logps where needed."""
         if is_tokenised(dataset):
             return dataset
         lists = training_lists(dataset, self.processing_class, self.args, name)
         check_tokens(lists, lm_heads.causal_lm(self.model).config, name)
-        if "ref_logps" in lists.column_names or self.args.reference_free or self._holds_reference:
+        if "ref_logps" in lists.column_names or self.reference.way is not Way.STORED:
             return lists
         if not self.args.precompute_ref_log_probs or self.state.global_step:
             raise ValueError(
@@ -522,12 +458,6 @@ class LarPOTrainer(Trainer):
             folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             self._sync.save(folder, write=self.args.should_save)
         super()._save_checkpoint(model, trial)
-
-
-def _will_replace_parameters(args: LarPOConfig) -> bool:
-    """Whether FSDP or DeepSpeed will shard or cast parameters in place; known before accelerate is set up."""
-    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed) or any(asked)
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -49,7 +49,7 @@ def train(
         peft_config=_peft_config(config, own),
     )
     if settings["precompute_ref_log_probs"]:
-        trainer.ref_model = None  # has said what it had to
+        trainer.reference.release()  # has said what it had to
         models.forget()
     _quiet(trainer, progress)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))

@@ -35,17 +35,6 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def reshard(model: nn.Module) -> None:
-    """Lets go of what FSDP2 keeps gathered until a backward (the head, the last norm); without FSDP2 it does nothing."""
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 class SyncReference(TrainerCallback):
     """Moves the reference towards the policy: ref = alpha * policy + (1 - alpha) * ref, every `steps` steps.
 

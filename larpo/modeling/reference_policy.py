@@ -1,0 +1,183 @@
+"""Where the reference policy's log-likelihoods come from: nowhere, the data, the policy without its adapter, or a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import fsdp2_prepare_model, gather_object
+from torch import Tensor, nn
+
+from ..scoring import candidate_logps
+from .checks import refuse_shared
+from .reference_model import SyncReference, frozen_copy, without_dropout
+from .sharding import is_sharded, on_deepspeed, reshard, will_replace_parameters
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+    from ..config import LarPOConfig
+    from ..data.collator import ListCollator
+
+DEEPSPEED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Way(Enum):
+    """How ref_logps are had for a batch that does not bring them."""
+
+    NONE = "reference_free: there is no reference"
+    STORED = "every row has them: given with the data, or written before training"
+    ADAPTER_OFF = "the policy with its adapter switched off"
+    MODEL = "a model of its own"
+
+
+@dataclass
+class ReferencePolicy:
+    """The reference of one training run; `choose` decides which it is, `prepare` takes it to where it runs."""
+
+    way: Way
+    model: nn.Module | None = field(default=None, repr=False)
+
+    @classmethod
+    def choose(
+        cls,
+        policy: nn.Module,
+        given: nn.Module | None,
+        args: LarPOConfig,
+        *,
+        new_adapter: bool,
+        with_ref_logps: Mapping[str, bool],
+    ) -> ReferencePolicy:
+        """Decides what the reference of `policy` is, before anything wraps or trains it.
+
+        Args:
+            given: the reference that was asked for, or None for the policy as it was handed over.
+            new_adapter: the policy is a model that was handed over and an adapter that was put on it since.
+            with_ref_logps: by the name of each data set, whether it has ref_logps.
+
+        Raises ValueError for a reference that would not be asked, would move with training, or could not follow it.
+        """
+        having = [name for name, has in with_ref_logps.items() if has]
+        if given is not None and (args.reference_free or having):
+            why = "reference_free is set" if args.reference_free else f"the {having[0]} data has ref_logps"
+            raise ValueError(f"ref_model is given, but {why}: it would not be asked. Leave one of the two out")
+        if args.reference_free:
+            chosen = cls(Way.NONE)
+        elif given is not None:
+            refuse_shared(policy, given)
+            model = without_dropout(given) if args.disable_dropout else given
+            chosen = cls(Way.MODEL, model.requires_grad_(False).eval())
+        elif new_adapter:
+            chosen = cls(Way.ADAPTER_OFF)
+        elif all(with_ref_logps.values()) or args.precompute_ref_log_probs:
+            chosen = cls(Way.STORED)
+        else:
+            chosen = cls(Way.MODEL, frozen_copy(policy, share_frozen=not will_replace_parameters(args)))
+        if args.sync_ref_model and chosen.way is not Way.MODEL:
+            raise ValueError(
+                "sync_ref_model needs a reference model; here the reference is the model without its adapter or given"
+            )
+        return chosen
+
+    # --- set-up ---------------------------------------------------------------------------------------------
+
+    def prepare(self, accelerator: Accelerator, device: torch.device) -> None:
+        """Takes the model to where it runs, as accelerate takes the policy there."""
+        if self.model is not None:
+            self.model = _prepared(self.model, accelerator, device)
+
+    def following(self, policy: nn.Module, args: LarPOConfig) -> SyncReference | None:
+        """The callback that moves it, with sync_ref_model."""
+        if not args.sync_ref_model:
+            return None
+        return SyncReference(policy, self.model, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
+
+    def release(self) -> None:
+        """Frees the model where the data has ref_logps by now."""
+        if self.way is Way.MODEL:
+            self.way, self.model = Way.STORED, None
+
+    # --- log-likelihoods ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logps(
+        self, policy: nn.Module, inputs: Mapping[str, Any], logps_of: Callable[[nn.Module], Tensor], accelerator: Accelerator
+    ) -> Tensor | None:
+        """Log-likelihood of each candidate: sums over tokens, [S]; None for no reference.
+
+        policy: as it is trained, wrapped; logps_of: a model's log-likelihoods of the same inputs, [S].
+        """
+        if self.way is Way.NONE:
+            return None
+        if "ref_logps" in inputs:
+            return inputs["ref_logps"]
+        if self.way is Way.MODEL:
+            logps = logps_of(self.model)
+            reshard(self.model)
+            return logps
+        training = policy.training
+        with self._switched(accelerator.unwrap_model(policy)):
+            policy.eval()
+            logps = logps_of(policy)
+            policy.train(training)
+            reshard(policy)  # PEFT is about to set requires_grad: on gathered parameters it would be forgotten
+        return logps
+
+    def fill(
+        self,
+        dataset: Dataset,
+        name: str,
+        policy: nn.Module,
+        *,
+        collator: ListCollator,
+        args: LarPOConfig,
+        accelerator: Accelerator,
+    ) -> Dataset:
+        """The data with the column ref_logps, while the policy is still what it was when it was handed over."""
+        if "ref_logps" in dataset.column_names or self.way is Way.NONE:
+            return dataset
+        if is_sharded(accelerator):
+            raise ValueError("precompute_ref_log_probs does not work with sharded parameters: `larpo score` writes ref_logps")
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        with self._switched(policy):
+            found = candidate_logps(
+                policy if self.model is None else self.model,
+                dataset,
+                collator,
+                batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
+                device=args.device,
+                autocast=accelerator.autocast(),
+                shard=(rank, ranks),
+                description=f"Reference log-probs ({name})",
+                progress=not args.disable_tqdm and rank == 0,
+            )
+        if ranks > 1:
+            found = {i: part for one in gather_object([found]) for i, part in one.items()}
+        return dataset.add_column("ref_logps", [found[i] for i in range(len(dataset))])
+
+    @contextlib.contextmanager
+    def _switched(self, policy: nn.Module) -> Iterator[None]:
+        """While it lasts, the policy is the reference as far as it can be: with its adapter off."""
+        with policy.disable_adapter() if self.way is Way.ADAPTER_OFF else contextlib.nullcontext():
+            yield
+
+
+def _prepared(reference: nn.Module, accelerator: Accelerator, device: torch.device) -> nn.Module:
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, reference)
+    if is_sharded(accelerator):
+        raise ValueError(
+            f"a reference model beside a policy sharded by {'ZeRO-3' if on_deepspeed(accelerator) else 'FSDP1'} is not "
+            "supported: give the data ref_logps (`larpo score` writes them), or train an adapter with peft_config"
+        )
+    if on_deepspeed(accelerator):  # it casts the policy's parameters, not its buffers: rotary frequencies stay in float32
+        dtype = DEEPSPEED_DTYPES.get(accelerator.mixed_precision)
+        for p in reference.parameters() if dtype else ():
+            p.data = p.data.to(dtype)
+        return reference.to(device)
+    return accelerator.prepare_model(reference, evaluation_mode=True)
