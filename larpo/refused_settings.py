@@ -49,10 +49,15 @@ def refuse_settings(args: TrainingArguments) -> None:
                 f"accelerator_config: {name} must be left out: it cuts a batch at equal rows of each tensor, and lists have "
                 "different numbers of candidates and tokens"
             )
+    if not args.accelerator_config.even_batches:
+        raise ValueError(
+            "accelerator_config: even_batches must be True, or a rank could run out of batches that the others wait for; lists "
+            "that only fill the last batches are not counted"
+        )
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise ValueError(
-            "train_sampling_strategy must be random, sequential or group_by_length: batch_rebalance makes batches of "
-            "different numbers of lists, whose mean losses would then count the same"
+            "train_sampling_strategy must be random, sequential or group_by_length: batch_rebalance balances the "
+            "cost of single sequences, and a list is several"
         )
     if "inputs" in args.include_for_metrics:
         raise ValueError(

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,8 @@ import larpo_kernels as lk
 from .config import LarPOConfig
 from .data.collator import ListCollator
 from .data.preprocessing import is_tokenised, training_lists
-from .metrics import MetricMeans, list_metric_sums
+from .list_log import ListLog
+from .list_weights import batches_of_window, lists_of_window, without_repeats
 from .modeling import lm_heads, prefix_sharing
 from .modeling.adapters import with_adapter
 from .modeling.checks import check_tokens, refuse_frozen, warn_half_precision, warn_router_loss
@@ -56,13 +56,13 @@ class LarPOTrainer(Trainer):
         peft_config: puts this adapter on the model.
         callbacks, optimizers: as in transformers.Trainer.
 
-    The loss of a step is the mean over its lists. Logged beside it: rewards/chosen, rewards/rejected, rewards/margins,
-    rewards/accuracies, ndcg, mrr, kendall_tau (implicit scores against rewards), list/size, list/frac_tied, logps/*,
-    tokens_per_second and memory/peak_mib (memory/rss_mib on a CPU).
+    The loss of an update is the mean over its lists: all those of its batches, on all ranks. Logged beside it:
+    rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, ndcg, mrr, kendall_tau (implicit scores against
+    rewards), list/size, list/frac_tied, logps/*, tokens_per_second and memory/peak_mib (memory/rss_mib on a CPU).
     """
 
     _tag_names = ("larpo",)
-    loss_is_scaled_for_ga = False  # a mean over this batch's lists
+    loss_is_scaled_for_ga = False  # it is the mean over this batch's lists, whoever overrides compute_loss or list_loss
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class LarPOTrainer(Trainer):
         if self.ref_model is not None:
             attach(self.ref_model, self._policy(self.ref_model, args))
 
-        self._seen: dict[str, deque] = {"train": deque(maxlen=10_000), "eval": deque(maxlen=100_000)}
+        self._seen = {"train": ListLog(args.ndcg_k), "eval": ListLog(args.ndcg_k)}
         self._tokens_since_log, self._time_of_log = 0, time.monotonic()
         pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         super().__init__(
@@ -303,11 +303,25 @@ class LarPOTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
         logps = self._per_candidate(self._logps(model, inputs), inputs)
-        loss, scores = self.list_loss(logps, ref_logps, inputs)
-        self._record("train" if model.training else "eval", inputs, logps, scores)
+        loss, scores = self._loss_of_lists(logps, ref_logps, inputs)
+        self._record("train" if model.training else "eval", inputs, loss, logps, scores)
         return (loss, {"logps": logps, "scores": scores}) if return_outputs else loss
 
+    def _loss_of_lists(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """`list_loss`; for a batch of no list 0, with a gradient of 0."""
+        if len(inputs["list_sizes"]) == 0:
+            return logps.sum(), logps
+        return self.list_loss(logps, ref_logps, inputs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an update, and the number of their lists on all ranks."""
+        own = (without_repeats(batch, self.accelerator) for batch in epoch_iterator)
+        batches, _ = super().get_batch_samples(own, num_batches, device)
+        return batches, lists_of_window(batches, self.accelerator)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if num_items_in_batch is not None:
+            self.current_gradient_accumulation_steps = batches_of_window(num_items_in_batch, inputs, self.accelerator)
         if self.args.candidate_micro_batch_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -317,17 +331,17 @@ class LarPOTrainer(Trainer):
         with self.compute_loss_context_manager():
             ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
             out = lk.backward_in_slices(
-                lambda at: self._per_candidate(self._logps_of_slice(model, inputs, -(-at.start // self._slice)), inputs, at),
+                lambda at: self._per_candidate(self._logps_of_slice(model, inputs, at), inputs, at),
                 inputs["relevance"],
                 list_sizes=inputs["list_sizes"],
                 slice_size=self._slice,
                 num_slices=self._num_slices(inputs),
                 ref_logps=ref_logps,
-                loss=lambda logps, ref_logps: self.list_loss(logps, ref_logps, inputs),
+                loss=lambda logps, ref_logps: self._loss_of_lists(logps, ref_logps, inputs),
                 backward=self._backward,
                 no_sync=lambda: self._more_to_come(model),
             )
-        self._record("train", inputs, out.logps, out.scores)
+        self._record("train", inputs, out.loss, out.logps, out.scores)
         return out.loss / self.current_gradient_accumulation_steps
 
     def _backward(self, loss: Tensor) -> None:
@@ -365,16 +379,20 @@ class LarPOTrainer(Trainer):
 
     def _logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Log-likelihood of each candidate, [S]."""
-        return torch.cat([self._logps_of_slice(model, inputs, i) for i in range(self._num_slices(inputs))])
+        parts = [self._logps_of_part(model, inputs, i) for i in range(self._num_slices(inputs))]
+        return torch.cat(parts)[: len(inputs["relevance"])]
+
+    def _logps_of_slice(self, model: nn.Module, inputs: dict[str, Any], at: slice) -> Tensor:
+        return self._logps_of_part(model, inputs, -(-at.start // self._slice))[: at.stop - at.start]
 
     @staticmethod
-    def _logps_of_slice(model: nn.Module, inputs: dict[str, Any], i: int) -> Tensor:
-        """Of the i-th slice of candidates; past the last one [0], by a forward all the same."""
+    def _logps_of_part(model: nn.Module, inputs: dict[str, Any], i: int) -> Tensor:
+        """Of the i-th of the rows that are run together; past the last one [0], by a forward all the same."""
         parts = inputs["rows"]
         return model(rows=parts[i]) if i < len(parts) else model(rows=parts[0])[:0]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(without_repeats(inputs, self.accelerator))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
@@ -393,29 +411,15 @@ class LarPOTrainer(Trainer):
 
     # --- logs -----------------------------------------------------------------------------------------------
 
-    def _record(self, split: str, inputs: dict[str, Any], logps: Tensor, scores: Tensor) -> None:
-        """Kept as they are until something is logged: no step waits for the device."""
-        self._seen[split].append((scores.detach(), inputs["relevance"], inputs["list_sizes"], logps.detach()))
+    def _record(self, split: str, inputs: dict[str, Any], loss: Tensor, logps: Tensor, scores: Tensor) -> None:
+        self._seen[split].add(loss, scores, inputs["relevance"], inputs["list_sizes"], logps)
         if split == "train":
             self._tokens_since_log += inputs["num_input_tokens"]
-
-    def _pop_metrics(self, split: str) -> dict[str, float]:
-        """Means over the lists of all ranks since the last call."""
-        means = MetricMeans()
-        for scores, relevance, sizes, logps in self._seen[split]:
-            means.add_sums(list_metric_sums(scores, relevance, sizes, logps, self.args.ndcg_k))
-        self._seen[split].clear()
-        if self.accelerator.num_processes > 1:
-            everybodys = gather_object([means.sums])
-            means = MetricMeans()
-            for sums in everybodys:
-                means.add_sums(sums)
-        return means.pop()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now = time.monotonic()
-            logs = {**logs, **self._pop_metrics("train")}
+            logs = {**logs, **self._seen["train"].pop(self.accelerator.num_processes)}
             logs["tokens_per_second"] = round(self._tokens_since_log / max(now - self._time_of_log, 1e-9), 1)
             logs |= _memory(self.args.device)
             self._tokens_since_log, self._time_of_log = 0, now
@@ -424,7 +428,8 @@ class LarPOTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._seen["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in self._pop_metrics("eval").items()})
+        means = self._seen["eval"].pop(self.accelerator.num_processes)
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
         return output
 
     # --- checkpoints ----------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from ..modeling import row_layouts
 
 Layout = Literal["padded", "packed", "shared"]
 
+PER_LIST = ("list_sizes", "row_number")
+PER_CANDIDATE = ("relevance", "num_tokens", "ref_logps")
+
 
 @dataclass
 class ListCollator:
@@ -22,6 +25,7 @@ class ListCollator:
         relevance   [S] float64    rewards, lists one after the other
         num_tokens  [S] int64      completion tokens of each candidate
         ref_logps   [S] float32    where the data has them: sums over tokens, nats
+        row_number  [L] int64      where the data has it: the list's row, for messages
         num_input_tokens  int      tokens that the backbone runs
         rows        list of dicts  the candidates' tokens (row_layouts.py), slice_size candidates in each (None: all in one)
 
@@ -51,6 +55,8 @@ class ListCollator:
         batch["num_input_tokens"] = sum(map(row_layouts.num_tokens, batch["rows"]))
         if examples[0].get("ref_logps") is not None:
             batch["ref_logps"] = torch.tensor([x for example in examples for x in example["ref_logps"]], dtype=torch.float32)
+        if "row_number" in examples[0]:
+            batch["row_number"] = torch.tensor([example["row_number"] for example in examples])
         return batch
 
     def _rows(self, candidates: Sequence[row_layouts.TokenizedCandidate]) -> dict[str, torch.Tensor]:
@@ -62,3 +68,10 @@ class ListCollator:
                 candidates, self.pad_token_id, max_completion_tokens=self.max_completion_tokens, **options
             )
         return row_layouts.padded_rows(candidates, self.pad_token_id, **options)
+
+
+def first_lists(batch: dict[str, Any], lists: int) -> dict[str, Any]:
+    """The batch as one of its first so many lists; all candidates stay in its rows, the others behind those that count."""
+    candidates = int(batch["list_sizes"][:lists].sum())
+    kept = dict.fromkeys(PER_LIST, lists) | dict.fromkeys(PER_CANDIDATE, candidates)
+    return {name: x[: kept[name]] if name in kept else x for name, x in batch.items()}

@@ -39,6 +39,7 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
         append_eos=args.append_eos,
         num_proc=args.dataset_num_proc,
     )
+    tokenised = tokenised.add_column("row_number", range(len(tokenised)))
     if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
         raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
     if report.lists_all_tied and report.lists_all_tied + report.lists_of_one == report.lists:

@@ -108,7 +108,7 @@ def make_trainer():
             super().__init__(*args, **kwargs)
 
         def list_loss(self, logps, ref_logps, inputs):
-            bonus = self.counts.bonus(completions_of(inputs))
+            bonus = self.counts.bonus(completions_of(inputs)[: len(logps)])
             return self.loss(logps, ref_logps, inputs["num_tokens"], inputs["relevance"], inputs["list_sizes"], bonus)
 
     return CountTrainer

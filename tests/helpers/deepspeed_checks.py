@@ -56,6 +56,11 @@ def check_zero2_accumulating_gradients_of_micro_batches(rank, ranks):
     same_as_one_process("other reference", ranks, 2, gradient_accumulation_steps=2, candidate_micro_batch_size=2)
 
 
+def check_zero2_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
+    for options in (dict(), dict(candidate_micro_batch_size=2)):
+        same_as_one_process("five lists", ranks, 2, **trainer_checks.in_window_of_five(2), **options)
+
+
 def check_zero2_with_an_adapter(rank, ranks):
     same_as_one_process("adapter", ranks, 2)
     same_as_one_process("adapter", ranks, 2, candidate_micro_batch_size=3)

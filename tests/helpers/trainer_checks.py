@@ -40,7 +40,7 @@ def distributed_type(value):
         state._shared_state["distributed_type"] = value
 
 
-def make_trainer(folder, ranks, *, fsdp=False, ref_model=None, adapter=False, model=None, evaluate=False, **options):
+def make_trainer(folder, ranks, *, fsdp=False, ref_model=None, adapter=False, model=None, evaluate=False, lists=16, **options):
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -63,10 +63,11 @@ def make_trainer(folder, ranks, *, fsdp=False, ref_model=None, adapter=False, mo
         import peft
 
         peft_config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
-    data = Dataset.from_list(tiny.lists(16, m=None, seed=3))
+    data = Dataset.from_list(tiny.lists(lists, m=None, seed=3))
     return ((fsdp if isinstance(fsdp, type) else OnFSDP) if fsdp else LarPOTrainer)(
         tiny.causal_lm() if model is None else model, ref_model, args, train_dataset=data,
-        eval_dataset=data.select(range(8)) if evaluate else None, processing_class=tiny.tokenizer(), peft_config=peft_config,
+        eval_dataset=data.select(range(min(8, lists))) if evaluate else None, processing_class=tiny.tokenizer(),
+        peft_config=peft_config,
     )  # fmt: skip
 
 
@@ -112,6 +113,8 @@ EXPECTED = {  # by one process, on the same global batch
     "tied": dict(model=lambda: tiny.causal_lm(**TIED)),
     "partly frozen": dict(model=partly_frozen),
     "reference follows": dict(sync_ref_model=True, ref_model_sync_steps=1),
+    "five lists": dict(evaluate=True, lists=5, per_device_train_batch_size=5),
+    "seven lists": dict(evaluate=True, lists=7, per_device_train_batch_size=4),
 }
 NOT_COMPARED = ("memory/rss_mib", "tokens_per_second")
 
@@ -124,7 +127,7 @@ def assert_like_one_process(name, ranks, given=None, **options):
     """given: models to train instead of those that one process trained"""
     folder = Path(os.environ["CHECKS_FOLDER"])
     weights, logged, evaluated = torch.load(folder / "expected.pt")[name]
-    found, found_logged, found_evaluated = train(folder / "run", ranks, **(made(EXPECTED[name]) | (given or {})), **options)
+    found, found_logged, found_evaluated = train(folder / "run", ranks, **(made(EXPECTED[name]) | (given or {}) | options))
     assert found.keys() == weights.keys(), found.keys() ^ weights.keys()
     start = whole(make_trainer(folder / "run", ranks, **made({**EXPECTED[name], "evaluate": False})).model)
     largest = max((weights[name] - start[name]).abs().max().item() for name in weights)
@@ -169,6 +172,29 @@ def check_ddp_listmle_of_means(rank, ranks):
 
 def check_ddp_with_a_reference_that_follows(rank, ranks):
     assert_like_one_process("reference follows", ranks)
+
+
+def in_window_of_five(batch):
+    """As many batches of a rank as hold five lists on two ranks, the last ones short or empty."""
+    return dict(per_device_train_batch_size=batch, gradient_accumulation_steps=-(-5 // (2 * batch)))
+
+
+def check_ddp_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
+    for batch in (1, 2, 4):
+        assert_like_one_process("five lists", ranks, **in_window_of_five(batch))
+    assert_like_one_process("five lists", ranks, **in_window_of_five(2), candidate_micro_batch_size=2)
+    assert_like_one_process("five lists", ranks, **in_window_of_five(4), candidate_micro_batch_size=2)
+
+
+def check_ddp_where_lists_do_not_fill_the_last_update_of_an_epoch(rank, ranks):
+    assert_like_one_process("seven lists", ranks, per_device_train_batch_size=2)
+    assert_like_one_process("seven lists", ranks, per_device_train_batch_size=2, share_prefix=True)
+
+
+def check_fsdp2_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
+    for batch in (1, 2):
+        assert_like_one_process("five lists", ranks, fsdp=True, **in_window_of_five(batch))
+    assert_like_one_process("five lists", ranks, fsdp=True, **in_window_of_five(2), candidate_micro_batch_size=2)
 
 
 def check_fsdp2(rank, ranks):

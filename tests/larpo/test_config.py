@@ -103,6 +103,7 @@ def test_a_boolean_that_stands_for_no_choice_is_refused(tmp_path, text, message)
         (dict(include_num_input_tokens_seen="all"), r"include_num_input_tokens_seen must be 'no'.*tokens_per_second"),
         (dict(include_num_input_tokens_seen=True), "include_num_input_tokens_seen must be 'no'"),
         (dict(train_sampling_strategy="batch_rebalance"), "train_sampling_strategy"),
+        (dict(accelerator_config={"even_batches": False}), "even_batches must be True"),
         (dict(accelerator_config={"dispatch_batches": True}), "accelerator_config: dispatch_batches must be left out"),
         (dict(accelerator_config={"split_batches": True}), "accelerator_config: split_batches must be left out"),
         (dict(auto_find_batch_size=True), r"auto_find_batch_size must be False.*candidate_micro_batch_size"),

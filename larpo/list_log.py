@@ -1,0 +1,51 @@
+"""What training or evaluation saw of its lists since something was last logged."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .metrics import MetricMeans, list_metric_sums
+
+BATCHES = 1000  # kept on the device; then they become sums, in one wait for it
+
+
+class ListLog:
+    """Means over lists: the loss, and the metrics of `larpo.metrics`. No step waits for the device."""
+
+    def __init__(self, ndcg_k: int | None = None):
+        self.ndcg_k = ndcg_k
+        self.clear()
+
+    def clear(self) -> None:
+        self._batches: list[tuple[Tensor, ...]] = []
+        self._means = MetricMeans()
+
+    def add(self, loss: Tensor, scores: Tensor, relevance: Tensor, list_sizes: Tensor, logps: Tensor) -> None:
+        """A batch: its mean loss []; scores, relevance and logps [S]; list_sizes [L], with L = 0 for a batch of no list."""
+        if len(list_sizes) == 0:
+            return
+        self._batches.append((loss.detach(), scores.detach(), relevance, list_sizes, logps.detach()))
+        if len(self._batches) >= BATCHES:
+            self._sum_up()
+
+    def pop(self, ranks: int = 1) -> dict[str, float]:
+        """The means over the lists of all ranks since the last call; every rank must call it."""
+        self._sum_up()
+        means = self._means
+        if ranks > 1:
+            means = MetricMeans()
+            for sums in gather_object([self._means.sums]):
+                means.add_sums(sums)
+        self.clear()
+        return means.pop()
+
+    def _sum_up(self) -> None:
+        if not self._batches:
+            return
+        losses = torch.stack([loss for loss, *_ in self._batches]).tolist()
+        for loss, (_, scores, relevance, sizes, logps) in zip(losses, self._batches, strict=True):
+            self._means.add({"loss": loss}, lists=len(sizes))
+            self._means.add_sums(list_metric_sums(scores, relevance, sizes, logps, self.ndcg_k))
+        self._batches.clear()

@@ -1,0 +1,95 @@
+"""Every list of an update weighs the same, whatever batches it comes in; on several ranks: test_distributed_trainer.py."""
+
+import copy
+
+import pytest
+import torch
+
+for package in ("transformers", "accelerate", "datasets"):
+    pytest.importorskip(package)
+from datasets import Dataset
+
+from larpo.trainer import LarPOTrainer
+from tests.helpers import tiny
+from tests.larpo.test_trainer import config, eager_loss, gradients, moved, own_precision, trainer  # noqa: F401
+
+FIVE = dict(optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1, train_sampling_strategy="sequential")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Dataset.from_list(tiny.lists(5, m=None, seed=3))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return moved(tiny.causal_lm())
+
+
+def trained(folder, data, policy, kind=LarPOTrainer, **options):
+    t = kind(
+        copy.deepcopy(policy), tiny.causal_lm(), config(folder, **(FIVE | options)), train_dataset=data,
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    t.train()
+    updates = {name: p.detach() - q for (name, p), q in zip(policy.named_parameters(), t.model.parameters(), strict=True)}
+    return updates, [entry["loss"] for entry in t.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize(("batch", "accumulate"), [(2, 3), (1, 5), (3, 2), (5, 1)])
+def test_an_update_is_the_gradient_of_the_mean_over_the_lists_of_its_batches(tmp_path, data, policy, batch, accumulate, micro):
+    mean = eager_loss(policy, tiny.causal_lm(), data)
+    found, (loss,) = trained(
+        tmp_path, data, policy, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        candidate_micro_batch_size=micro,
+    )  # fmt: skip
+    assert loss == pytest.approx(mean.item(), rel=1e-4)
+    for name, g in gradients(policy, mean).items():
+        torch.testing.assert_close(found[name], g, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class MeanOfMine(LarPOTrainer):
+    """Overrides that return the mean over their batch, as they are told to."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logps = torch.cat([model(rows=rows) for rows in inputs["rows"]])
+        return torch.stack([part.mean() for part in logps.split(inputs["list_sizes"].tolist())]).mean() / 50
+
+
+class MeanOfListLoss(LarPOTrainer):
+    def list_loss(self, logps, ref_logps, inputs):
+        return torch.stack([part.mean() for part in logps.split(inputs["list_sizes"].tolist())]).mean() / 50, logps
+
+
+@pytest.mark.parametrize("kind", [MeanOfMine, MeanOfListLoss])
+def test_a_mean_of_ones_own_over_a_batch_is_weighed_by_its_lists_too(tmp_path, data, policy, kind):
+    whole, _ = trained(tmp_path, data, policy, kind, per_device_train_batch_size=5)
+    found, _ = trained(tmp_path, data, policy, kind, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    assert max(g.abs().max() for g in whole.values()) > 1e-2
+    for name, g in whole.items():
+        torch.testing.assert_close(found[name], g, rtol=0, atol=1e-6)
+
+
+def test_the_logged_loss_is_the_mean_over_lists_not_over_updates(tmp_path, data, policy):
+    options = dict(per_device_train_batch_size=2, learning_rate=0.0, max_steps=3, logging_steps=3)
+    _, (loss,) = trained(tmp_path, data, policy, **options)
+    assert loss == pytest.approx(eager_loss(policy, tiny.causal_lm(), data).item(), rel=1e-4)
+
+
+def test_the_loss_of_evaluation_is_the_mean_over_lists(tmp_path, data, policy):
+    t = trainer(tmp_path, data, copy.deepcopy(policy), ref_model=tiny.causal_lm(), eval_dataset=data)
+    assert t.evaluate()["eval_loss"] == pytest.approx(eager_loss(policy, tiny.causal_lm(), data).item(), rel=1e-4)
+
+
+def test_more_batches_than_are_kept_are_all_in_the_means(monkeypatch):
+    from larpo import list_log
+
+    monkeypatch.setattr(list_log, "BATCHES", 2)
+    log = list_log.ListLog()
+    scores, relevance = torch.tensor([0.5, 0.0]), torch.tensor([1.0, 0.0])
+    for i in range(5):
+        log.add(torch.tensor(float(i)), scores * i, relevance, torch.tensor([2]), scores)
+    means = log.pop()
+    assert means["loss"] == 2 and means["rewards/margins"] == 1
+    assert log.pop() == {}
