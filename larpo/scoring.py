@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data.collator import ListCollator
+from .data.text_tokenizer import text_tokenizer
 from .data.tokenization import PROMPT_LENGTH, Truncation, tokenize_lists
 from .modeling.policy import Policy, attach
 
@@ -91,6 +92,7 @@ def score_lists(
         scored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation_mode,
         append_eos=append_eos,
     )  # fmt: skip
+    tokenizer = text_tokenizer(tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = ListCollator(0 if pad is None else pad, slice_size=candidate_batch_size)
 

@@ -22,6 +22,7 @@ import larpo_kernels as lk
 from .config import LarPOConfig
 from .data.collator import ListCollator
 from .data.preprocessing import is_tokenised, training_lists
+from .data.text_tokenizer import text_tokenizer
 from .list_log import ListLog
 from .list_weights import batches_of_window, lists_of_window, without_repeats
 from .modeling import lm_heads, prefix_sharing
@@ -37,7 +38,7 @@ from .runs.checkpoints import last_whole_checkpoint
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 class LarPOTrainer(Trainer):
@@ -52,7 +53,7 @@ class LarPOTrainer(Trainer):
         args: a `LarPOConfig`.
         train_dataset, eval_dataset: datasets.Dataset with `prompt`, `completions`, `scores`, or anything `larpo.as_lists`
             converts; eval_dataset may be a dict of them.
-        processing_class: the tokenizer; None loads the model's.
+        processing_class: the tokenizer, or a processor that holds one, which is saved whole; None loads the model's tokenizer.
         peft_config: puts this adapter on the model.
         callbacks, optimizers: as in transformers.Trainer.
 
@@ -71,7 +72,7 @@ class LarPOTrainer(Trainer):
         args: LarPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
@@ -99,6 +100,7 @@ class LarPOTrainer(Trainer):
         if processing_class is None:
             trusted = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "trust_remote_code"}
             processing_class = AutoTokenizer.from_pretrained(lm_config._name_or_path, **trusted)
+        tokenizer = text_tokenizer(processing_class)
         if peft_config is not None:
             model = with_adapter(model, peft_config)
             if args.gradient_checkpointing:
@@ -114,7 +116,7 @@ class LarPOTrainer(Trainer):
         several = isinstance(eval_dataset, dict)
         evals = eval_dataset if several else {"": eval_dataset} if eval_dataset is not None else {}
         tokenised |= {f"eval {name}".strip(): data for name, data in evals.items()}
-        tokenised = {name: training_lists(data, processing_class, args, name) for name, data in tokenised.items()}
+        tokenised = {name: training_lists(data, tokenizer, args, name) for name, data in tokenised.items()}
         for name, data in tokenised.items():
             check_tokens(data, lm_config, name)
         attach(model, self._policy(model, args))
@@ -130,7 +132,7 @@ class LarPOTrainer(Trainer):
 
         self._seen = {"train": ListLog(args.ndcg_k), "eval": ListLog(args.ndcg_k)}
         self._tokens_since_log, self._time_of_log = 0, time.monotonic()
-        pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,
             args=args,

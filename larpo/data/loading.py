@@ -82,8 +82,8 @@ def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = T
     if isinstance(dataset, datasets.Dataset):
         return _convert_dataset(dataset, "dataset", scored)
     if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        return _convert_rows(dataset, lambda i: f"row {i}", "the list of rows", scored)
-    raise TypeError(f"dataset must be a datasets.Dataset or a list of dicts, got {type(dataset).__name__}")
+        return _convert_rows([_plain(row) for row in dataset], lambda i: f"row {i}", "the list of rows", scored)
+    raise TypeError(f"dataset must be a datasets.Dataset or a list of dicts, got {type(dataset).__name__}{_advice(dataset)}")
 
 
 def from_candidate_lists(lists: Iterable[CandidateList]) -> Dataset:
@@ -132,6 +132,21 @@ def _read_parquet(path: Path) -> Dataset:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a parquet file: {error}") from None
     return datasets.Dataset.from_parquet(str(path))
+
+
+def _advice(dataset: Any) -> str:
+    """What to do with a container of rows that is not taken."""
+    import datasets
+
+    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+        return f" with the splits {', '.join(dataset)}: choose one, as in dataset[{next(iter(dataset), 'train')!r}]"
+    if isinstance(dataset, Mapping):
+        return "; columns become rows with datasets.Dataset.from_dict"
+    if hasattr(dataset, "iterrows"):
+        return "; a DataFrame becomes a list of rows with to_dict('records')"
+    if isinstance(dataset, Iterable) and not isinstance(dataset, str):
+        return "; rows that come one after the other become a list with list(...)"
+    return ""
 
 
 def _pick_split(source: Any, split: str, name: str) -> Any:
@@ -186,7 +201,8 @@ def _convert_dataset(dataset: Dataset, name: str, scored: bool = True) -> Datase
         return _convert_dataset(with_scores, name).remove_columns("scores")
     schema = _recognise(dataset.column_names, name)
     dataset = dataset.with_format(None)
-    if schema.native:
+    one_source = getattr(dataset.features.get("source"), "dtype", None) in ("string", "large_string")
+    if schema.native and not one_source:
         for i, row in enumerate(dataset):
             check_row(row, f"{name}, row {i}")
         return dataset
@@ -196,6 +212,15 @@ def _convert_dataset(dataset: Dataset, name: str, scored: bool = True) -> Datase
         remove_columns=dataset.column_names,
         desc="candidate lists",
     )
+
+
+def _plain(value: Any) -> Any:
+    """Without numpy arrays and numbers, tensors and pandas series: with lists and numbers of Python in their place."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _has_no_scores(columns: Iterable[str]) -> bool:

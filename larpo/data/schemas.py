@@ -40,12 +40,11 @@ class Schema:
             if name not in row:
                 raise ValueError(f"{where}: field {name!r} is missing; found {sorted(row)}")
         if self.native:
-            return dict(row)
+            return _with_source_of_each(dict(row))
         extra = {name: value for name, value in row.items() if name not in self.consumed}
         prompt, completions = self._texts(row, where)
-        if isinstance(extra.get("source"), str):  # one name of origin for the whole row
-            extra["source"] = [extra["source"]] * len(completions)
-        return {"prompt": prompt, "completions": completions, "scores": self._scores(row, where), **extra}
+        scores = self._scores(row, where)
+        return _with_source_of_each({"prompt": prompt, "completions": completions, "scores": scores, **extra})
 
     def _texts(self, row: Mapping[str, Any], where: str) -> tuple[Any, list]:
         if self.candidates:
@@ -79,6 +78,13 @@ class Schema:
         for name in self.pair_scores:
             check_number(name, row[name], where)
         return [float(row[name]) for name in self.pair_scores]
+
+
+def _with_source_of_each(row: Row) -> Row:
+    """One name of origin for the whole row is that of every candidate."""
+    if isinstance(row.get("source"), str) and isinstance(row.get("completions"), list | tuple):
+        row["source"] = [row["source"]] * len(row["completions"])
+    return row
 
 
 def recognise(columns: Iterable[str]) -> Schema:

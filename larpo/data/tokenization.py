@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import chat_template, prompt_boundary
+from .text_tokenizer import text_tokenizer
 from .validation import check_row
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def tokenize_row(
 
     Args:
         row: as `larpo.data.check_row` wants it; `tools` and `chat_template_kwargs` go to the chat template.
-        tokenizer: of transformers. Messages need its chat template.
+        tokenizer: of transformers, or a processor that holds one. Messages need its chat template.
         max_length: tokens of prompt and completion together; None for no limit.
         max_prompt_length: tokens of the prompt, below max_length; None for no limit but to leave a token of max_length;
             not given: half of max_length, 512 at most.
@@ -110,6 +111,7 @@ def tokenize_row(
         ValueError: a bad row, option or tokenizer; a chat template whose text for prompt and completion does not begin
             with its text for the prompt.
     """
+    tokenizer = text_tokenizer(tokenizer)
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
     tokens, _ = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, "row")
@@ -130,6 +132,7 @@ def tokenize_lists(
 
     num_proc: processes, as in `Dataset.map`. Columns that `tokenize_row` does not return are left out.
     """
+    tokenizer = text_tokenizer(tokenizer)
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
     optional = [name for name in ("ref_logps", "source") if name in dataset.column_names]

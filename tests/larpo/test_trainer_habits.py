@@ -279,6 +279,56 @@ def test_lists_of_one_length_can_come_together(tmp_path):
     assert apart < at_random / 2
 
 
+class Processor:
+    """As transformers.ProcessorMixin: text goes to the tokenizer in it, the rest elsewhere."""
+
+    def __init__(self, tokenizer, chat_template=None):
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+
+    def __call__(self, images=None, text=None):
+        raise AssertionError("text alone goes to the tokenizer")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def test_of_a_processor_the_tokenizer_is_taken(tmp_path, data):
+    found = []
+    for processing_class in (tiny.tokenizer(), Processor(tiny.tokenizer())):
+        t = LarPOTrainer(tiny.causal_lm(), None, config(tmp_path), train_dataset=data, processing_class=processing_class)
+        found.append((t.train_dataset.to_list(), t.evaluate(data)["eval_loss"]))
+    assert found[0] == found[1] and t.processing_class is processing_class
+
+
+def test_a_processor_brings_its_chat_template():
+    from larpo.data.tokenization import tokenize_row
+
+    row = {"prompt": [{"role": "user", "content": "a cat"}], "scores": [1.0],
+           "completions": [[{"role": "assistant", "content": "the dog"}]]}  # fmt: skip
+    own = copy.deepcopy(tiny.tokenizer())
+    own.chat_template = TEMPLATE
+    assert tokenize_row(row, Processor(tiny.tokenizer(), TEMPLATE)) == tokenize_row(row, own)
+    assert tiny.tokenizer().chat_template is None
+
+
+def test_what_tokenises_nothing_is_refused(tmp_path, data):
+    for processing_class in ("a-name", Processor(None)):
+        with pytest.raises(TypeError, match=r"the tokenizer must be one of transformers, or a processor.*got (str|Processor)"):
+            LarPOTrainer(tiny.causal_lm(), None, config(tmp_path), train_dataset=data, processing_class=processing_class)
+
+
+def test_splits_are_evaluated_each_and_not_trained_on_together(tmp_path, data):
+    from datasets import DatasetDict
+
+    splits = DatasetDict(train=data, test=data.select(range(2)))
+    with pytest.raises(TypeError, match="DatasetDict with the splits train, test: choose one"):
+        trainer(tmp_path, splits)
+    found = trainer(tmp_path, data, eval_dataset=splits).evaluate()
+    assert found["eval_test_loss"] != found["eval_train_loss"]
+
+
 # --- settings ----------------------------------------------------------------------------------------------------
 
 

@@ -369,3 +369,58 @@ def test_keys_that_arrow_fills_in_do_not_part_prompt_and_completion():
     row["rejected"] = [user("Hi"), assistant("b")]
     (converted,) = as_lists(datasets.Dataset.from_list([row]))
     assert [[message["content"] for message in completion] for completion in converted["completions"]] == [["a"], ["b"]]
+
+
+# --- what pandas and others hand over
+
+
+def test_rows_of_numpy_arrays_are_rows(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    messages = [{"prompt": [user("2 + 2 =")], "completions": [[assistant("4")], [assistant("5")]], "scores": [1.0, 0.0]}]
+    for rows in (ROWS, messages, [ROWS[0] | {"ref_logps": [-1.0, -2.5, -3.0], "source": ["a", "b", "c"]}]):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "lists.parquet")
+        records = pandas.read_parquet(tmp_path / "lists.parquet").to_dict("records")
+        assert type(records[0]["scores"]).__name__ == "ndarray"
+        assert as_lists(records).to_list() == as_lists(rows).to_list()
+
+
+def test_scores_are_taken_as_tensors_and_as_numbers_of_numpy():
+    import numpy
+    import torch
+
+    for scores in (torch.tensor([1.0, 0.5, -2.0]), numpy.float32([1, 0.5, -2]), [*numpy.float64([1, 0.5, -2])]):
+        assert as_lists([{**ROWS[0], "scores": scores}])[0] == ROWS[0]
+
+
+def test_a_number_that_is_none_is_named_in_an_array_too():
+    import numpy
+
+    with pytest.raises(ValueError, match=r"row 0: field 'scores\[1\]' holds nan; expected a finite number"):
+        as_lists([{**ROWS[0], "scores": numpy.array([1.0, numpy.nan, 0.0])}])
+
+
+@pytest.mark.parametrize("columns", [("completions", "scores"), ("responses", "rewards"), ("chosen", "rejected")], ids="-".join)
+def test_one_source_is_that_of_every_candidate(columns):
+    first, second = (" 4", " 5") if columns[0] == "chosen" else ([" 4", " 5"], [1.0, 0.0])
+    row = {"prompt": "2 + 2 =", columns[0]: first, columns[1]: second, "source": "sums"}
+    assert one_row(row)["source"] == ["sums", "sums"]
+    assert [r["source"] for r in as_lists([row, row | {"source": None}])] == [["sums", "sums"], None]
+
+
+def test_other_containers_are_refused_with_what_to_do():
+    pandas = pytest.importorskip("pandas")
+    dataset = datasets.Dataset.from_list(ROWS)
+    for value, message in (
+        (datasets.DatasetDict(train=dataset, test=dataset), r"a list of dicts, got DatasetDict with the splits train, test: "),
+        (
+            datasets.IterableDatasetDict(train=dataset.to_iterable_dataset()),
+            r"the splits train: choose one, as in dataset\['train'\]",
+        ),
+        (dataset.to_iterable_dataset(), r"got IterableDataset; .*list\(\.\.\.\)"),
+        (iter(ROWS), r"got list_iterator; .*list\(\.\.\.\)"),
+        ({"prompt": [], "completions": [], "scores": []}, r"got dict; .*from_dict"),
+        (pandas.DataFrame(ROWS), r"got DataFrame; .*to_dict\('records'\)"),
+        ("lists.jsonl", "got str$"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            as_lists(value)
