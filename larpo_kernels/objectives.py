@@ -2,12 +2,23 @@
 
 All of them read a list of m candidates with scores g_1..g_m (differentiable) and relevance r_1..r_m (it only orders
 the list, except in ListNet and the DCG weights). Write 1..m for the order of falling relevance, equal relevance kept
-in input order. Two families cover everything, and both backends implement just these two:
+in input order unless `ties` says otherwise (below). Two families cover everything, and both backends implement just these two:
 
     suffixes   sum_i a_i [ logsumexp_{j >= i} g_j - g_i ]              Contrastive, ListMLE, ListNet
     pairs      sum_{i before j} w_ij log(1 + exp(g_j - g_i))           Pairwise, LambdaRank
 
 With m = 2, Pairwise, Contrastive, ListMLE and LambdaRank are the same number: the DPO loss.
+
+Equal relevance says nothing of an order, but Pairwise, Contrastive and ListMLE ask for one. Their `ties` is
+
+    "order"    input order decides (the paper's formulas as written): whoever wrote the data decides what is learned
+    "skip"     a list whose order is not settled where the objective asks for it has loss 0 and gradient 0, and counts as
+               a list: the best must be unique (Contrastive), the best and the worst (Pairwise), every candidate (ListMLE)
+    "mean"     Pairwise and Contrastive: the mean of the loss over all orders of the tied candidates
+    "efron"    ListMLE, where that mean has no closed form: Efron's form for tied events in Cox regression (1977)
+
+Under the last two the order in which tied candidates stand changes nothing. LambdaRank forms no pair of tied candidates and
+ListNet no order.
 """
 
 from __future__ import annotations
@@ -15,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,23 +35,52 @@ from . import ops, validation
 
 @dataclass(frozen=True)
 class Pairwise:
-    """Best against worst: -log sigmoid(g_1 - g_m). DPO (arXiv 2305.18290, eq. 7) when m = 2."""
+    """Best against worst: -log sigmoid(g_1 - g_m). DPO (arXiv 2305.18290, eq. 7) when m = 2.
 
+    ties "mean": the mean over all pairs of one of the tied best and another one of the tied worst.
+    """
+
+    ties: Literal["order", "skip", "mean"] = "order"
     name: ClassVar[str] = "pairwise"
+
+    def __post_init__(self):
+        _check_ties(self, ("order", "skip", "mean"))
 
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Best against all: -log softmax(g)_1 (LarPO, arXiv 2502.03699, table 1)."""
+    """Best against all: -log softmax(g)_1 (LarPO, arXiv 2502.03699, table 1).
 
+    ties "mean": logsumexp(g) less the mean score of the tied best.
+    """
+
+    ties: Literal["order", "skip", "mean"] = "order"
     name: ClassVar[str] = "contrastive"
+
+    def __post_init__(self):
+        _check_ties(self, ("order", "skip", "mean"))
 
 
 @dataclass(frozen=True)
 class ListMLE:
-    """Plackett-Luce likelihood of the whole order: -sum_i log [e^g_i / sum_{j >= i} e^g_j] (LarPO, table 1)."""
+    """Plackett-Luce likelihood of the whole order: -sum_i log [e^g_i / sum_{j >= i} e^g_j] (LarPO, table 1).
 
+    ties "efron": the l-th of k tied candidates (l = 0 .. k - 1) is drawn from all below them and from 1 - l / k of each of the
+    k, which is what is left of them on average over their orders (Efron 1977, "The efficiency of Cox's likelihood function
+    for censored data"). By Jensen's inequality it is at least the mean of the loss over their orders, a sum of 2^k terms; where
+    the tied score the same, both have the same value and gradient.
+    """
+
+    ties: Literal["order", "skip", "efron"] = "order"
     name: ClassVar[str] = "listmle"
+
+    def __post_init__(self):
+        if self.ties == "mean":
+            raise ValueError(
+                "ListMLE ties must not be 'mean': over all orders of k tied candidates it is a sum of 2^k terms. 'efron' "
+                "bounds it from above and equals it where the tied candidates score the same"
+            )
+        _check_ties(self, ("order", "skip", "efron"))
 
 
 @dataclass(frozen=True)
@@ -78,6 +118,12 @@ class ListNet:
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"ListNet temperature must be a finite float > 0, got {self.temperature!r}")
+
+
+def _check_ties(objective: Any, allowed: tuple[str, ...]) -> None:
+    if objective.ties not in allowed:
+        *most, last = map(repr, allowed)
+        raise ValueError(f"{type(objective).__name__} ties must be {', '.join(most)} or {last}, got {objective.ties!r}")
 
 
 Objective = Pairwise | Contrastive | ListMLE | LambdaRank | ListNet

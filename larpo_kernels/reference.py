@@ -70,6 +70,19 @@ def list_loss(objective, g, r):
     order = r.argsort(descending=True, stable=True)
     g, r = g[order], r[order]
     match objective:
+        case Pairwise(ties="skip") if (r == r[0]).sum() > 1 or (r == r[-1]).sum() > 1:
+            return g[:0].sum()
+        case Contrastive(ties="skip") if (r == r[0]).sum() > 1:
+            return g[:0].sum()
+        case ListMLE(ties="skip") if (r[1:] == r[:-1]).any():
+            return g[:0].sum()
+        case Pairwise(ties="mean") if len(g) > 1:
+            pairs = (r == r[0])[:, None] & (r == r[-1]) & ~torch.eye(len(g), dtype=torch.bool, device=g.device)
+            return -F.logsigmoid(g[:, None] - g)[pairs].mean()
+        case Contrastive(ties="mean"):
+            return g.logsumexp(0) - g[r == r[0]].mean()
+        case ListMLE(ties="efron"):
+            return sum((_efron_term(g, r, i) for i in range(len(g))), g[:0].sum())
         case Pairwise():
             return -F.logsigmoid(g[0] - g[-1]) if len(g) > 1 else g[:0].sum()
         case Contrastive():
@@ -78,6 +91,14 @@ def list_loss(objective, g, r):
             return sum((g[i:].logsumexp(0) - g[i] for i in range(len(g) - 1)), g[:0].sum())
         case ListNet(temperature=temperature):
             return -((r.to(g.dtype) / temperature).softmax(0) * g.log_softmax(0)).sum()
+
+
+def _efron_term(g, r, i):
+    """The i-th of a list in falling order: among all below it and what is left, on average, of those it is tied with."""
+    tied = r == r[i]
+    left = 1 - tied[:i].sum().to(g.dtype) / tied.sum()
+    weight = torch.where(tied, left, (r < r[i]).to(g.dtype))
+    return (g[weight > 0] + weight[weight > 0].log()).logsumexp(0) - g[i]
 
 
 def lambda_weights(objective, g, r):

@@ -44,13 +44,13 @@ def candidate_logps(dtype, aligned, mean=False):
     lists.candidate_logps(empty(4096), counted, empty(65, dtype=torch.int64))
 
 
-def list_stage(dtype, aligned, objective, weighting="none", of_tokens=True):
+def list_stage(dtype, aligned, objective, weighting="none", ties="order", of_tokens=True):
     """of_tokens: candidates average over their tokens and have a reference; else scores are given, one per candidate."""
     counted = empty(4096, dtype=torch.bool) if of_tokens else None
     cu_tokens = empty(65, dtype=torch.int64) if of_tokens else None
     n, ref = (4096, empty(64)) if of_tokens else (64, None)
     cu_lists, relevance = empty(9, dtype=torch.int64), empty(64, dtype=torch.float64)
-    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, relevance, ref, 0.1, objective, weighting, 0, 1.0)
+    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, relevance, ref, 0.1, objective, weighting, 0, 1.0, ties)
 
 
 def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for_grad=True, step=None):
@@ -89,6 +89,8 @@ ROWS = {"plain": {}, "scale": {"logit_scale": 0.5}, "softcap": {"softcap": 30.0}
 STATS = {"stats": {"stats": True}}
 OBJECTIVES = {name: {"objective": name} for name in ("pairwise", "contrastive", "listmle", "lambdarank", "listnet")}
 OBJECTIVES |= {f"lambdarank-{w}": {"objective": "lambdarank", "weighting": w} for w in ("dcg", "dcg2")}
+OBJECTIVES |= {f"{name}-mean": {"objective": name, "ties": "mean"} for name in ("pairwise", "contrastive")}
+OBJECTIVES |= {"listmle-efron": {"objective": "listmle", "ties": "efron"}}
 TILE_DTYPES = ("bf16", "fp32")  # schedules.compute_dtype knows no others
 
 KERNELS = (

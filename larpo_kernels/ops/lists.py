@@ -68,15 +68,16 @@ def _list_stage(
     weighting: str,
     k: int,
     temperature: float,
+    ties: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss [L], logps [S], scores [S], c = dloss/dl of the candidate's tokens [S]
     return backends.get(backend).list_stage(
-        logps, counted, cu_tokens, cu_lists, relevance, ref_logps, beta, objective, weighting, k, temperature
+        logps, counted, cu_tokens, cu_lists, relevance, ref_logps, beta, objective, weighting, k, temperature, ties
     )
 
 
 @_list_stage.register_fake
-def _(logps, counted, cu_tokens, cu_lists, relevance, ref_logps, beta, objective, weighting, k, temperature, backend):
+def _(logps, counted, cu_tokens, cu_lists, relevance, ref_logps, beta, objective, weighting, k, temperature, ties, backend):
     out = logps.new_empty(relevance.shape, dtype=logps_dtype(logps))
     return out.new_empty(cu_lists.shape[0] - 1), out, torch.empty_like(out), torch.empty_like(out)
 
@@ -105,8 +106,8 @@ def _list_setup(ctx, inputs, output):
 
 def _list_autograd(ctx, grad, *_):
     if grad is None:
-        return (None,) * 12
-    return (_list_stage_backward(grad, *ctx.saved_tensors),) + (None,) * 11
+        return (None,) * 13
+    return (_list_stage_backward(grad, *ctx.saved_tensors),) + (None,) * 12
 
 
 _list_stage.register_autograd(_list_autograd, setup_context=_list_setup)
@@ -127,6 +128,7 @@ def list_stage(logps, counted, cu_tokens, cu_lists, relevance, ref_logps, object
         getattr(objective, "weighting", None) or "none",
         getattr(objective, "k", None) or 0,
         float(getattr(objective, "temperature", 1.0)),
+        getattr(objective, "ties", "order"),
         backend,
     )
     return loss, logps, scores

@@ -96,7 +96,18 @@ def the_rows_and_lists():
     borders = torch.arange(S + 1, device="cuda") * T
     primitives.candidate_logps(logps.view(-1), y.view(-1) != -100, borders)
     primitives.list_stage(
-        logps.view(-1), None, borders, torch.arange(3, device="cuda") * 4, randn(S), randn(S), 0.1, "listmle", "none", 0, 1.0
+        logps.view(-1),
+        None,
+        borders,
+        torch.arange(3, device="cuda") * 4,
+        randn(S),
+        randn(S),
+        0.1,
+        "listmle",
+        "none",
+        0,
+        1.0,
+        "order",
     )
 
 

@@ -5,7 +5,7 @@ with float32, bfloat16 or float16 logits. Everything is differentiable.
 """
 
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import torch
 import torch.nn.functional as F
@@ -95,11 +95,44 @@ def lambdarank(scores, relevance, weighting=None, k=None):
     return loss
 
 
-def list_loss(scores, relevance, objective, temperature=1.0, **options):
+def mean_over_orders(scores, relevance, objective):
+    """The loss of a list, averaged over every order in which its candidates of equal relevance can stand."""
+    orders = [o for o in permutations(range(len(relevance))) if all(relevance[a] >= relevance[b] for a, b in pairwise(o))]
+    losses = [list_loss(scores[list(order)], [relevance[c] for c in order], objective) for order in orders]
+    return torch.stack(losses).mean()
+
+
+def efron(scores, relevance):
+    """ListMLE with Efron's denominators: block by block of tied candidates, the best block first."""
+    loss = 0 * scores.sum()
+    for grade in sorted(set(relevance), reverse=True):
+        block = [c for c, r in enumerate(relevance) if r == grade]
+        below = [c for c, r in enumerate(relevance) if r < grade]
+        for step in range(len(block)):
+            rest = scores[below].exp().sum() + (1 - step / len(block)) * scores[block].exp().sum()
+            loss = loss + rest.log()
+        loss = loss - scores[block].sum()
+    return loss
+
+
+def is_settled(relevance, objective):
+    """Whether ties leave the order open where the objective asks for it."""
+    unique = {r for r in relevance if relevance.count(r) == 1}
+    asked = {"contrastive": [max(relevance)], "pairwise": [max(relevance), min(relevance)], "listmle": relevance}
+    return unique.issuperset(asked[objective])
+
+
+def list_loss(scores, relevance, objective, temperature=1.0, ties="order", **options):
     """scores [m] and m floats -> loss of one list."""
     relevance = [float(r) for r in relevance]
     best_first = sorted(range(len(relevance)), key=lambda c: -relevance[c])  # stable: input order breaks ties
     if len(relevance) == 1:
+        return 0 * scores.sum()
+    if ties == "mean":
+        return mean_over_orders(scores, relevance, objective)
+    if ties == "efron":
+        return efron(scores, relevance)
+    if ties == "skip" and not is_settled(relevance, objective):
         return 0 * scores.sum()
     if objective == "pairwise":
         return -F.logsigmoid(scores[best_first[0]] - scores[best_first[-1]])

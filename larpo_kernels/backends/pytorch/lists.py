@@ -51,10 +51,11 @@ def list_stage(
     weighting: str,
     k: int,
     temperature: float,
+    ties: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if wide(logps.device) != torch.float64:  # a few numbers: compute them where float64 exists
         args = (x if x is None else x.cpu() for x in (logps, counted, cu_tokens, cu_lists, relevance, ref_logps))
-        return tuple(x.to(logps.device) for x in list_stage(*args, beta, objective, weighting, k, temperature))
+        return tuple(x.to(logps.device) for x in list_stage(*args, beta, objective, weighting, k, temperature, ties))
     total, share = _candidates(logps, counted, cu_tokens)
     scores = beta * (total if ref_logps is None else total - ref_logps)
     loss = torch.zeros(cu_lists.shape[0] - 1, dtype=torch.float64, device=logps.device)
@@ -63,15 +64,23 @@ def list_stage(
     for m in sizes.unique().tolist():
         which = (sizes == m).nonzero()[:, 0]
         at = cu_lists[which][:, None] + torch.arange(m, device=logps.device)
-        loss[which], c[at] = _lists_of_one_size(scores[at], relevance[at], objective, weighting, k, temperature)
+        loss[which], c[at] = _lists_of_one_size(scores[at], relevance[at], objective, weighting, k, temperature, ties)
     c *= beta * share
     out = torch.float64 if logps.dtype == torch.float64 else torch.float32
     return loss.to(out), total.to(out), scores.to(out), c.to(out)
 
 
-def _lists_of_one_size(g, r, objective, weighting, k, temperature):
+def _lists_of_one_size(g, r, objective, weighting, k, temperature, ties):
     """Scores g, relevance r [lists, m] -> loss [lists], d loss / d g [lists, m]."""
     order = r.argsort(dim=1, descending=True, stable=True)
+    if ties == "skip":
+        loss, d = _lists_of_one_size(g, r, objective, weighting, k, temperature, "order")
+        unsettled = _is_unsettled(r.gather(1, order), objective)
+        return loss.masked_fill(unsettled, 0), d.masked_fill(unsettled[:, None], 0)
+    if ties == "efron":
+        return _efron(g, r)
+    if ties == "mean":
+        return _mean_over_best(g, r) if objective == "contrastive" else _mean_over_best_and_worst(g, r)
     if objective in ("pairwise", "lambdarank"):
         return _pairs(g, r, order, objective, weighting, k)
     loss, d = _suffixes(g.gather(1, order), r.gather(1, order), objective, temperature)
@@ -95,6 +104,54 @@ def _suffixes(g, r, objective, temperature):
         return -logp[:, 0], p
     a = (r / temperature).softmax(1)
     return -(a * logp).sum(1), p - a
+
+
+def _is_unsettled(r, objective):
+    """[lists]: whether ties leave open what the objective asks of the order; lists in order of relevance."""
+    tied = r[:, 1:] == r[:, :-1]
+    if objective == "listmle":
+        return tied.any(1)
+    return (tied[:, :1] if objective == "contrastive" else torch.cat([tied[:, :1], tied[:, -1:]], 1)).any(1)
+
+
+def _mean_over_best(g, r):
+    """Contrastive's mean over the orders of tied candidates: logsumexp(g) less the mean score of the best."""
+    best = r == r.amax(1, keepdim=True)
+    target = best.to(g.dtype) / best.sum(1, keepdim=True)
+    logp = g.log_softmax(1)
+    return -torch.where(best, target * logp, 0).sum(1), logp.exp() - target
+
+
+def _mean_over_best_and_worst(g, r):
+    """Pairwise's mean over the orders of tied candidates: over pairs of one of the best and another one of the worst."""
+    best, worst = (r == x for x in (r.amax(1, keepdim=True), r.amin(1, keepdim=True)))
+    pairs = best.sum(1) * worst.sum(1) - (best & worst).sum(1)
+    loss, d = torch.zeros_like(g[:, 0]), torch.zeros_like(g)
+    for j in range(g.shape[1]):
+        wins = best & worst[:, j : j + 1]
+        wins[:, j] = False
+        gap = g[:, j : j + 1] - g
+        push = torch.where(wins, gap.sigmoid(), 0)
+        loss += torch.where(wins, F.softplus(gap), 0).sum(1)
+        d -= push
+        d[:, j] += push.sum(1)
+    return loss / pairs.clamp(min=1), d / pairs.clamp(min=1)[:, None]
+
+
+def _efron(g, r):
+    """ListMLE with the l-th of k tied candidates among all below them and 1 - l / k of each of the k."""
+    loss, d = torch.zeros_like(g[:, 0]), torch.zeros_like(g)
+    for i in range(g.shape[1]):
+        tied, below = r == r[:, i : i + 1], r < r[:, i : i + 1]
+        size = tied.sum(1, keepdim=True)
+        left = 1 - tied[:, :i].sum(1, keepdim=True).to(g.dtype) / size
+        logits = torch.where(below, g, torch.where(tied, g + left.log(), -torch.inf))
+        alone = (size == 1)[:, 0] & ~below.any(1)  # the last one's own term is 0, at a score of -inf too
+        lse = logits.logsumexp(1, keepdim=True)
+        loss += torch.where(alone, 0, lse[:, 0] - g[:, i])
+        d += torch.where(alone[:, None], 0, (logits - lse).exp())
+        d[:, i] -= (~alone).to(d.dtype)
+    return loss, d
 
 
 def _pairs(g, r, order, objective, weighting, k):

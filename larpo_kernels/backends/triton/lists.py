@@ -37,6 +37,7 @@ def list_stage(
     weighting: str,
     k: int,
     temperature: float,
+    ties: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logps, cu_lists, relevance = logps.float().contiguous(), cu_lists.contiguous(), relevance.contiguous()
     cu_tokens, ref_logps = (None if x is None else x.contiguous() for x in (cu_tokens, ref_logps))
@@ -51,7 +52,7 @@ def list_stage(
                 relevance if ref_logps is None else ref_logps, loss, candidates, scores, c, work,
                 logps.shape[0], s, beta, temperature, k,
                 TOKEN_IS_CANDIDATE=cu_tokens is None, MEAN=counted is not None, HAS_REF=ref_logps is not None,
-                OBJECTIVE=objective, WEIGHTING=weighting, TOKENS=TOKENS, M=PAIRS,
+                OBJECTIVE=objective, WEIGHTING=weighting, TIES=ties, TOKENS=TOKENS, M=PAIRS,
                 **options(logps, PAIR_WARPS, registers=255),
             )  # fmt: skip
     return loss, candidates, scores, c

@@ -2,7 +2,8 @@
 
 A list of m candidates is visited in tiles of M x M pairs, so any m works and nothing of size m x m exists. Orders are
 ranks counted by comparison, never sorted: candidate i stands before j if its value is larger, or equal and earlier in
-the input. No atomics, fixed order of every sum.
+the input; where TIES is "mean" or "skip", equal values share the first of their ranks and several candidates may be best
+or worst. No atomics, fixed order of every sum.
 """
 
 import triton
@@ -73,6 +74,16 @@ def at_or_after(a_i, a_j, i, j):
 
 
 @triton.jit
+def in_rest(a_i, a_j, i, j, TIES: tl.constexpr):
+    """Whether i is among those that ListMLE draws j from."""
+    if TIES == "efron":
+        rest = a_i <= a_j
+    else:
+        rest = at_or_after(a_i, a_j, i, j)
+    return rest
+
+
+@triton.jit
 def pair_weight(gain_i, gain_j, rank_i, rank_j, cut, WEIGHTING: tl.constexpr):
     """LambdaRank's w_ij, symmetric: the change in (unnormalised) DCG if i and j swapped their ranks by score."""
     if WEIGHTING == "dcg":
@@ -110,6 +121,7 @@ def list_stage(
     HAS_REF: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     WEIGHTING: tl.constexpr,
+    TIES: tl.constexpr,
     TOKENS: tl.constexpr,
     M: tl.constexpr,
 ):
@@ -139,6 +151,9 @@ def list_stage(
     cut = tl.where(k == 0, stop - start, k).to(tl.float32)
     ideal = 0.0
     unknown = 0  # candidates whose relevance is NaN
+    num_best = 0  # candidates with none before them, and with none after them: more than one only where ties are not ordered
+    num_worst = 0
+    num_ranks = 0  # candidates that know how many are before and after them: all, unless some are tied
     target_level = 0.0  # log-sum-exp of relevance / temperature
     if OBJECTIVE == "listnet":
         target_level = list_logsumexp(relevance_ptr, start, stop, 1.0 / temperature, M)
@@ -150,25 +165,38 @@ def list_stage(
         peak = g_i
         total = tl.zeros([M], tl.float32)
         ahead = tl.zeros([M], tl.int32)  # candidates before i by relevance
+        behind = tl.zeros([M], tl.int32)  # and after it
         ahead_by_score = tl.zeros([M], tl.int32)
+        left = tl.full([M], 1.0, tl.float32)  # the share of those tied with i that its log-sum-exp runs over
+        if TIES == "efron":
+            left = share_left(relevance_ptr, i, r_i, start, stop, M)
         for j0 in range(start, stop, M):
             j = j0 + tl.arange(0, M)
             g_j = tl.load(scores_ptr + j, mask=j < stop, other=-float("inf"))
             r_j = tl.load(relevance_ptr + j, mask=j < stop, other=0.0)
             real = (j < stop)[None, :]
-            j_first = real & before(r_j[None, :], r_i[:, None], j[None, :], i[:, None])
+            if TIES == "order":
+                j_first = real & before(r_j[None, :], r_i[:, None], j[None, :], i[:, None])
+                j_last = real & before(r_i[:, None], r_j[None, :], i[:, None], j[None, :])
+            else:
+                j_first = real & (r_j[None, :] > r_i[:, None])
+                j_last = real & (r_j[None, :] < r_i[:, None])
             ahead += tl.sum(j_first.to(tl.int32), 1)
+            behind += tl.sum(j_last.to(tl.int32), 1)
             if OBJECTIVE == "lambdarank":
                 higher = real & before(g_j[None, :], g_i[:, None], j[None, :], i[:, None])
                 ahead_by_score += tl.sum(higher.to(tl.int32), 1)
             if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
                 in_suffix = real
-                if OBJECTIVE != "listnet":
-                    in_suffix = real & at_or_after(r_j[None, :], r_i[:, None], j[None, :], i[:, None])
+                if OBJECTIVE == "listmle":
+                    in_suffix = real & in_rest(r_j[None, :], r_i[:, None], j[None, :], i[:, None], TIES)
                 g = tl.where(in_suffix, g_j[None, :], -float("inf"))
                 new_peak = tl.maximum(peak, tl.max(g, 1))
                 base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-                total = total * tl.exp2((peak - base) * LOG2E) + tl.sum(tl.exp2((g - base[:, None]) * LOG2E), 1)
+                e = tl.exp2((g - base[:, None]) * LOG2E)
+                if TIES == "efron":
+                    e *= tl.where(r_j[None, :] == r_i[:, None], left[:, None], 1.0)
+                total = total * tl.exp2((peak - base) * LOG2E) + tl.sum(e, 1)
                 peak = new_peak
         if OBJECTIVE == "lambdarank":
             level = 1.0 + ahead_by_score.to(tl.float32)
@@ -178,22 +206,26 @@ def list_stage(
             part = gain
         elif OBJECTIVE == "pairwise":
             level = ahead.to(tl.float32)
-            part = level
+            part = behind.to(tl.float32)
         else:
             level = peak
             tl.store(work_ptr + 2 * S + i, tl.log(total), mask=i < stop)
             if OBJECTIVE == "listmle":
-                part = (ahead < stop - start - 1).to(tl.float32)  # the last one's own term is 0
+                part = tl.where(ahead < stop - start - 1, left, 0.0)  # the last one's own term is 0
             elif OBJECTIVE == "contrastive":
                 part = (ahead == 0).to(tl.float32)
             else:
                 part = tl.exp2((r_i.to(tl.float32) / temperature - target_level) * LOG2E)
         tl.store(work_ptr + i, level, mask=i < stop)
         tl.store(work_ptr + S + i, part, mask=i < stop)
+        num_best += tl.sum(((i < stop) & (ahead == 0)).to(tl.int32))
+        num_worst += tl.sum(((i < stop) & (behind == 0)).to(tl.int32))
+        num_ranks += tl.sum(((i < stop) & (ahead + behind == stop - start - 1)).to(tl.int32))
     tl.debug_barrier()
 
     # 3. loss and gradient
     ideal = tl.where(ideal == 0.0, 1.0, ideal)
+    orders = tie_share(num_best, num_worst, num_ranks, stop - start, OBJECTIVE, TIES)
     loss = 0.0
     for i0 in range(start, stop, M):
         i = i0 + tl.arange(0, M)
@@ -204,8 +236,11 @@ def list_stage(
         d = tl.zeros([M], tl.float32)
         if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
             log_i = tl.load(work_ptr + 2 * S + i, mask=i < stop, other=0.0)
-            loss += tl.sum(tl.where((i < stop) & (part_i > 0), part_i * ((level_i - g_i) + log_i), 0.0))
-            d -= part_i
+            own = part_i
+            if TIES == "efron":
+                own = (part_i > 0).to(tl.float32)
+            loss += tl.sum(tl.where((i < stop) & (part_i > 0), own * ((level_i - g_i) + log_i), 0.0))
+            d -= own
         for j0 in range(start, stop, M):
             j = j0 + tl.arange(0, M)
             g_j = tl.load(scores_ptr + j, mask=j < stop, other=0.0)
@@ -215,18 +250,21 @@ def list_stage(
             real = (i < stop)[:, None] & (j < stop)[None, :]
             if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
                 in_suffix = real  # i is one of the candidates that j's log-sum-exp runs over
-                if OBJECTIVE != "listnet":
-                    in_suffix = real & at_or_after(r_i[:, None], r_j[None, :], i[:, None], j[None, :])
+                if OBJECTIVE == "listmle":
+                    in_suffix = real & in_rest(r_i[:, None], r_j[None, :], i[:, None], j[None, :], TIES)
                 log_j = tl.load(work_ptr + 2 * S + j, mask=j < stop, other=0.0)
-                p = part_j[None, :] * tl.exp2(((g_i[:, None] - level_j[None, :]) - log_j[None, :]) * LOG2E)
+                p = tl.exp2(((g_i[:, None] - level_j[None, :]) - log_j[None, :]) * LOG2E)
+                if TIES == "efron":
+                    p *= tl.where(r_i[:, None] == r_j[None, :], part_j[None, :], 1.0)
+                else:
+                    p *= part_j[None, :]
                 d += tl.sum(tl.where(in_suffix & (part_j > 0)[None, :], p, 0.0), 1)
             else:
                 gap = g_j[None, :] - g_i[:, None]
                 if OBJECTIVE == "pairwise":
-                    last = (stop - start - 1).to(tl.float32)
                     two = real & (i[:, None] != j[None, :])
-                    i_wins = two & (level_i == 0.0)[:, None] & (level_j == last)[None, :]
-                    j_wins = two & (level_j == 0.0)[None, :] & (level_i == last)[:, None]
+                    i_wins = two & (level_i == 0.0)[:, None] & (part_j == 0.0)[None, :]
+                    j_wins = two & (level_j == 0.0)[None, :] & (part_i == 0.0)[:, None]
                     w = tl.full([M, M], 1.0, tl.float32)
                 else:
                     i_wins = real & (r_i[:, None] > r_j[None, :])
@@ -239,9 +277,44 @@ def list_stage(
                 d -= tl.sum(tl.where(i_wins, w * sigmoid(gap), 0.0), 1)
                 d += tl.sum(tl.where(j_wins, w * sigmoid(-gap), 0.0), 1)
         share = tl.load(c_ptr + i, mask=i < stop, other=0.0)
+        d = tl.where(orders > 0, orders * d, 0.0)
         c = tl.where(unknown > 0, float("nan"), beta * share * d)
         tl.store(c_ptr + i, c, mask=i < stop)
+    loss = tl.where(orders > 0, orders * loss, 0.0)
     tl.store(loss_ptr + lst, tl.where(unknown > 0, float("nan"), loss))
+
+
+@triton.jit
+def share_left(relevance_ptr, i, r_i, start, stop, M: tl.constexpr):
+    """1 - l / k for the l-th (from 0) of k candidates of equal relevance: what is left of them, on average, at its turn."""
+    size = tl.zeros([M], tl.int32)
+    earlier = tl.zeros([M], tl.int32)
+    for j0 in range(start, stop, M):
+        j = j0 + tl.arange(0, M)
+        r_j = tl.load(relevance_ptr + j, mask=j < stop, other=0.0)
+        tied = (j < stop)[None, :] & (r_j[None, :] == r_i[:, None])
+        size += tl.sum(tied.to(tl.int32), 1)
+        earlier += tl.sum((tied & (j[None, :] < i[:, None])).to(tl.int32), 1)
+    return 1.0 - earlier.to(tl.float32) / tl.maximum(size, 1).to(tl.float32)
+
+
+@triton.jit
+def tie_share(num_best, num_worst, num_ranks, m, OBJECTIVE: tl.constexpr, TIES: tl.constexpr):
+    """What a list's terms are multiplied by: one over the number of equally possible ones, or 0 for a list that is skipped."""
+    share = 1.0
+    if TIES == "skip":
+        settled = num_best == 1
+        if OBJECTIVE == "pairwise":
+            settled = settled & (num_worst == 1)
+        if OBJECTIVE == "listmle":
+            settled = num_ranks == m
+        share = settled.to(tl.float32)
+    elif TIES == "mean":
+        terms = num_best
+        if OBJECTIVE == "pairwise":
+            terms = num_best * num_worst - tl.where(num_best == m, m, 0)  # all tied: a candidate makes no pair with itself
+        share = 1.0 / tl.maximum(terms, 1).to(tl.float32)
+    return share
 
 
 @triton.jit
