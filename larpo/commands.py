@@ -6,12 +6,15 @@ import json
 import os
 import types
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from .data.tokenization import PROMPT_LENGTH
-from .runs.files import read_json, write_json
+from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
+from .runs.files import read_json, write_json, write_whole
 from .runs.identity import changed, content
+from .runs.lock import locked
 from .runs.secrets import masked, without_secrets
 from .runs.yaml_config import as_word, load_yaml, nearest
 
@@ -145,18 +148,23 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
 def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     """Trains, evaluates if there is something to evaluate on, and saves model and tokenizer in args.output_dir.
 
-    Raises ValueError where output_dir has checkpoints of another job, naming every difference.
+    Raises ValueError where output_dir has checkpoints of another job, naming every difference, or none that can be gone on
+    from, saying why, and where another process is at work in it.
     """
+    with locked(Path(args.output_dir), rank=args.process_index):
+        return _train(job, args)
+
+
+def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     from .data.loading import load_lists
     from .modeling.adapters import lora_config
-    from .runs.checkpoints import last_whole_checkpoint
     from .trainer import LarPOTrainer
 
     adapter = None if job.peft is None else lora_config(job.peft)
     data = load_lists(job.train_data, split=job.train_split)
     held_out = None if job.eval_data is None else load_lists(job.eval_data, split=job.eval_split)
-    checkpoint = last_whole_checkpoint(args.output_dir)
-    _claim(Path(args.output_dir), _identity(job, args, data), has_checkpoints=checkpoint is not None, write=args.should_save)
+    _claim(Path(args.output_dir), _identity(job, args, data), write=args.should_save)
+    checkpoint = checkpoint_to_go_on_from(args.output_dir, args) if job.resume else None
     trainer = LarPOTrainer(
         os.path.expanduser(job.model),
         None if job.ref_model is None else os.path.expanduser(job.ref_model),
@@ -165,7 +173,7 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
         eval_dataset=held_out,
         peft_config=adapter,
     )
-    trainer.train(resume_from_checkpoint=checkpoint if job.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if held_out is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_model()
@@ -190,10 +198,10 @@ def _place(model: str | None) -> str | None:
     return str(folder.resolve()) if model and folder.is_dir() else model
 
 
-def _claim(folder: Path, job: dict[str, Any], *, has_checkpoints: bool, write: bool) -> None:
+def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
     """Writes what the folder's checkpoints are going to be of; refuses one that has those of something else."""
     file = folder / JOB
-    if has_checkpoints:
+    if has_finished_checkpoint(folder):
         if not file.is_file():
             raise ValueError(f"output_dir={str(folder)!r} has checkpoints, but no {JOB} that says of what: give another one")
         if different := changed(read_json(file), job):
@@ -252,10 +260,8 @@ def score(
         truncation_mode=truncation_mode,
         append_eos=append_eos,
     )
-    unfinished = out.with_name(f".{out.name}.unfinished")  # what stands under `out` is whole, always
     if out.suffix == ".parquet":
-        scored.to_parquet(unfinished)
+        write_whole(out, scored.to_parquet)
     else:
-        scored.to_json(unfinished, force_ascii=False)
-    unfinished.replace(out)
+        write_whole(out, partial(scored.to_json, force_ascii=False))
     return scored

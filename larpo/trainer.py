@@ -33,7 +33,7 @@ from .modeling.policy import Policy, attach, compute_dtype
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
 from .modeling.sharding import is_sharded, on_deepspeed
-from .runs.checkpoints import last_whole_checkpoint
+from .runs.checkpoints import checkpoint_to_go_on_from, refuse_incomplete
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -437,16 +437,18 @@ class LarPOTrainer(Trainer):
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As transformers.Trainer.train; True resumes from the newest checkpoint that was written to its end, and where
-        nothing is said here `args.resume_from_checkpoint` counts."""
+        """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole, and where nothing is said here
+        `args.resume_from_checkpoint` counts. A checkpoint that is not whole is refused."""
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = checkpoint_to_go_on_from(self.args.output_dir, self.args)
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no whole checkpoint"
                 )
+        if resume_from_checkpoint:
+            refuse_incomplete(resume_from_checkpoint, self.args)
         if resume_from_checkpoint and self._sync is not None:
             self._sync.load(resume_from_checkpoint)
         self._time_of_log = time.monotonic()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..runs.files import read_json, write_json, write_text
+from ..runs.lock import locked
 from . import stages
 from .config import AlignConfig, differences
 from .evaluation import interval
@@ -52,7 +53,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the loop runs in one process; start it without torchrun or accelerate launch")
     folder = RunFolder(config.output_dir)
-    with folder.lock(), _quiet_libraries():
+    with locked(folder.path), _quiet_libraries():
         state = _prepare(config, folder, progress)
         _stage(state, 0, "evaluate")
         for iteration in range(1, config.iterations + 1):

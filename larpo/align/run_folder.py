@@ -16,8 +16,6 @@ by one rename. A process killed at any moment leaves at worst hidden `.name.unfi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -34,19 +32,3 @@ class RunFolder:
     def model(self, iteration: int) -> Path:
         """The policy after an iteration, counted from 1."""
         return self.iteration(iteration) / "model"
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Held while a process works in the folder; a killed process gives it back. Raises ValueError if another has it."""
-        from filelock import FileLock, Timeout
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"output_dir={str(self.path)!r}: another process is at work in this folder") from None
-        try:
-            yield
-        finally:
-            lock.release()

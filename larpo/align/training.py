@@ -52,7 +52,7 @@ def train(
         trainer.reference.release()  # has said what it had to
         models.forget()
     _quiet(trainer, progress)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints, trainer.args))
     write_whole(model, lambda folder: _save(trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, folder, trainer))
 
 

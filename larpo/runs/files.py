@@ -15,14 +15,35 @@ Rows = list[dict[str, Any]]
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """`path` (a file or a folder) appears by one rename after `write(unfinished_path)`; what was there is replaced."""
+    """`path` (a file or a folder) appears by one rename after `write(unfinished_path)`; what was there is replaced.
+
+    The disk has all of it before it has the name: after a power cut the name may not be there, but never names less.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     remove(unfinished)
     write(unfinished)
     if unfinished.is_dir():
+        for inner in sorted(unfinished.rglob("*"), reverse=True):
+            _to_disk(inner)
         remove(path)
+    _to_disk(unfinished)
     os.replace(unfinished, path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until the disk has a file's bytes, or a folder's names; systems without the latter do what they can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def remove(path: Path) -> None:

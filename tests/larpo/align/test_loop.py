@@ -16,6 +16,7 @@ from larpo.align import demo, stages
 from larpo.align.run_folder import RunFolder
 from larpo.align.stages import Run
 from larpo.runs.files import read_json, read_rows, write_rows
+from larpo.runs.lock import locked
 from tests.helpers import align_runs
 from tests.helpers.align_runs import align, config
 
@@ -548,7 +549,7 @@ def test_a_vllm_engine_is_made_of_every_iterations_policy_and_only_where_somethi
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
-    with RunFolder(tmp_path).lock(), pytest.raises(ValueError, match="another process is at work in this folder"):
+    with locked(tmp_path), pytest.raises(ValueError, match="another process is at work in this folder"):
         align(tmp_path)
 
 

@@ -1,0 +1,30 @@
+"""One process, or one job of several, at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, rank: int = 0) -> Iterator[None]:
+    """Held while a run works in `folder`, by the first process of its job for all of them; a killed process gives it back.
+
+    Raises ValueError if another run has it.
+    """
+    if rank != 0:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"output_dir={str(folder)!r}: another process is at work in this folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
