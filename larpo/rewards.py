@@ -3,7 +3,7 @@
     reward(prompts=[...], completions=[...], **columns) -> list[float | None]      one value per completion, higher is better
 
 Prompts and completions are strings or lists of messages; columns are the data set's other columns, a value per completion,
-and in the loop `completion_ids`, the tokens of each.
+and in the loop `completion_ids`, the tokens of each. A reward may change what it is given: it has copies.
 `score` sums several rewards, `sequence_classifier` makes one of a Hugging Face reward model, `from_name` finds one by name.
 """
 
@@ -116,23 +116,51 @@ def score(
 
 
 def _values(reward: Reward, prompts, completions, columns) -> list[float | None]:
-    """What one reward gives, checked: finite floats or None, one per completion."""
+    """What one reward gives, checked: finite floats or None, one per completion. It works on copies: whatever it does to its
+    arguments, the next one is given what this one was."""
     try:
-        values = reward(prompts=prompts, completions=completions, **columns)
+        values = reward(prompts=_own(prompts), completions=_own(completions), **_own(columns))
     except Exception as error:
         raise RewardError(f"reward {name_of(reward)!r} raised {type(error).__name__}: {error}") from error
-    if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise ValueError(f"reward {name_of(reward)!r} returned {type(values).__name__}; expected a list of floats or None")
-    if len(values) != len(completions):
-        raise ValueError(
-            f"reward {name_of(reward)!r} returned {len(values)} values; "
-            f"expected one for each of the {len(completions)} completions"
-        )
-    try:
-        numbers = [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"reward {name_of(reward)!r} returned a value that is no number: {error}") from error
+    numbers = _one_per_completion(f"reward {name_of(reward)!r}", values, len(completions))
     return [number if number is not None and math.isfinite(number) else None for number in numbers]
+
+
+def _own(value: Any) -> Any:
+    """A copy down to what can't be changed in place: of lists, dicts, sets, arrays and tensors. Other objects are handed on."""
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_own(item) for item in value]
+    if type(value) in (tuple, set):
+        return type(value)(map(_own, value))
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "__array__"):
+        return copy.deepcopy(value)
+    return value
+
+
+def _one_per_completion(said_by: str, values: Any, n: int) -> list[float | None]:
+    """The values as floats, None where one is None. What has no order (a set) or is ordered by keys (a dict) is refused: which
+    value belongs to which completion would be a guess."""
+    shape = getattr(values, "shape", None)
+    is_array = shape is not None and hasattr(values, "__array__") and len(shape) == 1
+    if not is_array and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
+        returned = type(values).__name__ if shape is None else f"{type(values).__name__} of shape {tuple(shape)}"
+        raise ValueError(
+            f"{said_by} returned {returned}; expected a list of floats or None, or an array or tensor of one dimension"
+        )
+    if len(values) != n:
+        raise ValueError(f"{said_by} returned {len(values)} values; expected one for each of the {n} completions")
+    try:
+        return [None if value is None else _number(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{said_by} returned a value that is no number: {error}") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):  # float() reads them
+        raise TypeError(f"got {value!r}")
+    return float(value)
 
 
 # --- finding a reward --------------------------------------------------------------------------------------

@@ -75,11 +75,69 @@ def test_prompts_completions_and_columns_reach_every_reward_by_name():
     assert seen == [(PROMPTS, COMPLETIONS, {"answer": [1, 2, 3], "step": 7})] * 2
 
 
+def test_a_reward_that_changes_its_arguments_changes_those_of_no_other():
+    numpy = pytest.importorskip("numpy")
+    messages = [[{"role": "user", "content": text}] for text in PROMPTS]
+    given = {"completion_ids": [[3, 1], [2], [9, 8]], "facts": [{"a": [1]}, {"a": [2]}, {"a": [3]}], "where": [(1, [2])] * 3,
+             "level": numpy.arange(3.0), "embedding": torch.zeros(3), "shared": {"words": {"x"}}}  # fmt: skip
+    seen = []
+
+    def careless(prompts, completions, completion_ids, facts, where, level, embedding, shared):
+        seen.append(repr((prompts, completions, completion_ids, facts, where, level, embedding, shared)))
+        scores = [float(len(text)) for text in completions]
+        prompts[0][0]["content"] = "another"
+        completions.sort(reverse=True)
+        completion_ids[0].clear()
+        facts[1]["a"].append(5)
+        where[2][1].append(7)
+        level += 1
+        embedding += 1
+        shared["words"].add("y")
+        return scores
+
+    before = repr((messages, COMPLETIONS, *given.values()))
+    assert score([careless, careless, length], None, messages, COMPLETIONS, **given) == [3.0, 6.0, 9.0]
+    assert seen == [before] * 2 and repr((messages, COMPLETIONS, *given.values())) == before
+
+
+def test_what_is_no_container_is_handed_on_as_it_is():
+    judge = object()
+
+    def reward(prompts, completions, judge_model):
+        return [float(judge_model is judge)] * 3
+
+    assert score(reward, None, PROMPTS, COMPLETIONS, judge_model=judge) == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [
+        ({0.1: "a", 0.2: "b", 0.3: "c"}, "dict"),
+        ({0.1: "a", 0.2: "b", 0.3: "c"}.keys(), "dict_keys"),
+        ({"a": 0.1, "b": 0.2, "c": 0.3}.values(), "dict_values"),
+        ({0.1, 0.2, 0.3}, "set"),
+        (frozenset({0.1, 0.2, 0.3}), "frozenset"),
+        (b"abc", "bytes"),
+        ((x for x in (1.0, 2.0, 3.0)), "generator"),
+        (torch.zeros(3, 1), r"Tensor of shape \(3, 1\)"),
+        (torch.tensor(1.0), r"Tensor of shape \(\)"),
+    ],
+)
+def test_only_what_has_an_order_is_taken_for_scores(returned, shown):
+    with pytest.raises(ValueError, match=f"reward 'reward' returned {shown}; expected a list of floats or None"):
+
+        def reward(prompts, completions):
+            return returned
+
+        score(reward, None, PROMPTS, COMPLETIONS)
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
         (fails, RuntimeError, "reward 'fails' raised KeyError: 'answer'"),
         (gives(1.0, 2.0), ValueError, "reward 'constant' returned 2 values; expected one for each of the 3 completions"),
+        (gives("1.5", 1, 2), ValueError, "reward 'constant' returned a value that is no number: .*'1.5'"),
         (gives("good", 1, 2), ValueError, "reward 'constant' returned a value that is no number: .*'good'"),
         (lambda prompts, completions: None, ValueError, "returned NoneType; expected a list of floats or None"),
         (lambda prompts, completions: "abc", ValueError, "returned str; expected a list"),
