@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -28,7 +31,8 @@ def train(context: typer.Context, config: Config = None) -> None:
     from . import commands
 
     job, args = commands.train_settings(config, context.args)
-    commands.train(job, args)
+    with _shown("larpo.data"):
+        commands.train(job, args)
     typer.echo(f"saved in {args.output_dir}")
 
 
@@ -58,6 +62,20 @@ def recipe(
             typer.echo(f"{known:12} {one.description}")
         return
     recipes.load(name).main(context.args)
+
+
+@contextmanager
+def _shown(name: str) -> Iterator[None]:
+    """What is logged under this name is written to stderr for a while."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def flag_values(flags: list[str]) -> dict[str, object]:

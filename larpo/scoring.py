@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .data.collator import ListCollator
 from .data.text_tokenizer import text_tokenizer
-from .data.tokenization import PROMPT_LENGTH, Truncation, tokenize_lists
+from .data.tokenization import PROMPT_LENGTH, Truncation, counted_tokens, tokenize_lists
 from .modeling.policy import Policy, attach
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def score_lists(
 
     columns: dict[str, list[list[Any]]] = {
         "logps": under(model, "Policy"),
-        "num_tokens": [[len(c) for c in completions] for completions in tokenised["completion_ids"]],
+        "num_tokens": [counted_tokens(row) for row in tokenised],
     }
     if ref_model is not None:
         columns["ref_logps"] = under(ref_model, "Reference")

@@ -2,16 +2,17 @@
 
 A prompt ends where the assistant begins; one that ends in a message of the assistant is an answer that was begun: the turn
 stays open, and a completion goes on in it. The columns `tools` (a list of JSON schemas, or JSON text of one) and
-`chat_template_kwargs` (a dict) of a row go to the template, as with TRL.
+`chat_template_kwargs` (a dict, or JSON text of one) of a row go to the template, as with TRL.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .validation import present
+from . import json_text
+from .validation import joined_text, present
 
 Message = Mapping[str, Any]
 
@@ -24,50 +25,99 @@ def template_keywords(row: Mapping[str, Any]) -> dict[str, Any]:
     >>> template_keywords({"prompt": "Hi", "tools": [], "chat_template_kwargs": {"enable_thinking": False, "date": None}})
     {'enable_thinking': False}
     """
-    tools, keywords = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str):
+    tools, keywords = (_object(row, name, kind, what) for name, kind, what in COLUMNS)
+    return (keywords or {}) | ({"tools": tools} if tools else {})  # some templates announce tools even for []
+
+
+COLUMNS = (("tools", list | tuple, "a list of JSON schemas"), ("chat_template_kwargs", Mapping, "a dict"))
+
+
+def _object(row: Mapping[str, Any], name: str, kind: Any, what: str) -> Any:
+    """A column that may be JSON text; objects of Python lose the keys that are None, of which Arrow puts some in."""
+    value = row.get(name)
+    read = value
+    if isinstance(value, str):
         try:
-            tools = json.loads(tools)
+            read = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"tools must be a list of JSON schemas, or JSON text of one; got {tools!r}: {error}") from None
-    if tools is not None and not isinstance(tools, list | tuple):
-        raise ValueError(f"tools must be a list of JSON schemas, or JSON text of one; got {tools!r}")
-    if keywords is not None and not isinstance(keywords, Mapping):
-        raise ValueError(f"chat_template_kwargs must be a dict, got {keywords!r}")
-    found = _without_none(dict(keywords or {}))
-    return found | {"tools": _without_none(tools)} if tools else found  # some templates announce tools even for []
+            raise ValueError(f"{name} must be {what}, or JSON text of one; got {value!r}: {error}") from None
+    if read is not None and not isinstance(read, kind):
+        raise ValueError(f"{name} must be {what}, or JSON text of one; got {value!r}")
+    return read if isinstance(value, str) else _without_none(read)
+
+
+def render(tokenizer: Any, messages: Sequence[Message], keywords: Mapping[str, Any], **how: bool) -> str:
+    """The text of messages; how: add_generation_prompt and continue_final_message of `apply_chat_template`."""
+    return tokenizer.apply_chat_template(written(tokenizer, messages, keywords), tokenize=False, **how, **keywords)
+
+
+def written(tokenizer: Any, messages: Sequence[Message], keywords: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages as the template wants them: tool calls as objects, contents as strings or as parts of text."""
+    strings = _takes_strings(tokenizer, keywords)
+    found = []
+    for message in messages:
+        message = json_text.read_message(present(message))
+        content = message.get("content")
+        if content is not None:
+            text = joined_text(content)
+            message["content"] = text if strings else _part(text)
+        found.append(message)
+    return found
 
 
 def prompt_text(tokenizer: Any, prompt: Sequence[Message], keywords: Mapping[str, Any]) -> str:
     """The text of a prompt, up to where a completion begins."""
-    messages = [present(message) for message in prompt]
-    open_turn = _is_begun(messages[-1])
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=not open_turn, continue_final_message=open_turn, **keywords
-    )
+    open_turn = _is_begun(prompt[-1])
+    return render(tokenizer, prompt, keywords, add_generation_prompt=not open_turn, continue_final_message=open_turn)
 
 
 def whole_text(tokenizer: Any, prompt: Sequence[Message], answer: str | Sequence[Message], keywords: Mapping[str, Any]) -> str:
     """The text of a prompt with a completion; a string is one message of the assistant."""
+    return render(tokenizer, conversation(prompt, answer)[0], keywords)
+
+
+def conversation(prompt: Sequence[Message], answer: str | Sequence[Message]) -> tuple[list[Message], int]:
+    """The messages of a prompt with a completion, and the place of the first one of the completion's: an answer that the
+    prompt began and the completion goes on with is one message."""
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    prompt, answer = ([present(message) for message in messages] for messages in (prompt, answer))
-    if _is_begun(prompt[-1]) and answer[0]["role"] == "assistant":
-        content = _joined(prompt[-1].get("content"), answer[0].get("content"))
-        prompt, answer = prompt[:-1], [prompt[-1] | answer[0] | {"content": content}, *answer[1:]]
-    return tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **keywords)
+    if not (_is_begun(prompt[-1]) and answer[0]["role"] == "assistant"):
+        return [*prompt, *answer], len(prompt)
+    start, rest = present(prompt[-1]), present(answer[0])
+    content = joined_text(start.get("content") or "") + joined_text(rest.get("content") or "")
+    return [*prompt[:-1], start | rest | {"content": content}, *answer[1:]], len(prompt) - 1
+
+
+def _takes_strings(tokenizer: Any, keywords: Mapping[str, Any]) -> bool:
+    """Whether the template writes contents that are strings: most do, and some that also know images write parts only."""
+    template = str(getattr(tokenizer, "chat_template", None))
+    if template not in _FORMS:
+        _FORMS[template] = _writes(tokenizer, keywords, str) or not _writes(tokenizer, keywords, _part)
+    return _FORMS[template]
+
+
+_FORMS: dict[str, bool] = {}  # of a template
+
+
+def _writes(tokenizer: Any, keywords: Mapping[str, Any], content: Callable[[str], Any]) -> bool:
+    from jinja2.exceptions import TemplateError
+
+    words = {"user": "Jxq0", "assistant": "wZk7"}
+    messages = [{"role": role, "content": content(word)} for role, word in words.items()]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **keywords)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    shown_as_data = "'type'" in text or '"type"' in text
+    return all(word in text for word in words.values()) and not shown_as_data
+
+
+def _part(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _is_begun(last: Message) -> bool:
-    """Whether the last message of a prompt is an answer to go on with; a call of a tool alone is whole."""
-    return last["role"] == "assistant" and last.get("content") is not None
-
-
-def _joined(start: str | list | None, rest: str | list | None) -> str | list:
-    """Two contents of messages as one: texts, or lists of parts."""
-    if isinstance(start, list) or isinstance(rest, list):
-        parts = ([{"type": "text", "text": one}] if isinstance(one, str) else one or [] for one in (start, rest))
-        return [part for some in parts for part in some]
-    return (start or "") + (rest or "")
+    """Whether the last message of a prompt is an answer to go on with; one that calls a tool is whole."""
+    return last["role"] == "assistant" and last.get("content") is not None and not last.get("tool_calls")
 
 
 def _without_none(value: Any) -> Any:

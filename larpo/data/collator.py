@@ -18,12 +18,12 @@ PER_CANDIDATE = ("relevance", "num_tokens", "ref_logps")
 
 @dataclass
 class ListCollator:
-    """Collates tokenised rows ({"prompt_ids", "completion_ids", "scores"[, "ref_logps"]}) of a datasets.Dataset.
+    """Collates tokenised rows ({"prompt_ids", "completion_ids", "scores"[, "completion_mask", "ref_logps"]}) of a Dataset.
 
     Returns a dict of
         list_sizes  [L] int64      candidates per list
         relevance   [S] float64    rewards, lists one after the other
-        num_tokens  [S] int64      completion tokens of each candidate
+        num_tokens  [S] int64      tokens of each candidate that count
         ref_logps   [S] float32    where the data has them: sums over tokens, nats
         row_number  [L] int64      where the data has it: the list's row, for messages
         num_input_tokens  int      tokens that the backbone runs
@@ -41,15 +41,15 @@ class ListCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         candidates = [
-            row_layouts.TokenizedCandidate(example["prompt_ids"], completion, i)
+            row_layouts.TokenizedCandidate(example["prompt_ids"], completion, i, mask)
             for i, example in enumerate(examples)
-            for completion in example["completion_ids"]
+            for completion, mask in zip(example["completion_ids"], _masks(example), strict=True)
         ]
         size = self.slice_size or max(len(candidates), 1)
         batch = {
             "list_sizes": torch.tensor([len(example["completion_ids"]) for example in examples]),
             "relevance": torch.tensor([s for example in examples for s in example["scores"]], dtype=torch.float64),
-            "num_tokens": torch.tensor([len(candidate.completion_ids) for candidate in candidates]),
+            "num_tokens": torch.tensor([candidate.num_counted for candidate in candidates]),
             "rows": [self._rows(candidates[a : a + size]) for a in range(0, len(candidates), size)],
         }
         batch["num_input_tokens"] = sum(map(row_layouts.num_tokens, batch["rows"]))
@@ -75,3 +75,9 @@ def first_lists(batch: dict[str, Any], lists: int) -> dict[str, Any]:
     candidates = int(batch["list_sizes"][:lists].sum())
     kept = dict.fromkeys(PER_LIST, lists) | dict.fromkeys(PER_CANDIDATE, candidates)
     return {name: x[: kept[name]] if name in kept else x for name, x in batch.items()}
+
+
+def _masks(example: dict[str, Any]) -> Sequence[Sequence[bool] | None]:
+    """Which tokens of each completion count; None for all of them."""
+    masks = example.get("completion_mask")
+    return [None] * len(example["completion_ids"]) if masks is None else masks

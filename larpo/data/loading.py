@@ -2,9 +2,11 @@
 
     prompt: str, or a list of messages {"role", "content"}
     completions: a list of strings, or of lists of messages        scores: a number for each, higher is better
-    optional: source (a string for each), ref_logps (nats, for each), prompt_ids and completion_ids (exact tokens)
+    optional: source (a string for each), ref_logps (nats, for each), prompt_ids and completion_ids (exact tokens),
+        completion_mask (which of them count)
 
-Lists may differ in size. Other columns are kept.
+Lists may differ in size. Other columns are kept. Tool calls, `tools` and `chat_template_kwargs` are carried as JSON text (see
+`larpo.data.json_text`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import json_text
 from .schemas import KNOWN, Schema, recognise
 from .validation import check_row
 
@@ -176,7 +179,7 @@ def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, s
     if not scored and _has_no_scores(columns):
         return _convert_rows([_with_zeros(row) for row in rows], place, name).remove_columns("scores")
     schema = _recognise(columns, name)
-    lists = [_list_of(schema, row, place(i)) for i, row in enumerate(rows)]
+    lists = [json_text.write_row(_list_of(schema, row, place(i))) for i, row in enumerate(rows)]
     _check_same_kind(lists, place)
     columns = dict.fromkeys(column for row in lists for column in row)
     table = {column: [row.get(column) for row in lists] for column in columns}
@@ -200,7 +203,7 @@ def _convert_dataset(dataset: Dataset, name: str, scored: bool = True) -> Datase
         with_scores = dataset.add_column("scores", zeros)
         return _convert_dataset(with_scores, name).remove_columns("scores")
     schema = _recognise(dataset.column_names, name)
-    dataset = dataset.with_format(None)
+    dataset = json_text.write_dataset(dataset.with_format(None), name)
     one_source = getattr(dataset.features.get("source"), "dtype", None) in ("string", "large_string")
     if schema.native and not one_source:
         for i, row in enumerate(dataset):

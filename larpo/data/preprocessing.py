@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..candidates import top_bottom_indices
 from .loading import as_lists
-from .tokenization import tokenize_lists
+from .tokenization import TokenizationReport, tokenize_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
     from ..config import LarPOConfig
 
-PER_CANDIDATE = ("completions", "scores", "source", "ref_logps", "num_tokens", "completion_ids")
+logger = logging.getLogger(__name__)
+
+PER_CANDIDATE = ("completions", "scores", "source", "ref_logps", "num_tokens", "completion_ids", "completion_mask")
 
 
 def is_tokenised(dataset: Any) -> bool:
@@ -25,7 +28,12 @@ def is_tokenised(dataset: Any) -> bool:
 
 
 def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, name: str = "train") -> Dataset:
-    """Tokenised rows of anything that `as_lists` converts, by the settings of `args`; `name` is for messages."""
+    """Tokenised rows of anything that `as_lists` converts, by the settings of `args`; `name` is for messages.
+
+    What the data is made of is logged (INFO), with one candidate in which what counts is marked.
+
+    Raises ValueError where no list teaches anything, as well as for what `as_lists` and `tokenize_lists` refuse.
+    """
     lists = as_lists(dataset)
     if args.list_top is not None:
         options = {"top": args.list_top, "bottom": args.list_bottom}
@@ -39,6 +47,9 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
         append_eos=args.append_eos,
         num_proc=args.dataset_num_proc,
     )
+    if args.should_log:
+        logger.info("%s data: %s What counts is in [[ ]]:\n%s", name, report, report.example)
+    _refuse_equal(report, name, args)
     tokenised = tokenised.add_column("row_number", range(len(tokenised)))
     if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
         raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
@@ -51,6 +62,16 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
     if getattr(args, "train_sampling_strategy", None) == "group_by_length":
         tokenised = tokenised.add_column(args.length_column_name, _lengths(tokenised))
     return tokenised
+
+
+def _refuse_equal(report: TokenizationReport, name: str, args: LarPOConfig) -> None:
+    """Raises ValueError where every list that has candidates to compare has only equal ones: its gradient is 0."""
+    if report.lists_all_equal and report.lists_all_equal + report.lists_of_one == report.lists:
+        raise ValueError(
+            f"in every list of the {name} data all candidates are equal, so there is nothing to learn from: {report} If they "
+            f"differ before they are cut, give them more room (max_length={args.max_length}, "
+            f"max_prompt_length={args.max_prompt_length})"
+        )
 
 
 def _lengths(tokenised: Dataset) -> list[int]:

@@ -8,6 +8,7 @@ are the rest of the text's tokens where these begin with the prompt's. Where a t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 # What to tokenise a completion behind, so that no space is put in front of it. They are many because a completion's
@@ -57,6 +58,20 @@ def split(tokenizer: Any, prompt: str, texts: Sequence[str], leading: Sequence[i
     if list(prompt_ids[: len(leading)]) != list(leading):
         prompt_ids = [*leading, *prompt_ids]
     return prompt_ids, completions
+
+
+def pieces(tokenizer: Any, prompt_ids: Sequence[int], text: str, borders: Sequence[int]) -> list[list[int]]:
+    """Tokens of text[a:b] for neighbours a, b of `borders`; of the first border on, the text follows `prompt_ids`.
+
+    Each piece has the tokens of the text that is read with it, as a prompt has: no token reaches across a border.
+    """
+    ids, found = list(prompt_ids), []
+    for a, b in pairwise(borders):
+        whole = encode(tokenizer, text[:b])
+        piece = whole[len(ids) :] if whole[: len(ids)] == ids else _apart(tokenizer, ids, text[a:b], whole)
+        ids += piece
+        found.append(piece)
+    return found
 
 
 def _apart(tokenizer: Any, prompt_ids: list[int], completion: str, whole: list[int]) -> list[int]:

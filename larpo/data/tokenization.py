@@ -1,14 +1,16 @@
-"""Candidate lists to tokens: what the prompt's tokens are, what each candidate's, where EOS goes, and what is cut.
+"""Candidate lists to tokens: what the prompt's tokens are, what each candidate's, which of them count, and what is cut.
 
 The order of things, for each row:
 
 1. Tokens. `prompt_ids` and `completion_ids` of the row are taken as they are. Otherwise the text is tokenised, with the
    prompt's tokens those of the prompt alone (see `larpo.data.prompt_boundary`). Text gets what the tokenizer puts in front
    (BOS); messages go through the chat template, which writes its own special tokens (see `larpo.data.chat_template`).
-2. EOS ends a completion that is text, unless it is there already, and one from a chat template that left the turn open.
-3. A prompt above `max_prompt_length` is cut: "keep_end" keeps its last tokens (and a BOS at its start), "keep_start" its
+2. What counts. Of messages, the tokens that the policy writes when it is sampled: what the template writes in front of every
+   answer, and turns of users and tools, are read by the policy and do not count (see `larpo.data.turns`). All else counts.
+3. EOS ends a completion that is text, unless it is there already, and one from a chat template that left the turn open.
+4. A prompt above `max_prompt_length` is cut: "keep_end" keeps its last tokens (and a BOS at its start), "keep_start" its
    first ones. An empty prompt becomes BOS, or EOS where there is no BOS: the first token needs one to be predicted from.
-4. Completions are cut on the right to what the prompt leaves of `max_length`; a cut completion has no EOS.
+5. Completions are cut on the right to what the prompt leaves of `max_length`; a cut completion has no EOS.
 
 No candidate is dropped; what was cut or is empty is counted.
 """
@@ -18,11 +20,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import chat_template, prompt_boundary
 from .text_tokenizer import text_tokenizer
+from .turns import Reply, Turns
 from .validation import check_row
 
 if TYPE_CHECKING:
@@ -62,14 +67,17 @@ class TokenizationReport:
     candidates: int = 0
     prompts_truncated: int = 0  # prompts, each counted once for its list
     completions_truncated: int = 0
-    completions_empty: int = 0  # no text, or no tokens but EOS
+    completions_empty: int = 0  # no text, no tokens but EOS, or none that counts
     lists_of_one: int = 0  # their loss is 0
     lists_all_tied: int = 0  # two candidates or more, all with one score
+    lists_all_equal: int = 0  # two candidates or more, all with the same tokens, or none with any that counts: no gradient
+    tokens_read: int = 0  # of completions, written by the template, a user or a tool: they do not count
+    example: str = field(default="", compare=False)  # a completion behind its prompt, what counts in [[ ]]
 
     @property
     def lossy(self) -> bool:
-        """Whether anything was cut or is empty."""
-        return bool(self.prompts_truncated or self.completions_truncated or self.completions_empty)
+        """Whether anything was cut, is empty or teaches nothing."""
+        return bool(self.prompts_truncated or self.completions_truncated or self.completions_empty or self.lists_all_equal)
 
     def __str__(self) -> str:
         notes = (
@@ -78,6 +86,8 @@ class TokenizationReport:
             (self.completions_empty, "completion", "empty"),
             (self.lists_of_one, "list", "of one candidate"),
             (self.lists_all_tied, "list", "with all scores equal"),
+            (self.lists_all_equal, "list", "with all candidates equal, which teaches nothing"),
+            (self.tokens_read, "token", "of completions not counted: the policy reads them, it does not write them"),
         )
         said = ", ".join(f"{_count(n, what)} {how}" for n, what, how in notes if n) or "nothing cut, none empty"
         return f"{_count(self.lists, 'list')} of {_count(self.candidates, 'candidate')}: {said}."
@@ -101,20 +111,23 @@ def tokenize_row(
         max_prompt_length: tokens of the prompt, below max_length; None for no limit but to leave a token of max_length;
             not given: half of max_length, 512 at most.
         truncation: which part of a long prompt is kept.
-        append_eos: end completions with EOS where step 2 above says so. Tokens given in the row never get one.
+        append_eos: end completions with EOS where step 3 above says so. Tokens given in the row never get one.
 
     Returns:
-        {"prompt_ids": [P] ints, "completion_ids": m lists of ints, "scores": m floats}, and "ref_logps", "source" where
-        the row has them. An empty completion is EOS alone, or no tokens without append_eos.
+        {"prompt_ids": [P] ints, "completion_ids": m lists of ints, "scores": m floats}, "completion_mask" (m lists of bools)
+        where some tokens of completions do not count, and "ref_logps", "source" where the row has them. An empty completion is
+        EOS alone, or no tokens without append_eos.
 
     Raises:
         ValueError: a bad row, option or tokenizer; a chat template whose text for prompt and completion does not begin
-            with its text for the prompt.
+            with its text for the prompt, or does not tell which part of a completion is the assistant's.
     """
     tokenizer = text_tokenizer(tokenizer)
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
-    tokens, _ = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, "row")
+    tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, "row")
+    if not report.tokens_read:
+        del tokens["completion_mask"]
     return tokens
 
 
@@ -136,20 +149,43 @@ def tokenize_lists(
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
     optional = [name for name in ("ref_logps", "source") if name in dataset.column_names]
-    counts = [field.name for field in dataclasses.fields(TokenizationReport)]
+    counts = [one.name for one in dataclasses.fields(TokenizationReport) if one.name != "example"]
 
     def tokenize(row: dict[str, Any], i: int) -> dict[str, Any]:
         tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, f"row {i}")
         # Arrow wants every row to have every column
-        return tokens | {name: row[name] for name in optional} | dataclasses.asdict(report)
+        return tokens | {name: row[name] for name in optional} | {name: getattr(report, name) for name in counts}
 
     mapped = dataset.with_format(None).map(
         tokenize, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc, desc="tokens"
     )
-    report = TokenizationReport(**{name: sum(mapped[name]) for name in counts})
+    example = marked(tokenizer, mapped[0]) if len(mapped) else ""
+    report = TokenizationReport(**{name: sum(mapped[name]) for name in counts}, example=example)
     if report.lossy:
         warnings.warn(f"{report} Limits: max_length={max_length}, max_prompt_length={max_prompt_length}.", stacklevel=2)
-    return mapped.select_columns(["prompt_ids", "completion_ids", "scores", *optional]), report
+    masks = ["completion_mask"] if report.tokens_read else []
+    return mapped.select_columns(["prompt_ids", "completion_ids", *masks, "scores", *optional]), report
+
+
+def counted_tokens(row: Mapping[str, Any]) -> list[int]:
+    """How many tokens of each candidate of a tokenised row count: what its log-likelihood is a sum over."""
+    return [sum(mask) for mask in row["completion_mask"]] if row.get("completion_mask") else [*map(len, row["completion_ids"])]
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], most: int = 1000) -> str:
+    """The best candidate of a tokenised row behind its prompt as text, with [[ ]] around what counts.
+
+    most: characters of the prompt (its end) and of the completion (its start) that are shown.
+    """
+    best = max(range(len(row["scores"])), key=row["scores"].__getitem__)
+    ids = row["completion_ids"][best]
+    mask = row["completion_mask"][best] if row.get("completion_mask") else [True] * len(ids)
+    prompt = prompt_boundary.decode(tokenizer, row["prompt_ids"])
+    text = ""
+    for counted, part in groupby(zip(mask, ids, strict=True), key=itemgetter(0)):
+        piece = prompt_boundary.decode(tokenizer, [id for _, id in part])
+        text += f"[[{piece}]]" if counted else piece
+    return ("..." if len(prompt) > most else "") + prompt[-most:] + text[:most] + ("..." if len(text) > most else "")
 
 
 # --- one row -----------------------------------------------------------------------------------------------
@@ -168,41 +204,49 @@ def _tokenize(
     if row.get("completion_ids") is not None:
         prompt = list(row["prompt_ids"])
         completions = [list(ids) for ids in row["completion_ids"]]
+        masks = [[True] * len(ids) for ids in completions]
+        if row.get("completion_mask") is not None:
+            masks = [list(map(bool, mask)) for mask in row["completion_mask"]]
         empty = [not ids or ids == [tokenizer.eos_token_id] for ids in completions]
     elif isinstance(row["prompt"], str):
         prompt, completions = _from_text(row["prompt"], row["completions"], tokenizer)
         empty = [not text for text in row["completions"]]
         completions = [_ended(ids, tokenizer, append_eos) for ids in completions]
+        masks = [[True] * len(ids) for ids in completions]
     else:
         answers = row["completions"]
-        prompt, completions = _from_messages(row, tokenizer, where)
         empty = [not answer if isinstance(answer, str) else not any(map(_says_something, answer)) for answer in answers]
-        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-        completions = [
-            ids if _turn_is_over(ids, tokenizer, special) else _ended(ids, tokenizer, append_eos) for ids in completions
-        ]
+        prompt, completions, masks = _from_messages(row, tokenizer, append_eos, where)
     if not prompt:
         prompt = [_first_token(tokenizer, where)]
 
     limits = [limit for limit in (max_prompt_length, max_length and max_length - 1) if limit is not None]
     kept_prompt = _cut_prompt(prompt, min(limits), truncation, tokenizer.bos_token_id) if limits else prompt
     room = None if max_length is None else max_length - len(kept_prompt)
-    kept = [ids[:room] for ids in completions]
-    _check_scored_tokens(row, kept, where)
+    kept, kept_masks = [ids[:room] for ids in completions], [mask[:room] for mask in masks]
+    _check_scored_tokens(row, list(map(sum, kept_masks)), where)
 
     scores = [float(score) for score in row["scores"]]
-    tokens = {"prompt_ids": kept_prompt, "completion_ids": kept, "scores": scores}
+    tokens = {"prompt_ids": kept_prompt, "completion_ids": kept, "completion_mask": kept_masks, "scores": scores}
     tokens |= {name: list(row[name]) for name in ("ref_logps", "source") if row.get(name) is not None}
     report = TokenizationReport(
         lists=1,
         candidates=len(kept),
         prompts_truncated=int(len(kept_prompt) < len(prompt)),
         completions_truncated=sum(len(a) < len(b) for a, b in zip(kept, completions, strict=True)),
-        completions_empty=sum(empty),
+        completions_empty=sum(none or not any(mask) for none, mask in zip(empty, kept_masks, strict=True)),
         lists_of_one=int(len(scores) == 1),
         lists_all_tied=int(len(scores) > 1 and len(set(scores)) == 1),
+        lists_all_equal=int(len(scores) > 1 and _all_equal(kept, kept_masks)),
+        tokens_read=sum(map(len, kept)) - sum(map(sum, kept_masks)),
     )
     return tokens, report
+
+
+def _all_equal(completions: list[list[int]], masks: list[list[bool]]) -> bool:
+    """Whether candidates have one and the same log-likelihood, whatever the policy is."""
+    candidates = list(zip(completions, masks, strict=True))
+    return not any(map(any, masks)) or all(one == candidates[0] for one in candidates)
 
 
 def _from_text(prompt: str, completions: list[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
@@ -210,23 +254,38 @@ def _from_text(prompt: str, completions: list[str], tokenizer: Any) -> tuple[lis
     return prompt_boundary.split(tokenizer, prompt, [prompt + completion for completion in completions], leading)
 
 
-def _from_messages(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[list[int], list[list[int]]]:
+def _from_messages(
+    row: Mapping[str, Any], tokenizer: Any, append_eos: bool, where: str
+) -> tuple[list[int], list[list[int]], list[list[bool]]]:
     """The template writes BOS itself where the model wants one, so nothing is put in front."""
     try:
-        keywords = chat_template.template_keywords(row)
+        turns = Turns(tokenizer, row["prompt"], chat_template.template_keywords(row))
+        replies = [turns.reply(answer, f"completions[{i}]") for i, answer in enumerate(row["completions"])]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    start = chat_template.prompt_text(tokenizer, row["prompt"], keywords)
-    texts = [chat_template.whole_text(tokenizer, row["prompt"], answer, keywords) for answer in row["completions"]]
-    for i, text in enumerate(texts):
-        if not text.startswith(start):
-            at = next((k for k, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
-            raise ValueError(
-                f"{where}: the chat template's text of prompt + completions[{i}] does not begin with its text of the "
-                f"prompt: {start[at : at + 40]!r} became {text[at : at + 40]!r}. Use a template that only appends, or give "
-                "the row as prompt_ids and completion_ids"
-            )
-    return prompt_boundary.split(tokenizer, start, texts)
+    prompt, whole = prompt_boundary.split(tokenizer, turns.start, [reply.text for reply in replies])
+    completions, masks = [], []
+    for reply, ids in zip(replies, whole, strict=True):
+        parts = _parts(reply, len(turns.start))
+        if len(parts) > 1:
+            borders = [len(turns.start), *(end for end, _ in parts)]
+            pieces = prompt_boundary.pieces(tokenizer, prompt, reply.text, borders)
+        else:
+            pieces = [ids]
+        if not reply.ended and append_eos:
+            pieces, parts = [*pieces, [_eos(tokenizer)]], [*parts, (-1, True)]
+        completions.append([id for piece in pieces for id in piece])
+        masks.append([own for piece, (_, own) in zip(pieces, parts, strict=True) for _ in piece])
+    return prompt, completions, masks
+
+
+def _parts(reply: Reply, start: int) -> list[tuple[int, bool]]:
+    """The text behind the prompt as parts that count as a whole or not at all: (its end, whether it counts)."""
+    parts, at = [], start
+    for a, b in reply.own:
+        parts += [(a, False)] * (at < a) + [(b, True)]
+        at = b
+    return parts or [(len(reply.text), True)]
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
@@ -234,29 +293,24 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 
 
 def _ended(ids: list[int], tokenizer: Any, append_eos: bool) -> list[int]:
-    if not append_eos:
-        return ids
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    return ids if not append_eos or ids[-1:] == [_eos(tokenizer)] else [*ids, _eos(tokenizer)]
+
+
+def _eos(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
         raise ValueError("append_eos=True, but the tokenizer has no eos_token: set one, or pass append_eos=False")
-    return ids if ids[-1:] == [eos] else [*ids, eos]
+    return tokenizer.eos_token_id
 
 
-def _turn_is_over(ids: list[int], tokenizer: Any, special: set[int]) -> bool:
-    """Whether the text of a template ends in a special token (of any name: EOS, end of turn) and perhaps white space."""
-    last = next((id for id in reversed(ids) if id in special or prompt_boundary.decode(tokenizer, [id]).strip()), None)
-    return last in special
-
-
-def _check_scored_tokens(row: Mapping[str, Any], kept: list[list[int]], where: str) -> None:
+def _check_scored_tokens(row: Mapping[str, Any], counted: list[int], where: str) -> None:
     """Refuses ref_logps of other tokens than these, where `larpo.score_lists` wrote beside them how many they were."""
     scored = row.get("num_tokens")
-    if row.get("ref_logps") is None or not isinstance(scored, list) or len(scored) != len(kept):
+    if row.get("ref_logps") is None or not isinstance(scored, list) or len(scored) != len(counted):
         return
-    for i, (before, ids) in enumerate(zip(scored, kept, strict=True)):
-        if before != len(ids):
+    for i, (before, now) in enumerate(zip(scored, counted, strict=True)):
+        if before != now:
             raise ValueError(
-                f"{where}: ref_logps is of {before} tokens for completions[{i}], which has {len(ids)} now: score the lists "
+                f"{where}: ref_logps is of {before} tokens for completions[{i}], of which {now} count now: score the lists "
                 "with the max_length, max_prompt_length, truncation_mode and append_eos that they are trained with"
             )
 

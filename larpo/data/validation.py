@@ -8,7 +8,8 @@ from numbers import Real
 from typing import Any, NoReturn
 
 REQUIRED = ("prompt", "completions", "scores")
-OPTIONAL = ("source", "ref_logps", "prompt_ids", "completion_ids")
+OPTIONAL = ("source", "ref_logps", "prompt_ids", "completion_ids", "completion_mask")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def check_row(row: Mapping[str, Any], where: str = "row") -> None:
@@ -17,7 +18,8 @@ def check_row(row: Mapping[str, Any], where: str = "row") -> None:
     Args:
         row: `prompt` (str, or messages: a list of {"role", "content"}), `completions` (m >= 1 strings, or m lists of
             messages), `scores` (m finite numbers, higher is better); optional, absent or None: `source` (m strings),
-            `ref_logps` (m finite numbers, nats), `prompt_ids` with `completion_ids` (tokens, m lists of tokens).
+            `ref_logps` (m finite numbers, nats), `prompt_ids` with `completion_ids` (tokens, m lists of tokens), and with
+            these `completion_mask` (m lists of bools: which tokens count).
         where: starts the message: a file and line, or a row.
 
     Raises:
@@ -31,6 +33,7 @@ def check_row(row: Mapping[str, Any], where: str = "row") -> None:
     for field in REQUIRED:
         if field not in row:
             raise ValueError(f"{where}: field {field!r} is missing; found {sorted(row)}")
+    check_no_media(row, where)
     check_text("prompt", row["prompt"], where)
     m = check_completions("completions", row["completions"], where)
     if isinstance(row["prompt"], str) and not isinstance(row["completions"][0], str):
@@ -72,8 +75,45 @@ def check_text(field: str, value: Any, where: str) -> None:
     for i, message in enumerate(value):
         if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
             bad_field(f"{field}[{i}]", message, "a message: {'role': str, 'content': str}", where)
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            bad_field(f"{field}[{i}].content", message.get("content"), "a string", where)
+        content = message.get("content")
+        if not isinstance(content, str | list) and not message.get("tool_calls"):
+            bad_field(f"{field}[{i}].content", content, "a string", where)
+        for k, part in enumerate(content if isinstance(content, list) else ()):
+            if not is_text_part(part):
+                what = "a part of text, {'type': 'text', 'text': str}: models of text alone are trained"
+                bad_field(f"{field}[{i}].content[{k}]", part, what, where)
+
+
+def check_no_media(row: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for columns of images, videos or sound, which a model of text would not see."""
+    for field in MEDIA:
+        if row.get(field) is not None and (not isinstance(row[field], list | tuple) or row[field]):
+            bad_field(field, row[field], "no such column: models of text alone are trained; drop it", where)
+
+
+def joined_text(content: str | list) -> str:
+    """The text of a message's content: itself, or its parts one behind the other, as templates write them.
+
+    Raises ValueError for parts that are not text.
+    """
+    if isinstance(content, str):
+        return content
+    for i, part in enumerate(content):
+        if not is_text_part(part):
+            raise ValueError(f"content[{i}] of a message holds {part!r}; expected a part of text, which alone is trained on")
+    return "".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a content is text and nothing else: a string, or {"type": "text", "text": ...}."""
+    if isinstance(part, str):
+        return True
+    return (
+        isinstance(part, Mapping)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
+        and all(value is None for key, value in part.items() if key not in ("type", "text"))
+    )
 
 
 def check_numbers(field: str, values: Any, m: int, where: str) -> None:
@@ -97,6 +137,8 @@ def check_length(field: str, values: Any, m: int, where: str) -> None:
 def _check_ids(row: Mapping[str, Any], m: int, where: str) -> None:
     prompt, completions = row.get("prompt_ids"), row.get("completion_ids")
     if prompt is None and completions is None:
+        if row.get("completion_mask") is not None:
+            bad_field("completion_mask", row["completion_mask"], "no mask without completion_ids, whose tokens it is of", where)
         return
     for field, value in (("prompt_ids", prompt), ("completion_ids", completions)):
         if value is None:
@@ -105,6 +147,11 @@ def _check_ids(row: Mapping[str, Any], m: int, where: str) -> None:
     for field, ids in (("prompt_ids", prompt), *((f"completion_ids[{i}]", ids) for i, ids in enumerate(completions))):
         if not isinstance(ids, list | tuple) or (set(map(type, ids)) - {int}) or (ids and min(ids) < 0):
             bad_field(field, ids, "a list of tokens (ints >= 0)", where)
+    if (masks := row.get("completion_mask")) is not None:
+        check_length("completion_mask", masks, m, where)
+        for i, (mask, ids) in enumerate(zip(masks, completions, strict=True)):
+            if not isinstance(mask, list | tuple) or len(mask) != len(ids) or not {*mask} <= {0, 1}:
+                bad_field(f"completion_mask[{i}]", mask, f"{len(ids)} bools, one for each of its tokens", where)
 
 
 def bad_field(field: str, value: Any, expected: str, where: str) -> NoReturn:

@@ -11,8 +11,8 @@ Rows are made on the CPU, by a collator. A dict of tensors:
     input_ids       [R, T] int64
     position_ids    [R, T] int64, from 0 in every candidate; 0 for padding
     at              [N] int64, place in hidden.flatten(0, 1) whose hidden state predicts labels[n]; candidates one after
-                    the other, as given. Prompt and padding are not in it: they never reach the head
-    labels          [N] int64, the completion tokens
+                    the other, as given. Prompts, padding and tokens that do not count are not in it: they never reach the head
+    labels          [N] int64, the completion tokens that count
     cu_seqlens      [S+1] int64, borders of the S candidates in `at` and `labels`
   and, by layout,
     attention_mask  [R, T] int64, padded rows: 1 for a token, 0 for padding (to the right)
@@ -23,7 +23,7 @@ Rows are made on the CPU, by a collator. A dict of tensors:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, compress, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,11 @@ class TokenizedCandidate(NamedTuple):
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int]
     list_index: int = 0
+    counted: Sequence[bool] | None = None  # which completion tokens count, the others are context; None: all
+
+    @property
+    def num_counted(self) -> int:
+        return len(self.completion_ids) if self.counted is None else sum(map(bool, self.counted))
 
 
 def padded_rows(candidates: Sequence[TokenizedCandidate], pad_token_id: int, multiple: int = 8) -> dict[str, Tensor]:
@@ -179,6 +184,10 @@ def _check(candidates: Sequence[TokenizedCandidate], multiple: int = 1) -> None:
     for i, c in enumerate(candidates):
         if not len(c.prompt_ids):
             raise ValueError(f"candidates[{i}].prompt_ids: got no tokens, expected at least one to predict the first from")
+        if c.counted is not None and len(c.counted) != len(c.completion_ids):
+            raise ValueError(
+                f"candidates[{i}].counted: got {len(c.counted)} values, expected {len(c.completion_ids)}, one for each token"
+            )
     if multiple < 1:
         raise ValueError(f"multiple: got {multiple}, expected at least 1")
 
@@ -218,12 +227,13 @@ def _rectangle(rows: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> T
 
 def _counted(candidates: Sequence[TokenizedCandidate], before: list[int], starts: list[int]) -> dict[str, Tensor]:
     """at, labels, cu_seqlens; before, starts: flat places of each prompt's last and each completion's first token."""
-    at, labels, lengths = [], [], []
+    at, labels = [], []
     for c, last, start in zip(candidates, before, starts, strict=True):
         length = len(c.completion_ids)
-        at += [last, *range(start, start + length - 1)][:length]
-        labels += c.completion_ids
-        lengths.append(length)
+        counted = [True] * length if c.counted is None else c.counted
+        at += compress([last, *range(start, start + length - 1)], counted)
+        labels += compress(c.completion_ids, counted)
+    lengths = [c.num_counted for c in candidates]
     return {
         "at": torch.tensor(at, dtype=torch.int64),
         "labels": torch.tensor(labels, dtype=torch.int64),

@@ -55,19 +55,19 @@ def test_a_completion_goes_on_in_the_answer_that_the_prompt_began(tokenizer, kin
         assert render in tokenizer.chat_template
     prompt, completion = texts(row_of([USER, BEGUN], [answers[kind]]), tokenizer)
     assert prompt == "<s><|user|>\nhello</s>\n<|assistant|>\nthe answer is"
-    assert completion == " 46</s>\n"
+    assert completion == " 46</s>"
 
 
 def test_later_turns_follow_the_answer_that_was_begun(tokenizer):
     turns = [{"role": "assistant", "content": " 46"}, USER, {"role": "assistant", "content": "yes"}]
     _, completion = texts(row_of([USER, BEGUN], [turns]), tokenizer)
-    assert completion == " 46</s>\n<|user|>\nhello</s>\n<|assistant|>\nyes</s>\n"
+    assert completion == " 46</s>\n<|user|>\nhello</s>\n<|assistant|>\nyes</s>"
 
 
 def test_a_call_of_a_tool_at_the_end_of_a_prompt_is_a_whole_turn(tokenizer):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain"}}]}
     prompt, completion = texts(row_of([USER, call], ["yes"]), tokenizer)
-    assert prompt.endswith("</s>\n<|assistant|>\n") and completion == "yes</s>\n"
+    assert prompt.endswith("</s>\n<|assistant|>\n") and completion == "yes</s>"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_keys_that_arrow_fills_in_do_not_reach_the_template(showing):
     [
         ({"tools": "rain"}, "row: tools must be a list of JSON schemas, or JSON text of one; got 'rain'"),
         ({"tools": {"a": 1}}, "row: tools must be a list"),
-        ({"chat_template_kwargs": "terse"}, "row: chat_template_kwargs must be a dict, got 'terse'"),
+        ({"chat_template_kwargs": "terse"}, "row: chat_template_kwargs must be a dict, or JSON text of one; got 'terse'"),
     ],
 )
 def test_bad_template_columns_are_named(tokenizer, fields, message):
@@ -133,3 +133,58 @@ def test_a_reward_model_reads_the_text_that_is_trained_on(showing):
     text = whole_text(showing, [USER, BEGUN], " 46", template_keywords(row))
     assert text.endswith("the answer is 46</s>\n") and "terse=True" in text
     assert judge._encode([USER, BEGUN], " 46", row) == showing(text, add_special_tokens=False).input_ids
+
+
+# --- parts of contents
+
+
+PARTS = CHATML.replace(
+    "{{ m['content'] }}", "{% for p in m['content'] %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+)
+BOTH = CHATML.replace(
+    "{{ m['content'] }}", "{{ m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join }}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS, BOTH])
+def test_parts_of_text_and_strings_are_one_text_for_every_template(template):
+    tokenizer = copy.deepcopy(tiny_tokenizer("byte-level"))
+    tokenizer.chat_template = template
+    parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
+    expected = ["<s><|user|>\nhello</s>\n<|assistant|>\n", "yes</s>", "no</s>"]
+    for content in ("hello", parts):
+        prompt = [{"role": "user", "content": content}]
+        answer = [{"role": "assistant", "content": [{"type": "text", "text": "no"}]}]
+        assert texts(row_of(prompt, [[{"role": "assistant", "content": "yes"}], answer]), tokenizer) == expected
+        assert tokenizer.decode(prompt_tokens(tokenizer, prompt)) == expected[0]
+
+
+IMAGE = {"type": "image", "image": "cat.png"}
+
+
+@pytest.mark.parametrize(
+    "convert", [tokenize_row, lambda row, _: as_lists([row]), lambda row, _: as_lists(datasets.Dataset.from_list([row]))]
+)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": [IMAGE]}]}, r"field 'prompt\[0\].content\[0\]' .*expected a part of text"),
+        ({"completions": [[{"role": "assistant", "content": [IMAGE]}]]}, r"field 'completions\[0\]\[0\].content\[0\]'"),
+        ({"images": ["cat.png"]}, r"field 'images' .*expected no such column: models of text alone are trained"),
+        ({"image": "cat.png"}, "field 'image'"),
+        ({"videos": ["a"]}, "field 'videos'"),
+        ({"audio": "a"}, "field 'audio'"),
+    ],
+)
+def test_images_and_sound_are_refused(tokenizer, convert, fields, message):
+    with pytest.raises(ValueError, match=message):
+        convert(row_of([USER], [[{"role": "assistant", "content": "yes"}]]) | fields, tokenizer)
+
+
+def test_a_column_of_images_that_is_empty_is_no_image(tokenizer):
+    assert as_lists([row_of([USER], ["yes"], images=[], audio=None)])
+
+
+def test_the_sampler_refuses_images_too(tokenizer):
+    with pytest.raises(ValueError, match=r"content\[0\] of a message holds .*expected a part of text"):
+        prompt_tokens(tokenizer, [{"role": "user", "content": [IMAGE]}])

@@ -150,7 +150,7 @@ def test_messages_are_the_chat_template_cut_where_the_assistant_starts(tokenizer
     assert row["prompt_ids"] == tokens_of(tokenizer, "<s><|user|>\nhello</s>\n<|assistant|>\n")
     assert row["prompt_ids"].count(BOS) == 1
     for answer, ids in zip(answers, row["completion_ids"], strict=True):
-        assert tokenizer.decode(ids) == answer + "</s>\n"
+        assert tokenizer.decode(ids) == answer + "</s>"
     assert tokenize_row(row_of([USER], answers), tokenizer) == row  # a string is one message of the assistant
 
 
@@ -166,13 +166,13 @@ def test_a_template_that_leaves_the_turn_open_is_ended():
 def test_an_end_of_turn_of_another_name_is_an_end():
     tokenizer = with_template(CHATML.replace("{{ eos_token }}", "<|end|>"))
     (ids,) = tokenize_row(row_of([USER], ["yes"]), tokenizer)["completion_ids"]
-    assert tokenizer.decode(ids) == "yes<|end|>\n" and END in ids and EOS not in ids
+    assert tokenizer.decode(ids) == "yes<|end|>" and END in ids and EOS not in ids
 
 
 def test_an_answer_in_several_turns_is_one_completion(tokenizer):
     turns = [("assistant", "yes"), ("user", "the answer?"), ("assistant", "46")]
     (ids,) = tokenize_row(row_of([USER], [[{"role": r, "content": c} for r, c in turns]]), tokenizer)["completion_ids"]
-    assert tokenizer.decode(ids) == "yes</s>\n<|user|>\nthe answer?</s>\n<|assistant|>\n46</s>\n"
+    assert tokenizer.decode(ids) == "yes</s>\n<|user|>\nthe answer?</s>\n<|assistant|>\n46</s>"
 
 
 def test_a_template_that_rewrites_the_prompt_is_an_error_that_shows_where():

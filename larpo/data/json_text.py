@@ -1,0 +1,129 @@
+"""Free-form JSON of a row, carried as text until a template reads it.
+
+Arrow gives a column one struct: of `{"a": 1}` beside `{"t": 2}` it makes `{"a": 1, "t": None}`, it loses the order of keys,
+and refuses values of different types. So what has no fixed keys is text in a data set: the `tool_calls` of messages, and the
+columns `tools` and `chat_template_kwargs`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CALLS = "tool_calls"
+COLUMNS = ("tools", "chat_template_kwargs")
+MESSAGES = ("prompt", "completions")
+
+
+def write_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of lists whose free-form JSON is text.
+
+    >>> write_row({"prompt": "Hi", "tools": [{"name": "rain"}]})
+    {'prompt': 'Hi', 'tools': '[{"name": "rain"}]'}
+    """
+    texts = {name: _text(row[name]) for name in COLUMNS if name in row}
+    return {**row, **{name: _in_messages(row[name]) for name in MESSAGES if name in row}, **texts}
+
+
+def read_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls are objects. Raises ValueError where their text is no JSON of a list."""
+    calls = message.get(CALLS)
+    return {**message, CALLS: read_calls(calls)} if isinstance(calls, str) else dict(message)
+
+
+def read_calls(text: str) -> list[Any]:
+    """Tool calls from their text; ValueError where it is no JSON of a list."""
+    try:
+        calls = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tool_calls must be a list, or JSON text of one; got {text!r}: {error}") from None
+    if not isinstance(calls, list):
+        raise ValueError(f"tool_calls must be a list, or JSON text of one; got {text!r}")
+    return calls
+
+
+def write_dataset(dataset: Dataset, name: str) -> Dataset:
+    """The data set with the tool calls of its messages as text, from whatever column they are in.
+
+    Keys that are None go, with a warning where arguments had some: a struct of Arrow has them in every row that lacks the
+    key, and a null that was meant looks the same. Arguments that are `datasets.Json` keep theirs.
+    """
+    columns = {column: _with_text(feature) for column, feature in dataset.features.items()}
+    columns = {column: feature for column, feature in columns.items() if feature != dataset.features[column]}
+    if not columns:
+        return dataset
+    exact = {column: _holds_json(dataset.features[column]) for column in columns}
+    features = type(dataset.features)({**dataset.features, **columns})
+    written = dataset.with_format(None).map(_write_columns, fn_kwargs={"exact": exact}, features=features, desc="tool calls")
+    if any(not exact[column] and _has_none(row[column]) for row in dataset.select_columns(list(columns)) for column in columns):
+        warnings.warn(
+            f"{name}: arguments of tool calls held keys that are None, which were left out: a Dataset puts the keys of all its "
+            "rows into each. Where null is meant, give tool_calls as JSON text, or the rows as a list or a .jsonl file",
+            stacklevel=4,
+        )
+    return written
+
+
+def _write_columns(row: Mapping[str, Any], exact: Mapping[str, bool]) -> dict[str, Any]:
+    return {column: _in_messages(row[column], keep="arguments" if exact[column] else "") for column in exact}
+
+
+def _text(value: Any) -> Any:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _in_messages(value: Any, keep: str | None = None) -> Any:
+    """A prompt or a list of completions, with the tool calls of its messages as text.
+
+    keep: what may hold None; other keys of the calls that are None go. None: all stay.
+    """
+    if isinstance(value, list | tuple):
+        return [_in_messages(item, keep) for item in value]
+    if not isinstance(value, Mapping) or value.get(CALLS) is None:
+        return value
+    return {**value, CALLS: _text(_without_none(value[CALLS], keep) if keep is not None else value[CALLS])}
+
+
+def _without_none(value: Any, keep: str) -> Any:
+    """Without the keys that are None, at any depth but below the key `keep`."""
+    if isinstance(value, Mapping):
+        return {key: item if key == keep else _without_none(item, keep) for key, item in value.items() if item is not None}
+    return [_without_none(item, keep) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _has_none(value: Any, within: bool = False) -> bool:
+    """Whether arguments of a tool call somewhere in the value hold a key that is None."""
+    if isinstance(value, Mapping):
+        return any((within and item is None) or _has_none(item, within or key == "arguments") for key, item in value.items())
+    return isinstance(value, list | tuple) and any(_has_none(item, within) for item in value)
+
+
+def _with_text(feature: Any) -> Any:
+    """A feature in which `tool_calls` of messages are strings."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        text = datasets.Value("string")
+        return {key: text if key == CALLS and not _is_text(item) else _with_text(item) for key, item in feature.items()}
+    if isinstance(feature, list):  # how a list of messages is written in older data sets
+        return [_with_text(item) for item in feature]
+    return type(feature)(_with_text(feature.feature)) if isinstance(feature, datasets.List) else feature
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string", "null")
+
+
+def _holds_json(feature: Any) -> bool:
+    """Whether something in it is `datasets.Json`, which fills nothing in."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return any(map(_holds_json, feature.values()))
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, getattr(datasets, "Json", ())) or (inner is not None and _holds_json(inner))
