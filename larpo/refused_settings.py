@@ -1,7 +1,8 @@
-"""Settings of transformers.TrainingArguments that would do nothing here, or something else than they say: refused."""
+"""Settings and arguments of transformers that would do nothing here, or something else than they say: refused."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,13 +29,35 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "it casts the policy for good, and not the reference beside it. fp16=True evaluates in fp16 and keeps the weights",
     ),
+    "include_for_metrics": (
+        ([],),
+        "a batch is lists of candidates, not one tensor. compute_metrics gets scores, log-likelihoods and relevance",
+    ),
+    "batch_eval_metrics": ((False,), "compute_metrics gets all lists at once: they are two numbers a candidate"),
+    "eval_do_concat_batches": ((True,), "predictions are one array of all lists"),
+    "eval_use_gather_object": ((False,), "predictions are gathered as lists differ in size, without it"),
     "use_liger_kernel": (
         (False,),
         "it replaces the forward that log-likelihoods come from. The head is fused without it; for Liger's layers patch the "
         "model before it is handed over",
     ),
 }
+NOT_TAKEN = {  # arguments of transformers.Trainer and of earlier TRL
+    "model_init": "the reference is the policy that is handed over, and train() would put another one in its place. Call it: "
+    "LarPOTrainer(model_init(), ...)",
+    "compute_loss_func": "override list_loss, which gets the log-likelihoods of all candidates",
+    "preprocess_logits_for_metrics": "no logits are computed. compute_metrics gets scores and log-likelihoods",
+    "tokenizer": "it is called processing_class",
+}
 UPDATING_IN_BACKWARD = ("lomo", "adalomo")  # and those whose name ends in layerwise
+
+
+def refuse_arguments(given: Mapping[str, Any]) -> None:
+    """Raises TypeError for the first of these keyword arguments of a trainer: it is not one of LarPOTrainer."""
+    for name in given:
+        if name in NOT_TAKEN:
+            raise TypeError(f"LarPOTrainer takes no {name}: {NOT_TAKEN[name]}")
+        raise TypeError(f"LarPOTrainer got an unexpected keyword argument {name!r}")
 
 
 def refuse_settings(args: TrainingArguments) -> None:
@@ -58,11 +81,6 @@ def refuse_settings(args: TrainingArguments) -> None:
         raise ValueError(
             "train_sampling_strategy must be random, sequential or group_by_length: batch_rebalance balances the "
             "cost of single sequences, and a list is several"
-        )
-    if "inputs" in args.include_for_metrics:
-        raise ValueError(
-            "include_for_metrics must not hold 'inputs': a batch is lists of candidates, not one tensor. predictions and "
-            "label_ids come in the order of the data"
         )
     if getattr(args, "parallelism_config", None) is not None:
         _refuse_parallelism(args.parallelism_config)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import inspect
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 
 import larpo_kernels as lk
 
+from . import model_card
 from .config import LarPOConfig
 from .data.collator import ListCollator
 from .data.preprocessing import is_tokenised, training_lists
@@ -33,6 +38,8 @@ from .modeling.policy import Policy, attach, compute_dtype
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
 from .modeling.sharding import is_sharded, on_deepspeed
+from .predictions import PredictionLog
+from .refused_settings import refuse_arguments
 from .runs.checkpoints import checkpoint_to_go_on_from, refuse_incomplete
 
 if TYPE_CHECKING:
@@ -55,14 +62,17 @@ class LarPOTrainer(Trainer):
             converts; eval_dataset may be a dict of them.
         processing_class: the tokenizer, or a processor that holds one, which is saved whole; None loads the model's tokenizer.
         peft_config: puts this adapter on the model.
-        callbacks, optimizers: as in transformers.Trainer.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in transformers.Trainer; a class that is given no `lr` gets
+            args.learning_rate.
+        compute_metrics: gets an EvalPrediction of all lists evaluated: predictions are (scores, logps) as in `predict`,
+            label_ids the relevance. What it returns is logged beside the metrics of order.
+        data_collator: a `larpo.data.collator.ListCollator` of one's own; the trainer sets its fields.
 
     The loss of an update is the mean over its lists: all those of its batches, on all ranks. Logged beside it:
     rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, ndcg, mrr, kendall_tau (implicit scores against
     rewards), list/size, list/frac_tied, logps/*, tokens_per_second and memory/peak_mib (memory/rss_mib on a CPU).
     """
 
-    _tag_names = ("larpo",)
     loss_is_scaled_for_ga = False  # it is the mean over this batch's lists, whoever overrides compute_loss or list_loss
 
     def __init__(
@@ -76,7 +86,12 @@ class LarPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        data_collator: ListCollator | None = None,
+        **others: Any,
     ):
+        refuse_arguments(others)
         args = LarPOConfig(output_dir="larpo-output") if args is None else args
         if not isinstance(args, LarPOConfig):
             raise TypeError(f"args must be a LarPOConfig, got {type(args).__name__}")
@@ -84,6 +99,10 @@ class LarPOTrainer(Trainer):
             raise ValueError("train_dataset is needed (or eval_dataset, to evaluate only)")
         if args.candidate_micro_batch_size is not None and type(self).compute_loss is not LarPOTrainer.compute_loss:
             raise ValueError("candidate_micro_batch_size does not call compute_loss, which is overridden: override list_loss")
+        if compute_metrics is not None and args.prediction_loss_only:
+            raise ValueError("compute_metrics is given, but prediction_loss_only leaves it nothing to look at")
+        if data_collator is not None and not isinstance(data_collator, ListCollator):
+            raise TypeError(f"data_collator must be a larpo.data.collator.ListCollator, got {type(data_collator).__name__}")
         if args.n_gpu > 1:  # torch.nn.DataParallel would cut rows and their borders apart
             warnings.warn(
                 f"{args.n_gpu} GPUs are visible, one is used; for all of them start with `accelerate launch` or `torchrun`",
@@ -132,20 +151,21 @@ class LarPOTrainer(Trainer):
 
         self._seen = {"train": ListLog(args.ndcg_k), "eval": ListLog(args.ndcg_k)}
         self._tokens_since_log, self._time_of_log = 0, time.monotonic()
+        collator = ListCollator() if data_collator is None else copy.copy(data_collator)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        collator.pad_token_id = 0 if pad is None else pad
+        collator.slice_size, collator.pad_to_multiple_of = args.candidate_micro_batch_size, args.pad_to_multiple_of
         super().__init__(
             model=model,
             args=args,
-            data_collator=ListCollator(
-                pad_token_id=0 if pad is None else pad,
-                slice_size=args.candidate_micro_batch_size,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-            ),
+            data_collator=collator,
             train_dataset=tokenised.get("train"),
             eval_dataset={name: tokenised[f"eval {name}".strip()] for name in evals} if several else tokenised.get("eval"),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=_with_learning_rate(optimizer_cls_and_kwargs, args.learning_rate),
         )
         self.model_accepts_loss_kwargs = False
         if train_dataset is not None and not self._keeps_full_precision():
@@ -259,6 +279,10 @@ class LarPOTrainer(Trainer):
     def get_test_dataloader(self, test_dataset, name: str = "test"):
         with self._whole_data():
             return super().get_test_dataloader(self._prepared(test_dataset, name))
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In the order of the data, whatever train_sampling_strategy is: predictions are told apart by it."""
+        return SequentialSampler(eval_dataset)
 
     @contextlib.contextmanager
     def _whole_data(self) -> Iterator[None]:
@@ -396,8 +420,11 @@ class LarPOTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(without_repeats(inputs, self.accelerator))
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self._predicted.add(outputs["scores"], outputs["logps"], inputs["relevance"], inputs["list_sizes"])
+        return loss.detach(), None, None  # transformers would gather rows of one length
 
     def _per_candidate(self, logps: Tensor | None, inputs: dict[str, Any], at: slice = slice(None)) -> Tensor | None:
         """Sums over tokens -> what a score is made of: the sums, or means with length_normalized."""
@@ -429,10 +456,27 @@ class LarPOTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._seen["eval"].clear()
+        self._predicted = PredictionLog()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._seen["eval"].pop(self.accelerator.num_processes)
-        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
-        return output
+        found = self._seen["eval"].pop(self.accelerator.num_processes)
+        predictions, relevance = self._predicted.pop(self.accelerator.num_processes)
+        if self.compute_metrics is not None and predictions is not None:
+            found |= denumpify_detensorize(self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=relevance)))
+        start = f"{metric_key_prefix}_"
+        output.metrics.update({name if name.startswith(start) else start + name: x for name, x in found.items()})
+        return output._replace(predictions=predictions, label_ids=relevance)
+
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        """As transformers.Trainer.predict: predictions are `larpo.predictions.ListPredictions` (scores, logps), label_ids the
+        relevance; arrays of a row for each list in the order of the data, filled up with NaN to the largest."""
+        return super().predict(*args, **kwargs)
+
+    def create_model_card(self, language=None, license=None, tags=None, **options) -> None:
+        """As transformers.Trainer.create_model_card, with tags of the method and the paper that it is from."""
+        objective = self.args.objective if type(self).list_loss is LarPOTrainer.list_loss else None
+        super().create_model_card(language, license, model_card.tags(objective, tags), **options)
+        if self.is_world_process_zero():
+            model_card.name_the_paper(Path(self.args.output_dir) / "README.md", objective)
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -467,6 +511,12 @@ class LarPOTrainer(Trainer):
             folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             self._sync.save(folder, write=self.args.should_save)
         super()._save_checkpoint(model, trial)
+
+
+def _with_learning_rate(optimizer: tuple[type, dict[str, Any]] | None, learning_rate: float) -> tuple | None:
+    if optimizer is None or "lr" not in inspect.signature(optimizer[0]).parameters:
+        return optimizer
+    return optimizer[0], {"lr": learning_rate} | optimizer[1]
 
 
 def _memory(device: torch.device) -> dict[str, float]:

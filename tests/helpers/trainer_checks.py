@@ -197,6 +197,20 @@ def check_fsdp2_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
     assert_like_one_process("five lists", ranks, fsdp=True, **in_window_of_five(2), candidate_micro_batch_size=2)
 
 
+def check_ddp_predictions_are_those_of_one_process_in_the_order_of_the_data(rank, ranks):
+    from larpo.scoring import score_lists
+
+    for lists in (7, 5, 1):  # of the last batches of two some are filled up, and some hold only lists that were seen before
+        data = Dataset.from_list(tiny.lists(lists, m=None, seed=3))
+        expected = score_lists(tiny.causal_lm(), data, tiny.tokenizer(), progress=False)["logps"]
+        found = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, reference_free=True).predict(data)
+        assert len(found.label_ids) == lists
+        for row, logps, got, relevance in zip(data, expected, found.predictions.logps, found.label_ids, strict=True):
+            torch.testing.assert_close(got[: len(logps)].tolist(), logps, rtol=1e-4, atol=1e-4)
+            assert relevance[: len(logps)].tolist() == row["scores"]
+            assert (got[len(logps) :] != got[len(logps) :]).all() and len(got) == found.predictions.logps.shape[1]
+
+
 def check_fsdp2(rank, ranks):
     assert_like_one_process("full", ranks, fsdp=True)
 

@@ -109,7 +109,6 @@ def test_a_boolean_that_stands_for_no_choice_is_refused(tmp_path, text, message)
         (dict(auto_find_batch_size=True), r"auto_find_batch_size must be False.*candidate_micro_batch_size"),
         (dict(bf16_full_eval=True), r"bf16_full_eval must be False.*the reference"),
         (dict(use_liger_kernel=True), "use_liger_kernel must be False"),
-        (dict(include_for_metrics=["inputs"]), "include_for_metrics must not hold 'inputs'"),
         (dict(neftune_noise_alpha=5.0, share_prefix=True), "neftune_noise_alpha needs share_prefix=False"),
         (dict(optim="adalomo", candidate_micro_batch_size=2), r"optim must not be 'adalomo' with candidate_micro_batch_size"),
         (dict(torch_empty_cache_steps=1, candidate_micro_batch_size=2), "torch_empty_cache_steps must be None"),
