@@ -13,6 +13,7 @@ from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
 
 from .data.tokenization import PROMPT_LENGTH, prompt_limit
+from .nonfinite import ON_NONFINITE
 from .refused_settings import refuse_settings
 from .runs.secrets import given_again, is_secret, masked, without_secrets
 from .runs.yaml_config import as_word
@@ -44,6 +45,10 @@ class LarPOConfig(TrainingArguments):
     beta: float = _arg(0.1, "Scale of the implicit reward beta * (log pi - log pi_ref), > 0.")
     length_normalized: bool = _arg(False, "Use the mean log-prob of a candidate's tokens instead of the sum.")
     reference_free: bool = _arg(False, "Leave the reference policy out: scores are beta * log pi.")
+
+    on_nonfinite: str = _arg(
+        "raise", "A batch whose loss is NaN or infinite: 'raise' stops before the update, 'skip' leaves it out and counts it."
+    )
 
     # --- the lists
     list_top: int | None = _arg(None, "With list_bottom: train on this many best candidates of each list (None: all).")
@@ -108,6 +113,8 @@ class LarPOConfig(TrainingArguments):
             )
         _one_of("truncation_mode", self.truncation_mode, ("keep_end", "keep_start"))
         _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        self.logging_nan_inf_filter = False  # it would wait for each loss once more, and log another number in its place
         _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
         refuse_settings(self)
         if self.sync_ref_model and (self.reference_free or self.precompute_ref_log_probs):

@@ -38,6 +38,7 @@ from .modeling.policy import Policy, attach, compute_dtype
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
 from .modeling.sharding import is_sharded, on_deepspeed
+from .nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
 from .predictions import PredictionLog
 from .refused_settings import refuse_arguments
 from .runs.checkpoints import checkpoint_to_go_on_from, refuse_incomplete
@@ -168,6 +169,7 @@ class LarPOTrainer(Trainer):
             optimizer_cls_and_kwargs=_with_learning_rate(optimizer_cls_and_kwargs, args.learning_rate),
         )
         self.model_accepts_loss_kwargs = False
+        self._finite = FiniteLoss(self.accelerator, args.on_nonfinite)
         if train_dataset is not None and not self._keeps_full_precision():
             warn_half_precision(model, args.learning_rate)
         if self._on_deepspeed and not self._sharded:
@@ -334,10 +336,13 @@ class LarPOTrainer(Trainer):
         return (loss, {"logps": logps, "scores": scores}) if return_outputs else loss
 
     def _loss_of_lists(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """`list_loss`; for a batch of no list 0, with a gradient of 0."""
-        if len(inputs["list_sizes"]) == 0:
-            return logps.sum(), logps
-        return self.list_loss(logps, ref_logps, inputs)
+        """`list_loss`, which must be finite to train on; for a batch of no list 0, with a gradient of 0."""
+        counted = len(inputs["list_sizes"]) > 0
+        loss, scores = self.list_loss(logps, ref_logps, inputs) if counted else (logps.sum(), logps)
+        if self.model.training:
+            found = {"loss": loss, "logps": logps, "ref_logps": ref_logps, "scores": scores}
+            self._finite.check(self.model, inputs, self.state.global_step + 1, **found)
+        return loss, scores
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an update, and the number of their lists on all ranks."""
@@ -348,8 +353,18 @@ class LarPOTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if num_items_in_batch is not None:
             self.current_gradient_accumulation_steps = batches_of_window(num_items_in_batch, inputs, self.accelerator)
+        try:
+            return self._forward_and_backward(model, inputs)
+        except SkippedBatch:
+            finish_update_without(model, self.accelerator)
+            return torch.zeros((), device=self.args.device)
+
+    def _forward_and_backward(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.args.candidate_micro_batch_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs)
+            if type(self).compute_loss is not LarPOTrainer.compute_loss:  # one that may be made of other numbers
+                self._finite.check(model, inputs, self.state.global_step + 1, may_skip=False, loss=loss)
+            return loss
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
@@ -449,6 +464,8 @@ class LarPOTrainer(Trainer):
         if "loss" in logs:
             now = time.monotonic()
             logs = {**logs, **self._seen["train"].pop(self.accelerator.num_processes)}
+            if self.args.on_nonfinite == "skip":
+                logs["skipped_batches"] = self._finite.skipped
             logs["tokens_per_second"] = round(self._tokens_since_log / max(now - self._time_of_log, 1e-9), 1)
             logs |= _memory(self.args.device)
             self._tokens_since_log, self._time_of_log = 0, now
@@ -505,6 +522,12 @@ class LarPOTrainer(Trainer):
             super()._save(*args, **kwargs)
         finally:
             self.args = settings
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As transformers.Trainer.save_model; raises NonFiniteError instead of writing weights that are NaN or infinite."""
+        where = self.args.output_dir if output_dir is None else output_dir
+        refuse_nonfinite_weights(self.model, where, self.accelerator if self._sharded else None)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
         if self._sync is not None:  # first: a checkpoint is whole once the last file of transformers' own is there

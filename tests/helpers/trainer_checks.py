@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from larpo.config import LarPOConfig
+from larpo.nonfinite import NonFiniteError
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 
@@ -40,7 +41,18 @@ def distributed_type(value):
         state._shared_state["distributed_type"] = value
 
 
-def make_trainer(folder, ranks, *, fsdp=False, ref_model=None, adapter=False, model=None, evaluate=False, lists=16, **options):
+class Infinite(LarPOTrainer):
+    """Two rows have an infinite loss."""
+
+    def list_loss(self, logps, ref_logps, inputs):
+        loss, scores = super().list_loss(logps, ref_logps, inputs)
+        return loss * (torch.inf if {3, 4} & set(inputs["row_number"].tolist()) else 1), scores
+
+
+def make_trainer(
+    folder, ranks, *, fsdp=False, kind=LarPOTrainer, ref_model=None, adapter=False, model=None, evaluate=False, lists=16,
+    **options,
+):  # fmt: skip
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -64,7 +76,7 @@ def make_trainer(folder, ranks, *, fsdp=False, ref_model=None, adapter=False, mo
 
         peft_config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
     data = Dataset.from_list(tiny.lists(lists, m=None, seed=3))
-    return ((fsdp if isinstance(fsdp, type) else OnFSDP) if fsdp else LarPOTrainer)(
+    return ((fsdp if isinstance(fsdp, type) else OnFSDP) if fsdp else kind)(
         tiny.causal_lm() if model is None else model, ref_model, args, train_dataset=data,
         eval_dataset=data.select(range(min(8, lists))) if evaluate else None, processing_class=tiny.tokenizer(),
         peft_config=peft_config,
@@ -105,6 +117,7 @@ def partly_frozen():
     return model
 
 
+SKIPPING = dict(on_nonfinite="skip", lists=8, gradient_accumulation_steps=2, train_sampling_strategy="sequential")
 EXPECTED = {  # by one process, on the same global batch
     "full": dict(evaluate=True),
     "other reference": dict(ref_model=other_reference),
@@ -114,6 +127,7 @@ EXPECTED = {  # by one process, on the same global batch
     "partly frozen": dict(model=partly_frozen),
     "reference follows": dict(sync_ref_model=True, ref_model_sync_steps=1),
     "five lists": dict(evaluate=True, lists=5, per_device_train_batch_size=5),
+    "a batch is skipped": dict(kind=lambda: Infinite, **SKIPPING, per_device_train_batch_size=2),
     "seven lists": dict(evaluate=True, lists=7, per_device_train_batch_size=4),
 }
 NOT_COMPARED = ("memory/rss_mib", "tokens_per_second")
@@ -189,6 +203,45 @@ def check_ddp_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
 def check_ddp_where_lists_do_not_fill_the_last_update_of_an_epoch(rank, ranks):
     assert_like_one_process("seven lists", ranks, per_device_train_batch_size=2)
     assert_like_one_process("seven lists", ranks, per_device_train_batch_size=2, share_prefix=True)
+
+
+def check_ddp_leaves_out_a_batch_of_which_one_rank_has_a_bad_list(rank, ranks):
+    """The last of an update, where gradients are exchanged, and then the first of another."""
+    for micro in (None, 2):
+        assert_like_one_process("a batch is skipped", ranks, per_device_train_batch_size=1, candidate_micro_batch_size=micro)
+
+
+def stops_on_every_rank(ranks, **options):
+    t = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, **(SKIPPING | dict(on_nonfinite="raise") | options))
+    with pytest.raises(NonFiniteError, match=r"stops at step 1: the loss is nan in the batch of rows 3"):
+        t.train()
+
+
+def check_ddp_stops_on_every_rank_if_one_has_a_bad_list(rank, ranks):
+    stops_on_every_rank(ranks, kind=Infinite, per_device_train_batch_size=1)
+
+
+def check_fsdp2_stops_on_every_rank_if_one_has_a_bad_list(rank, ranks):
+    class Bad(Infinite, OnFSDP):
+        pass
+
+    stops_on_every_rank(ranks, fsdp=Bad, per_device_train_batch_size=1)
+
+
+def check_fsdp2_refuses_to_skip(rank, ranks):
+    with pytest.raises(ValueError, match="works in one process and under DDP, without fp16; here is FSDP"):
+        make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, fsdp=True, on_nonfinite="skip")
+
+
+def check_fsdp2_writes_no_weights_that_are_not_finite(rank, ranks):
+    t = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, fsdp=True, max_steps=1)
+    t.train()
+    with torch.no_grad():
+        t.model.lm_head.weight.to_local().fill_(torch.nan if rank == 1 else 1.0)
+    with pytest.raises(
+        NonFiniteError, match=r"1 of the model's parameters are not finite .*lm_head.weight.*nothing is written"
+    ):
+        t.save_model(os.environ["CHECKS_FOLDER"] + "/not-written")
 
 
 def check_fsdp2_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
