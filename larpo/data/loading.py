@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import json_text
-from .schemas import KNOWN, Schema, recognise
+from .schemas import IMPLICIT, KNOWN, Schema, recognise
 from .validation import check_row
 
 if TYPE_CHECKING:
@@ -209,8 +209,10 @@ def _convert_dataset(dataset: Dataset, name: str, scored: bool = True) -> Datase
         for i, row in enumerate(dataset):
             check_row(row, f"{name}, row {i}")
         return dataset
+    prompts = dataset["prompt"][:] if schema.candidates is None and "prompt" in dataset.column_names else []
+    every = {IMPLICIT: False} if None in prompts else {}  # Arrow wants every row to have every column
     return dataset.map(
-        lambda row, i: _list_of(schema, row, f"{name}, row {i}"),
+        lambda row, i: every | _list_of(schema, row, f"{name}, row {i}"),
         with_indices=True,
         remove_columns=dataset.column_names,
         desc="candidate lists",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..candidates import top_bottom_indices
 from .loading import as_lists
+from .schemas import IMPLICIT
 from .tokenization import TokenizationReport, tokenize_lists
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
     Raises ValueError where no list teaches anything, as well as for what `as_lists` and `tokenize_lists` refuse.
     """
     lists = as_lists(dataset)
+    if args.length_normalized:
+        _refuse_implicit_prompts(lists, name)
     if args.list_top is not None:
         options = {"top": args.list_top, "bottom": args.list_bottom}
         lists = lists.map(_subset, fn_kwargs=options, desc="choosing candidates")
@@ -62,6 +65,15 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
     if getattr(args, "train_sampling_strategy", None) == "group_by_length":
         tokenised = tokenised.add_column(args.length_column_name, _lengths(tokenised))
     return tokenised
+
+
+def _refuse_implicit_prompts(lists: Dataset, name: str) -> None:
+    """Raises ValueError where words of the answers may have become the prompt's: a mean over tokens would leave them out."""
+    if IMPLICIT in lists.column_names and True in (flags := lists[IMPLICIT][:]):
+        raise ValueError(
+            f"length_normalized needs to know where prompts end, and row {flags.index(True)} of the {name} data has none: what "
+            "its texts share at their start may be words of the answers. Give the data a column 'prompt'"
+        )
 
 
 def _refuse_equal(report: TokenizationReport, name: str, args: LarPOConfig) -> None:

@@ -19,6 +19,13 @@ from typing import Any
 from .validation import OPTIONAL, REQUIRED, bad_field, check_completions, check_number, check_text, present
 
 Row = dict[str, Any]
+IMPLICIT = "implicit_prompt"  # column of bools: the prompt is what the candidates' texts share, cut by words and not at a turn
+
+# Where an answer begins in the text of a dialogue, with the line breaks before it; spaces are the answer's.
+ANSWER = re.compile(
+    r"(?:\b(?:Assistant|ASSISTANT):|<\|im_start\|>assistant|<\|assistant\|>|\[/INST\]"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model)\n*"
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,14 @@ class Schema:
         if self.native:
             return _with_source_of_each(dict(row))
         extra = {name: value for name, value in row.items() if name not in self.consumed}
-        prompt, completions = self._texts(row, where)
+        prompt, completions, *implicit = self._texts(row, where)
+        if implicit:
+            (extra[IMPLICIT],) = implicit
         scores = self._scores(row, where)
         return _with_source_of_each({"prompt": prompt, "completions": completions, "scores": scores, **extra})
 
-    def _texts(self, row: Mapping[str, Any], where: str) -> tuple[Any, list]:
+    def _texts(self, row: Mapping[str, Any], where: str) -> tuple[Any, list] | tuple[str, list[str], bool]:
+        """Prompt and completions; of texts that have no prompt, also whether where it ends is a guess."""
         if self.candidates:
             name = self.candidates[0]
             completions = row[name]
@@ -114,23 +124,31 @@ def recognise(columns: Iterable[str]) -> Schema:
     return schema
 
 
-def split_text(texts: list[str]) -> tuple[str, list[str]]:
-    """The prompt that texts share at their start, and what is left of each. No word is cut; the completions begin with
-    the space before their first word, and so does every completion if one of them would be empty.
+def split_text(texts: list[str]) -> tuple[str, list[str], bool]:
+    """The prompt that texts share at their start, what is left of each, and whether where it ends is a guess.
 
-    Answers may share their first words too. These then count as prompt, which changes no ranking loss: what all
-    candidates of a list share adds the same to all their scores.
+    Texts of a dialogue are cut where the last answer begins that is not the same in all (`ANSWER`). In other texts nothing
+    tells the prompt from first words that answers share: all that is shared is taken, in whole words, and the completions
+    begin with the space before their first word, as every completion does if one of them would be empty. Words that go to
+    the prompt change no loss of log-likelihoods that are sums, since what all candidates share adds the same to each; they do
+    change means over tokens, so `length_normalized` refuses such lists.
 
-    >>> split_text(["Q: best fruit? A: a peach", "Q: best fruit? A: a pear"])
-    ('Q: best fruit? A: a', [' peach', ' pear'])
+    >>> split_text(["\\n\\nHuman: a fruit\\n\\nAssistant: a peach", "\\n\\nHuman: a fruit\\n\\nAssistant: a pear"])
+    ('\\n\\nHuman: a fruit\\n\\nAssistant:', [' a peach', ' a pear'], False)
+    >>> split_text(["The best fruit is a peach", "The best fruit is a pear"])
+    ('The best fruit is a', [' peach', ' pear'], True)
     """
     prompt = os.path.commonprefix(texts)  # noqa: RUF071  of characters, which is meant here
-    following = [text[len(prompt) :] for text in texts]
-    if not all(following):
-        prompt = prompt.rstrip()
-    if not all(text[:1].isspace() for text in following):
-        prompt = re.sub(r"\S*\Z", "", prompt).removesuffix(" ")
-    return prompt, [text[len(prompt) :] for text in texts]
+    answers = list(ANSWER.finditer(prompt))
+    if answers:
+        prompt = prompt[: answers[-1].end()]
+    else:
+        following = [text[len(prompt) :] for text in texts]
+        if not all(following):
+            prompt = prompt.rstrip()
+        if not all(text[:1].isspace() for text in following):
+            prompt = re.sub(r"\S*\Z", "", prompt).removesuffix(" ")
+    return prompt, [text[len(prompt) :] for text in texts], bool(prompt) and not answers
 
 
 def split_messages(conversations: list[list], where: str) -> tuple[list, list[list]]:

@@ -296,13 +296,21 @@ def test_the_prompt_of_messages_is_what_they_share_up_to_the_answer():
         (["say a", "say a b"], "say"),
         (["say a\nb", "say a c"], "say a"),
         (["same text", "same text"], "same"),
+        (
+            ["Assistant: hi\n\nHuman: b\n\nAssistant: a c", "Assistant: hi\n\nHuman: b\n\nAssistant: a d"],
+            "Assistant: hi\n\nHuman: b\n\nAssistant:",
+        ),
+        (["<|im_start|>assistant\na b", "<|im_start|>assistant\na c"], "<|im_start|>assistant\n"),
+        (["USER: hi ASSISTANT: a b", "USER: hi ASSISTANT: a c"], "USER: hi ASSISTANT:"),
         (["a b\n", "a b\nc"], "a"),
         (["one", "two"], ""),
         (["", "x"], ""),
     ],
 )
-def test_the_prompt_of_texts_is_what_they_share_in_whole_words(texts, prompt):
-    assert split_text(texts) == (prompt, [text[len(prompt) :] for text in texts])
+def test_the_prompt_of_texts_is_what_they_share_up_to_the_answer_or_in_whole_words(texts, prompt):
+    found, completions, guessed = split_text(texts)
+    assert (found, completions) == (prompt, [text[len(prompt) :] for text in texts])
+    assert guessed == (prompt != "" and "ssistant" not in prompt.lower())
     row = one_row({"chosen": texts[0], "rejected": texts[1]})
     assert [row["prompt"] + completion for completion in row["completions"]] == texts
 

@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
 from larpo import LarPOConfig
+from larpo.data.loading import as_lists
 from larpo.data.preprocessing import training_lists
 from tests.helpers.tokenizer_families import tiny_tokenizer
 
@@ -47,6 +48,35 @@ def test_lists_that_cutting_makes_equal_are_counted_apart_and_refused_where_all_
                 training_lists(rows, tokenizer, args)
     with pytest.warns(UserWarning, match="2 completions cut"):
         assert len(training_lists([row_of(LONG, " yes", " the rain")], tokenizer, args)) == 1  # they differ in what is left
+
+
+# --- prompts that are not given
+
+
+def test_a_prompt_that_is_guessed_is_refused_where_lengths_count(tokenizer, tmp_path):
+    """Words that answers share would be taken for the prompt's, and change a mean over tokens."""
+    pair = {"chosen": "The answer is a b", "rejected": "The answer is a c d"}
+    lists = as_lists([pair])
+    assert lists[0]["implicit_prompt"] is True
+    given = {"prompt": "x"} | pair
+    mixed = [given, pair | {"prompt": None}]
+    for data in (mixed, datasets.Dataset.from_list(mixed), datasets.Dataset.from_list(mixed[::-1])):
+        assert sorted(map(bool, as_lists(data)["implicit_prompt"])) == [False, True]
+    for data in ([pair], lists, datasets.Dataset.from_list([pair])):
+        with pytest.raises(ValueError, match=r"length_normalized needs to know where prompts end, and row 0 of the train data"):
+            training_lists(data, tokenizer, config(tmp_path, length_normalized=True))
+        assert len(training_lists(data, tokenizer, config(tmp_path))) == 1
+
+
+def test_a_dialogue_without_a_prompt_has_the_lengths_of_one_with_it(tokenizer, tmp_path):
+    prompt, answers = "\n\nHuman: the rain?\n\nAssistant:", [" yes, they say", " yes it is, they say"]
+    args = config(tmp_path, length_normalized=True)
+    columns = ["prompt_ids", "completion_ids"]
+    given = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    found = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
+    expected = training_lists([given], tokenizer, args).select_columns(columns).to_list()
+    for data in ([found], datasets.Dataset.from_list([found])):
+        assert training_lists(data, tokenizer, args).select_columns(columns).to_list() == expected
 
 
 # --- what is said
