@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 
 from larpo_kernels import validation
 from larpo_kernels.linear.schedules import SCHEDULES
-from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
+from larpo_kernels.objectives import Objective
 
 from .data.tokenization import PROMPT_LENGTH, prompt_limit
+from .losses import ListLoss, objective_of
 from .nonfinite import ON_NONFINITE
 from .refused_settings import refuse_settings
 from .runs.secrets import given_again, is_secret, masked, without_secrets
@@ -42,9 +43,17 @@ class LarPOConfig(TrainingArguments):
         None,
         "Options of the objective, a dict (JSON on a command line): {'weighting': 'dcg', 'k': 5} for lambdarank.",
     )
+    ties: str | None = _arg(
+        None,
+        "What pairwise, contrastive and listmle make of equal scores: mean over their orders (pairwise, contrastive), efron "
+        "(listmle), skip such lists, or take the order they stand in. None: mean or efron.",
+    )
     beta: float = _arg(0.1, "Scale of the implicit reward beta * (log pi - log pi_ref), > 0.")
     length_normalized: bool = _arg(False, "Use the mean log-prob of a candidate's tokens instead of the sum.")
     reference_free: bool = _arg(False, "Leave the reference policy out: scores are beta * log pi.")
+    label_smoothing: float = _arg(0.0, "Share of preferences taken to be noise, as in cDPO; below 0.5. Not for listmle.")
+    margin: float = _arg(0.0, "How far a candidate must be ahead in implicit reward, per unit of difference in scores.")
+    sft_weight: float = _arg(0.0, "Weight of the negative log-likelihood per token of the best candidate (TRL's rpo_alpha).")
 
     on_nonfinite: str = _arg(
         "raise", "A batch whose loss is NaN or infinite: 'raise' stops before the update, 'skip' leaves it out and counts it."
@@ -95,8 +104,8 @@ class LarPOConfig(TrainingArguments):
         self.hub_token = given_again({"hub_token": self.hub_token}).get("hub_token")
         super().__post_init__()
         self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
-        self.resolved_objective()  # refused here, not after the model is loaded
         validation.positive("beta", self.beta)
+        ListLoss.of(self)  # refused here, not after the model is loaded
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         for name in ("max_length", "max_prompt_length", "candidate_micro_batch_size", "precompute_ref_batch_size", "ndcg_k"):
             _count(name, getattr(self, name), at_least=1)
@@ -139,13 +148,7 @@ class LarPOConfig(TrainingArguments):
 
     def resolved_objective(self) -> Objective:
         """The objective with its options."""
-        resolve(self.objective)
-        options = self.objective_options or {}
-        try:
-            return OBJECTIVES[self.objective](**options)
-        except TypeError:
-            known = list(OBJECTIVES[self.objective].__dataclass_fields__)
-            raise ValueError(f"objective_options of {self.objective!r} may hold {known}, got {sorted(options)}") from None
+        return objective_of(self.objective, self.ties, self.objective_options)
 
 
 def _json(name: str, text: str) -> Any:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # name: (values that are fine, why no other is)
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False,), "the data's columns are lists, not the model's arguments"),
-    "label_smoothing_factor": ((0,), "a ranking has no labels"),
+    "label_smoothing_factor": ((0,), "a ranking has no labels. label_smoothing is for preferences"),
     "include_num_input_tokens_seen": (
         ("no", False),
         "transformers counts them in a batch that is one tensor of ids. tokens_per_second is logged without it",

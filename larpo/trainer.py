@@ -30,6 +30,7 @@ from .data.preprocessing import is_tokenised, training_lists
 from .data.text_tokenizer import text_tokenizer
 from .list_log import ListLog
 from .list_weights import batches_of_window, lists_of_window, without_repeats
+from .losses import ListLoss, mean_over_lists
 from .modeling import lm_heads, prefix_sharing
 from .modeling.adapters import with_adapter
 from .modeling.checks import check_tokens, refuse_frozen, warn_half_precision, warn_router_loss
@@ -130,7 +131,8 @@ class LarPOTrainer(Trainer):
         if train_dataset is not None:
             refuse_frozen(model)
             warn_router_loss(lm_config)
-        self.objective = args.resolved_objective()
+        self._list_losses = ListLoss.of(args)
+        self.objective = self._list_losses.objective
 
         tokenised = {"train": train_dataset} if train_dataset is not None else {}
         several = isinstance(eval_dataset, dict)
@@ -313,20 +315,14 @@ class LarPOTrainer(Trainer):
     # --- the loss -------------------------------------------------------------------------------------------
 
     def list_loss(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The objective over implicit rewards: (mean loss over the batch's lists, scores [S]).
+        """The loss of `larpo.losses` over implicit rewards: (mean over the batch's lists, scores [S]).
 
         logps, ref_logps: [S] per candidate, sums or (length_normalized) means over its tokens. Override it for another
-        loss of the same numbers.
+        loss of the same numbers: objective, margin, label_smoothing, sft_weight and the data's `weight` are what this one
+        does, so without a call to it they do nothing.
         """
-        scores = self.args.beta * (logps if ref_logps is None else logps - ref_logps)
-        loss = lk.listwise_loss(
-            scores,
-            inputs["relevance"],
-            list_sizes=inputs["list_sizes"],
-            objective=self.objective,
-            backend=self.args.kernel_backend,
-        )
-        return loss, scores
+        losses, scores = self._list_losses(logps, ref_logps, inputs)
+        return mean_over_lists(losses, inputs), scores
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)

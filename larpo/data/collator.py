@@ -12,7 +12,7 @@ from ..modeling import row_layouts
 
 Layout = Literal["padded", "packed", "shared"]
 
-PER_LIST = ("list_sizes", "row_number")
+PER_LIST = ("list_sizes", "row_number", "weight")
 PER_CANDIDATE = ("relevance", "num_tokens", "ref_logps")
 
 
@@ -25,6 +25,7 @@ class ListCollator:
         relevance   [S] float64    rewards, lists one after the other
         num_tokens  [S] int64      tokens of each candidate that count
         ref_logps   [S] float32    where the data has them: sums over tokens, nats
+        weight      [L] float32    where the data has them: what each list's loss is multiplied by
         row_number  [L] int64      where the data has it: the list's row, for messages
         num_input_tokens  int      tokens that the backbone runs
         rows        list of dicts  the candidates' tokens (row_layouts.py), slice_size candidates in each (None: all in one)
@@ -55,6 +56,8 @@ class ListCollator:
         batch["num_input_tokens"] = sum(map(row_layouts.num_tokens, batch["rows"]))
         if examples[0].get("ref_logps") is not None:
             batch["ref_logps"] = torch.tensor([x for example in examples for x in example["ref_logps"]], dtype=torch.float32)
+        if "weight" in examples[0]:
+            batch["weight"] = torch.tensor([example["weight"] for example in examples], dtype=torch.float32)
         if "row_number" in examples[0]:
             batch["row_number"] = torch.tensor([example["row_number"] for example in examples])
         return batch

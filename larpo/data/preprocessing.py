@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,10 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
     tokenised = tokenised.add_column("row_number", range(len(tokenised)))
     if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
         raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
+    if "weight" in lists.column_names:
+        tokenised = tokenised.add_column("weight", _mean_one(lists["weight"][:], name))
     if report.lists_all_tied and report.lists_all_tied + report.lists_of_one == report.lists:
-        warnings.warn(
-            f"no list of the {name} data has two scores that differ: candidates of equal scores count in the order in which "
-            "they stand, so that order is what is trained on",
-            stacklevel=3,
-        )
+        _say_all_tied(name, getattr(args.resolved_objective(), "ties", None), args.sft_weight > 0 and report.lists_of_one > 0)
     if getattr(args, "train_sampling_strategy", None) == "group_by_length":
         tokenised = tokenised.add_column(args.length_column_name, _lengths(tokenised))
     return tokenised
@@ -78,12 +77,36 @@ def _refuse_implicit_prompts(lists: Dataset, name: str) -> None:
 
 def _refuse_equal(report: TokenizationReport, name: str, args: LarPOConfig) -> None:
     """Raises ValueError where every list that has candidates to compare has only equal ones: its gradient is 0."""
+    if args.sft_weight:
+        return  # which learns from one candidate
     if report.lists_all_equal and report.lists_all_equal + report.lists_of_one == report.lists:
         raise ValueError(
             f"in every list of the {name} data all candidates are equal, so there is nothing to learn from: {report} If they "
             f"differ before they are cut, give them more room (max_length={args.max_length}, "
             f"max_prompt_length={args.max_prompt_length})"
         )
+
+
+def _mean_one(weights: list[float | None], name: str) -> list[float]:
+    """Weights of lists over their mean, so that their unit does not change the size of an update."""
+    if None in weights:
+        raise ValueError(f"weight: row {weights.index(None)} of the {name} data has none; give them for every row or for none")
+    total = math.fsum(weights)
+    if not 0 < total < math.inf:
+        raise ValueError(f"weight: those of the {name} data add up to {total:g}; some must be above 0, and all finite")
+    return [weight * len(weights) / total for weight in weights]
+
+
+def _say_all_tied(name: str, ties: str | None, teaches_by_one: bool) -> None:
+    """Warns of data without a preference; refuses it where all lists are skipped and those of one candidate teach nothing."""
+    said = f"no list of the {name} data has two scores that differ"
+    if ties == "skip" and not teaches_by_one and name == "train":
+        raise ValueError(f"{said}, and ties='skip' leaves such lists out: there is nothing to train on")
+    teaches = {
+        "order": "candidates of equal scores count in the order in which they stand, so that order is what is trained on",
+        "skip": "with ties='skip' their loss is 0",
+    }
+    warnings.warn(f"{said}: {teaches.get(ties, 'there is no preference to learn from them')}", stacklevel=4)
 
 
 def _lengths(tokenised: Dataset) -> list[int]:

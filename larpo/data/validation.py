@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any, NoReturn
 
 REQUIRED = ("prompt", "completions", "scores")
-OPTIONAL = ("source", "ref_logps", "prompt_ids", "completion_ids", "completion_mask")
+OPTIONAL = ("source", "ref_logps", "weight", "prompt_ids", "completion_ids", "completion_mask")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -18,8 +18,8 @@ def check_row(row: Mapping[str, Any], where: str = "row") -> None:
     Args:
         row: `prompt` (str, or messages: a list of {"role", "content"}), `completions` (m >= 1 strings, or m lists of
             messages), `scores` (m finite numbers, higher is better); optional, absent or None: `source` (m strings),
-            `ref_logps` (m finite numbers, nats), `prompt_ids` with `completion_ids` (tokens, m lists of tokens), and with
-            these `completion_mask` (m lists of bools: which tokens count).
+            `ref_logps` (m finite numbers, nats), `weight` (of the list, a number >= 0), `prompt_ids` with `completion_ids`
+            (tokens, m lists of tokens), and with these `completion_mask` (m lists of bools: which tokens count).
         where: starts the message: a file and line, or a row.
 
     Raises:
@@ -46,6 +46,10 @@ def check_row(row: Mapping[str, Any], where: str = "row") -> None:
         for i, source in enumerate(row["source"]):
             if not isinstance(source, str):
                 bad_field(f"source[{i}]", source, "a string", where)
+    if row.get("weight") is not None:
+        check_number("weight", row["weight"], where)
+        if row["weight"] < 0:
+            bad_field("weight", row["weight"], "a number >= 0, the weight of the list in the loss", where)
     _check_ids(row, m, where)
 
 
