@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from .data import chat_template, prompt_boundary
+from .data.text_tokenizer import text_tokenizer
 from .rewards import Text
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class TransformersSampler:
             raise ValueError(f"expected max_new_tokens and batch_size >= 1, got {max_new_tokens} and {batch_size}")
         if top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"expected top_k >= 0 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}")
+        tokenizer = text_tokenizer(tokenizer)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.top_k, self.top_p, self.batch_size, self.progress = top_k, top_p, batch_size, progress
         self.eos_token_ids = _eos_token_ids(model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)

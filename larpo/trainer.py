@@ -33,7 +33,7 @@ from .list_weights import batches_of_window, lists_of_window, without_repeats
 from .losses import ListLoss, mean_over_lists
 from .modeling import lm_heads, prefix_sharing
 from .modeling.adapters import with_adapter
-from .modeling.checks import check_tokens, refuse_frozen, warn_half_precision, warn_router_loss
+from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision, warn_router_loss
 from .modeling.loading import load_causal_lm
 from .modeling.policy import Policy, attach, compute_dtype
 from .modeling.reference_model import SyncReference, without_dropout
@@ -130,6 +130,7 @@ class LarPOTrainer(Trainer):
             without_dropout(model)
         if train_dataset is not None:
             refuse_frozen(model)
+            refuse_foreign_optimizer(optimizers[0], model)
             warn_router_loss(lm_config)
         self._list_losses = ListLoss.of(args)
         self.objective = self._list_losses.objective

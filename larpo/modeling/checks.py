@@ -25,6 +25,18 @@ def refuse_frozen(model: nn.Module) -> None:
         )
 
 
+def refuse_foreign_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Raises ValueError for an optimizer that holds nothing of what is trained: made before an adapter was put on the model."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters() if p.requires_grad):
+        raise ValueError(
+            "optimizers: the optimizer holds no parameter of the model that is trained. With peft_config give "
+            "optimizer_cls_and_kwargs, or make it of the parameters of a model that has its adapter"
+        )
+
+
 def refuse_shared(model: nn.Module, reference: nn.Module) -> None:
     """Raises ValueError for a reference that training the model would change."""
     trained = {id(p) for p in model.parameters() if p.requires_grad}

@@ -59,14 +59,17 @@ CHOICES = {"report_to": ("none", "all")}  # of settings whose type does not list
 def as_word(name: str, value: Any, hint: Any) -> Any:
     """The choice that was meant by a boolean, where a setting of this type takes none: `save_strategy: no` is "no".
 
-    Raises ValueError for a boolean that stands for no choice. Anything else is returned as it is.
+    Raises ValueError for a boolean that stands for no choice, and for text where a setting is a boolean: "no" would count as
+    true. Anything else is returned as it is.
 
     >>> as_word("save_strategy", False, Literal["no", "steps"]), as_word("bf16", False, bool), as_word("seed", 7, int)
     ('no', False, 7)
     """
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if isinstance(value, str) and set(kinds) <= {bool, types.NoneType}:
+        raise ValueError(f"{name} must be a boolean, got {value!r}")
     if not isinstance(value, bool):
         return value
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = [*CHOICES.get(name, ()), *(choice for kind in kinds for choice in _choices(kind))]
     if bool in kinds or Any in kinds or any(choice is value for choice in choices):
         return value

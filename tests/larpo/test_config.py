@@ -93,6 +93,12 @@ def test_a_boolean_that_stands_for_no_choice_is_refused(tmp_path, text, message)
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize("name", ["bf16", "append_eos", "disable_tqdm"])
+def test_a_boolean_in_quotes_is_refused_where_it_would_count_as_true(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be a boolean, got 'no'"):
+        config(tmp_path, **{name: "no"})
+
+
 # --- what is inherited
 
 

@@ -130,6 +130,20 @@ def test_an_optimizer_by_class_gets_the_learning_rate_of_the_settings(tmp_path, 
     assert given[1] == {"momentum": 0.9, **keywords}
 
 
+def test_an_optimizer_of_what_is_not_trained_is_refused(tmp_path, data):
+    peft = pytest.importorskip("peft")
+    model = tiny.causal_lm()
+    arguments = dict(args=config(tmp_path), train_dataset=data, processing_class=tiny.tokenizer())
+    optimizers = (torch.optim.SGD(model.parameters(), lr=1e-3), None)
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"optimizers: the optimizer holds no parameter.*optimizer_cls_and_kwargs"):
+        LarPOTrainer(model, **arguments, optimizers=optimizers, peft_config=adapter)
+    model = tiny.causal_lm()
+    t = LarPOTrainer(model, **arguments, optimizers=(torch.optim.SGD(model.parameters(), lr=1e-3), None))
+    t.train()
+    assert not torch.equal(model.lm_head.weight, tiny.causal_lm().lm_head.weight)
+
+
 def test_a_collator_of_ones_own_makes_the_batches_with_the_settings_of_the_trainer(tmp_path, data):
     class Counting(ListCollator):
         seen = 0

@@ -332,6 +332,36 @@ def test_splits_are_evaluated_each_and_not_trained_on_together(tmp_path, data):
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(eval_on_start=True),
+        dict(eval_accumulation_steps=1),
+        dict(activation_checkpointing=True),
+        dict(torch_empty_cache_steps=1, dataloader_num_workers=1),
+        dict(debug="underflow_overflow"),
+    ],
+    ids=str,
+)
+def test_settings_of_how_a_run_is_computed_change_nothing(tmp_path, data, options):
+    found = []
+    for own in ({}, options):
+        t = trainer(tmp_path, data, eval_dataset=data, max_steps=2, learning_rate=1e-2, **own)
+        t.train()
+        found.append([*losses(t), t.evaluate()["eval_loss"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_an_adapter_trains_with_checkpoints_of_activations(tmp_path, data):
+    pytest.importorskip("peft")
+    found = []
+    for own in ({}, dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})):
+        t = trainer(tmp_path, data, peft_config=lora(), max_steps=2, learning_rate=1e-1, **own)
+        t.train()
+        found.append(losses(t))
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[0][1] != found[0][0]
+
+
 def test_an_evaluation_is_of_every_list_when_training_drops_its_last_batch(tmp_path, data):
     t = trainer(tmp_path, data, eval_dataset=data, dataloader_drop_last=True, per_device_eval_batch_size=4)
     expected = trainer(tmp_path, data, eval_dataset=data, per_device_eval_batch_size=4).evaluate()["eval_loss"]
