@@ -27,6 +27,8 @@ list would not know its weight.)
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +61,13 @@ def objective_of(name: str, ties: str | None, options: dict[str, Any] | None) ->
     except TypeError:
         known = list(OBJECTIVES[name].__dataclass_fields__)
         raise ValueError(f"objective_options of {name!r} may hold {known}, got {sorted(options)}") from None
+
+
+def is_settled(scores: Sequence[float], objective: str) -> bool:
+    """Whether the scores of a list settle what the objective asks of its order; where not, ties="skip" leaves the list out."""
+    unique = {score for score, times in Counter(scores).items() if times == 1}
+    asked = {"contrastive": [max(scores)], "pairwise": [max(scores), min(scores)], "listmle": scores}.get(objective, ())
+    return len(scores) == 1 or unique.issuperset(asked)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ that differ in relevance. A metric that no list defines is absent. Names under r
 
 | metric | of a list |
 |---|---|
-| rewards/chosen | score of the best candidate by relevance (the first of equals, as in the losses) |
+| rewards/chosen | score of the best candidate by relevance (of several, their mean) |
 | rewards/rejected | mean score of the others: the candidates of lower relevance than the best |
 | rewards/margins | the difference of the two |
-| rewards/accuracies | share of the others that score lower than the best |
+| rewards/accuracies | share of the others that score lower than the best (of several best, the mean) |
 | logps/chosen, logps/rejected | the same of log-likelihoods, nats |
 | ndcg, ndcg@k | discounted gain of the order by score over that of the order by relevance |
 | mrr | 1 / rank by score of the best candidate (of the first to come, if several are equally good) |
@@ -118,7 +118,6 @@ def list_metric_sums(
 
     best_r = r.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
     equally_good = there & (r == best_r)
-    best = equally_good.int().argmax(1, keepdim=True)  # the first of equals
     others = there & (r < best_r)
     ordered = others.any(1)  # [L]
     everywhere = torch.ones_like(ordered)
@@ -126,14 +125,17 @@ def list_metric_sums(
     per_list: dict[str, tuple[Tensor, Tensor]] = {}  # values [L], where they are defined [L]
 
     def against_others(prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, rejected = x.gather(1, best).squeeze(1), _mean(x, others)
+        chosen, rejected = _mean(x, equally_good), _mean(x, others)
         per_list[f"{prefix}/chosen"] = chosen, ordered
         per_list[f"{prefix}/rejected"] = rejected, ordered
         return chosen, rejected
 
     chosen, rejected = against_others("rewards", g)
     per_list["rewards/margins"] = chosen - rejected, ordered
-    per_list["rewards/accuracies"] = _mean((g < chosen[:, None]).double(), others), ordered
+    right = _mean(
+        (g[:, None, :] < g[:, :, None]).double().flatten(1), (equally_good[:, :, None] & others[:, None, :]).flatten(1)
+    )
+    per_list["rewards/accuracies"] = right, ordered
     if rest:
         against_others("logps", rest[0])
 

@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..candidates import top_bottom_indices
+from ..losses import is_settled
 from .loading import as_lists
 from .schemas import IMPLICIT
 from .tokenization import TokenizationReport, tokenize_lists
@@ -59,8 +60,10 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
         raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
     if "weight" in lists.column_names:
         tokenised = tokenised.add_column("weight", _mean_one(lists["weight"][:], name))
-    if report.lists_all_tied and report.lists_all_tied + report.lists_of_one == report.lists:
-        _say_all_tied(name, getattr(args.resolved_objective(), "ties", None), args.sft_weight > 0 and report.lists_of_one > 0)
+    if getattr(args.resolved_objective(), "ties", None) == "skip":
+        _refuse_all_skipped(tokenised["scores"][:], name, args)
+    elif report.lists_all_tied and report.lists_all_tied + report.lists_of_one == report.lists:
+        _warn_all_tied(name, args)
     if getattr(args, "train_sampling_strategy", None) == "group_by_length":
         tokenised = tokenised.add_column(args.length_column_name, _lengths(tokenised))
     return tokenised
@@ -97,16 +100,23 @@ def _mean_one(weights: list[float | None], name: str) -> list[float]:
     return [weight * len(weights) / total for weight in weights]
 
 
-def _say_all_tied(name: str, ties: str | None, teaches_by_one: bool) -> None:
-    """Warns of data without a preference; refuses it where all lists are skipped and those of one candidate teach nothing."""
-    said = f"no list of the {name} data has two scores that differ"
-    if ties == "skip" and not teaches_by_one and name == "train":
-        raise ValueError(f"{said}, and ties='skip' leaves such lists out: there is nothing to train on")
-    teaches = {
-        "order": "candidates of equal scores count in the order in which they stand, so that order is what is trained on",
-        "skip": "with ties='skip' their loss is 0",
-    }
-    warnings.warn(f"{said}: {teaches.get(ties, 'there is no preference to learn from them')}", stacklevel=4)
+def _refuse_all_skipped(scores: list[list[float]], name: str, args: LarPOConfig) -> None:
+    """Says how many lists ties="skip" leaves out; raises ValueError where none is left to train on."""
+    skipped = [not is_settled(one, args.objective) for one in scores if len(one) > 1]
+    if skipped and all(skipped) and name == "train" and not args.sft_weight:
+        raise ValueError(
+            f"ties='skip' leaves out every list of the {name} data: equal scores leave open what {args.objective} asks of the "
+            "order, and there is nothing to train on"
+        )
+    if any(skipped) and args.should_log:
+        logger.info("%s data: ties='skip' leaves out %d of %d lists", name, sum(skipped), len(scores))
+
+
+def _warn_all_tied(name: str, args: LarPOConfig) -> None:
+    teaches = "there is no preference to learn from them"
+    if getattr(args.resolved_objective(), "ties", None) == "order":
+        teaches = "candidates count in the order in which they stand, so that order is what is trained on"
+    warnings.warn(f"no list of the {name} data has two scores that differ: {teaches}", stacklevel=4)
 
 
 def _lengths(tokenised: Dataset) -> list[int]:

@@ -277,8 +277,40 @@ def test_data_without_any_preference_is_said_or_refused(tmp_path):
         training_lists(rows, tiny.tokenizer(), config(tmp_path))
     with pytest.warns(UserWarning, match="that order is what is trained on"):
         training_lists(rows, tiny.tokenizer(), config(tmp_path, ties="order"))
-    with pytest.raises(ValueError, match="ties='skip' leaves such lists out: there is nothing to train on"):
+
+
+@pytest.mark.parametrize(
+    ("objective", "scores", "is_left"),
+    [
+        ("contrastive", [2.0, 2.0, 0.0], False),
+        ("contrastive", [2.0, 0.0, 0.0], True),
+        ("pairwise", [2.0, 0.0, 0.0], False),
+        ("pairwise", [2.0, 1.0, 1.0, 0.0], True),
+        ("listmle", [3.0, 1.0, 1.0, 0.0], False),
+        ("listmle", [3.0, 2.0, 1.0], True),
+    ],
+)
+def test_training_on_nothing_but_skipped_lists_is_refused(tmp_path, objective, scores, is_left):
+    rows = [{**row, "scores": scores} for row in tiny.lists(2, m=len(scores))]
+    settings = config(tmp_path, objective=objective, ties="skip")
+    of_training = lk.listwise_loss(
+        torch.arange(len(scores)).float(), torch.tensor(scores), list_sizes=len(scores), objective=settings.resolved_objective()
+    )
+    assert (of_training != 0) == is_left
+    if is_left:
+        assert len(training_lists(rows, tiny.tokenizer(), settings)) == 2
+    else:
+        with pytest.raises(ValueError, match="ties='skip' leaves out every list of the train data"):
+            training_lists(rows, tiny.tokenizer(), settings)
+
+
+def test_how_many_lists_are_skipped_is_said(tmp_path, caplog):
+    rows = [
+        {**row, "scores": scores} for row, scores in zip(tiny.lists(3, m=2), ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0]), strict=True)
+    ]
+    with caplog.at_level("INFO", logger="larpo.data"):
         training_lists(rows, tiny.tokenizer(), config(tmp_path, ties="skip"))
+    assert "ties='skip' leaves out 1 of 3 lists" in caplog.text
 
 
 @pytest.mark.parametrize(

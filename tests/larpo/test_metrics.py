@@ -52,13 +52,21 @@ def test_trl_names_compare_the_best_candidate_with_all_others():
     assert metrics["list/size"] == 4
 
 
-def test_equals_of_the_best_are_neither_chosen_nor_others():
+def test_equals_of_the_best_are_chosen_as_their_mean():
     metrics = of_list([1.0, 9.0, 0.0], [3.0, 3.0, 1.0])
-    assert metrics["rewards/chosen"] == 1  # the first of equals, as the losses take it
+    assert metrics["rewards/chosen"] == 5
     assert metrics["rewards/rejected"] == 0
     assert metrics["rewards/accuracies"] == 1
     assert metrics["mrr"] == 1  # one that is as good comes first
     assert metrics["list/frac_tied"] == pytest.approx(1 / 3)
+
+
+def test_the_order_of_equally_good_candidates_changes_no_metric():
+    scores, relevance = [1.0, -1.0, 0.0], [3.0, 3.0, 1.0]
+    metrics = of_list(scores, relevance)
+    assert metrics == of_list([-1.0, 1.0, 0.0], relevance)
+    assert metrics["rewards/margins"] == 0
+    assert metrics["rewards/accuracies"] == 0.5  # one of the two is ahead of the other answer
 
 
 def test_an_equal_score_is_not_a_win():
