@@ -53,6 +53,7 @@ def token_logps(
                 entropy[at] = h[:n]
         logps[at] = l
     shape = labels.shape
+    logps.masked_fill_(rows.wrong, torch.nan)
     return logps.view(shape), *((entropy.view(shape), top1.view(shape)) if stats else (entropy, top1))
 
 
@@ -112,7 +113,9 @@ class _Rows:
     def __init__(self, logits, labels, ignore_index, logit_scale, softcap):
         self.logits, self.scale, self.softcap = logits, logit_scale, softcap
         self.labels = labels.reshape(-1)
-        self.counted = (self.labels != ignore_index).nonzero()[:, 0]
+        counted = self.labels != ignore_index
+        self.counted = counted.nonzero()[:, 0]
+        self.wrong = counted & (self.labels != self.labels.clamp(0, logits.shape[-1] - 1))  # a label that names no column
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         row_bytes = logits.shape[-1] * self.dtype.itemsize
         fits, few = SCRATCH_BYTES // row_bytes, SMALL_SCRATCH_BYTES // row_bytes
@@ -130,7 +133,7 @@ class _Rows:
             y = self.labels.new_zeros(rows, 1, dtype=torch.int64)
             y[:n, 0] = self.labels[at]
             self.read(at)
-            yield at, self.scratch[:rows], y, n
+            yield at, self.scratch[:rows], y.clamp_(0, self.logits.shape[-1] - 1), n
 
     def read(self, at: At) -> Tensor:
         """z of these rows, in the scratch: [n, V]."""

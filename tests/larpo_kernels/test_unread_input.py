@@ -1,0 +1,81 @@
+"""Bad values where nothing may look at them first: in a compiled graph, and on a GPU. NaN, and no read outside a buffer."""
+
+import pytest
+import torch
+
+import larpo_kernels as lk
+from larpo_kernels import validation
+
+V, N = 11, 3
+BORDERS = {
+    "before the beginning": [-4, 2, 3],
+    "behind the end": [0, 2, 10**12],
+    "back and forth": [0, 5, 1, 3],
+    "a token left out": [0, 1, 2],
+    "not from 0": [1, 3, 3],
+}
+
+
+@pytest.fixture(params=["compiled", "unread"])
+def unread(request, monkeypatch):
+    """Calls a function as torch.compile does, or as on a GPU: values are not looked at."""
+    if request.param == "unread":
+        monkeypatch.setattr(validation, "readable", lambda x: False)
+        return lambda function, *args, **options: function(*args, **options)
+
+    def call(function, *args, **options):
+        torch._dynamo.reset()
+        return torch.compile(function, backend="aot_eager", fullgraph=True)(*args, **options)
+
+    return call
+
+
+def data(device):
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(N, V, generator=draw).to(device).requires_grad_()
+    hidden, weight = (torch.randn(n, 4, generator=draw).to(device).requires_grad_() for n in (N, V))
+    return logits, hidden, weight, torch.randint(V, (N,), generator=draw).to(device)
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
+def test_borders_that_do_not_cover_the_tokens_give_nan(borders, unread, backend, device):
+    logits, hidden, weight, labels = data(device)
+    cu = torch.tensor(borders, device=device)
+    relevance = torch.arange(float(len(cu) - 1), device=device)
+    of_lists = {"cu_seqlens": cu, "list_sizes": len(cu) - 1, "backend": backend}
+    fused = unread(lk.fused_listwise_loss, logits, labels, relevance, **of_lists)
+    assert fused.loss.isnan()
+    fused.loss.backward()
+    linear = unread(lk.fused_linear_listwise_loss, hidden, weight, labels, relevance, **of_lists)
+    assert linear.loss.isnan()
+    for logps in (
+        unread(lk.sequence_logps, logits, labels, cu_seqlens=cu, backend=backend),
+        unread(lk.linear_sequence_logps, hidden, weight, labels, cu_seqlens=cu, backend=backend),
+    ):
+        assert logps.isnan().any() and logps.shape == (len(cu) - 1,)
+
+
+def test_borders_that_do_are_taken_as_they_are(unread, backend, device):
+    logits, _, _, labels = data(device)
+    labels[1] = -100
+    cu = torch.tensor([0, 2, 2, 3], device=device)
+    found = unread(lk.sequence_logps, logits, labels, cu_seqlens=cu, backend=backend)
+    true = lk.reference.sequence_logps(logits.double(), labels, cu_seqlens=cu)
+    assert (found - true).abs().max() < 1e-6 and found[1] == 0
+
+
+@pytest.mark.parametrize("label", [-1, V, 10**9])
+def test_a_label_out_of_range_gives_nan_for_its_token_only(label, unread, backend, device):
+    logits, hidden, weight, labels = data(device)
+    good = lk.token_logps(logits, labels, backend=backend)
+    labels = labels.clone()
+    labels[1] = label
+    for found in (
+        unread(lk.token_logps, logits, labels, backend=backend),
+        unread(lk.linear_token_logps, hidden, weight, labels, backend=backend),
+    ):
+        assert found.isnan().tolist() == [False, True, False]
+    found = unread(lk.token_logps, logits, labels, backend=backend)
+    assert torch.equal(found[[0, 2]], good[[0, 2]])
+    found[[0, 2]].sum().backward()
+    assert logits.grad[[0, 2]].isfinite().all()
