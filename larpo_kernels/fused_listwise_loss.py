@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops, validation
 from .logps import LinearTokens, counted
-from .objectives import Objective, resolve
+from .objectives import Objective, checked_relevance, resolve
 from .outputs import ListwiseLossOutput
 
 
@@ -150,7 +150,7 @@ class Lists:
         self.objective, self.beta, self.reduction = resolve(objective), beta, reduction
         self.cu_tokens = tokens.cu_tokens
         self.cu_lists = validation.lists(list_sizes, n, tokens.values.device)
-        self.relevance = validation.relevance(relevance, self.cu_lists, tokens.values, n)
+        self.relevance = checked_relevance(relevance, self.objective, self.cu_lists, tokens.values, n)
         self.ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
 
     def loss(self, token_outputs, counted, shape, return_stats, backend) -> ListwiseLossOutput:

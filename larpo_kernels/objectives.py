@@ -19,11 +19,17 @@ Equal relevance says nothing of an order, but Pairwise, Contrastive and ListMLE 
 
 Under the last two the order in which tied candidates stand changes nothing. LambdaRank forms no pair of tied candidates and
 ListNet no order.
+
+A score of -inf is that of an answer to which the policy gives no probability. A term that prefers it to an answer with a
+finite score is +inf. A term that only compares scores at -inf, a pair of them or a suffix of nothing else, says nothing
+about the policy: it is left out of the loss and has no gradient.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -90,7 +96,13 @@ class LambdaRank:
     weighting None is the paper's form (w = 1). "dcg" and "dcg2" weight a pair by what swapping it would change in
     NDCG, with gains 2^r - 1 and ranks by the current scores, constants in the gradient; they are rax's
     `dcg_lambdaweight` / `dcg2_lambdaweight` with normalize=True, divided by the list size (rax multiplies by it).
-    They want graded relevance (0, 1, 2, ...), not raw rewards: gains are exponential.
+
+        w_ij = |2^r_i - 2^r_j| / |ideal| * change of discount        ideal = sum_n (2^r_n - 1) / log2(1 + n), n = 1..k
+
+    They want graded relevance (0, 1, 2, ...), not raw rewards: gains are exponential. Relevance of any sign and size has
+    a right value all the same. A weight is never negative: gains below 0, those of r < 0, make an ideal below 0 too, and
+    its size is what counts. An ideal of 0 (all r of the first k are 0) counts as 1. Both are formed relative to the
+    largest 2^r, without cancellation: r may be 1e-9 or 1e30, and infinite relevance is the limit of that.
 
     k: cut-off of the DCG, as rax's `topn`; None for no cut-off.
     """
@@ -127,6 +139,7 @@ def _check_ties(objective: Any, allowed: tuple[str, ...]) -> None:
 
 
 Objective = Pairwise | Contrastive | ListMLE | LambdaRank | ListNet
+LARGEST_GRADE = 32  # of a gain of 2^grade: beyond, the best candidate of a list is all that weighs
 OBJECTIVES: dict[str, type] = {c.name: c for c in (Pairwise, Contrastive, ListMLE, LambdaRank, ListNet)}
 
 
@@ -137,6 +150,25 @@ def resolve(objective: str | Objective) -> Objective:
     if isinstance(objective, str) and objective in OBJECTIVES:
         return OBJECTIVES[objective]()
     raise ValueError(f"objective must be one of {sorted(OBJECTIVES)} or an objective object, got {objective!r}")
+
+
+def checked_relevance(x, objective: Objective, cu_lists: torch.Tensor, like: torch.Tensor, num_candidates: int) -> torch.Tensor:
+    """The caller's relevance as `ops.list_stage` takes it for this objective."""
+    gains = isinstance(objective, LambdaRank) and objective.weighting is not None
+    x = validation.relevance(x, cu_lists, like, num_candidates, by_value=gains or isinstance(objective, ListNet))
+    if gains and validation.readable(x) and x.numel() and not bool(((x >= 0) & (x <= LARGEST_GRADE)).all()):
+        warn_of_raw_rewards()
+    return x
+
+
+@functools.cache  # once is enough
+def warn_of_raw_rewards() -> None:
+    warnings.warn(
+        f"LambdaRank weights pairs by gains of 2^relevance - 1, and some relevance is below 0 or above {LARGEST_GRADE}, as raw "
+        "rewards are: the weights then change with any constant that is added to a reward. Give grades (0, 1, 2, ...) or rank "
+        "gains: for each candidate the fraction of its list that is worse",
+        stacklevel=5,
+    )
 
 
 def listwise_loss(
@@ -152,7 +184,8 @@ def listwise_loss(
 
     Args:
         scores: [S] floating point, one score per candidate, lists one after the other.
-        relevance: [S], higher is better, any real dtype. It only orders the list (ListNet and DCG weights use values).
+        relevance: [S], higher is better, any real dtype. It only orders the list, exactly at any size of integers;
+            ListNet and DCG weights use values, as float64: integers beyond 2^53 are refused (on a GPU give NaN).
         list_sizes: candidates per list: an int m (S = lists * m), or sizes (sequence or int tensor) that sum to S.
         objective: a name from `OBJECTIVES` or an objective object such as `LambdaRank(weighting="dcg", k=5)`.
         reduction: "mean" or "sum" over lists, or "none" for [lists]. Terms inside a list are always summed.
@@ -174,6 +207,6 @@ def listwise_loss(
     validation.check_scores(scores)
     validation.check_options(reduction=reduction)
     lists = validation.lists(list_sizes, scores.shape[0], scores.device)
-    relevance = validation.relevance(relevance, lists, scores)
+    relevance = checked_relevance(relevance, objective, lists, scores, scores.shape[0])
     loss, _, _ = ops.list_stage(scores, None, None, lists, relevance, None, objective, beta=1.0, backend=backend)
     return ops.reduce(loss, reduction)

@@ -6,6 +6,8 @@ float32 before the softmax, as careful trainers do; the GEMM of the linear ops r
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -62,11 +64,13 @@ def listwise_loss(scores, relevance, *, list_sizes, objective="contrastive", red
 
 
 def list_loss(objective, g, r):
-    """The loss of one list: scores g [m], relevance r [m]."""
+    """The loss of one list: scores g [m], relevance r [m]. A term that only compares scores at -inf is left out."""
     if isinstance(objective, LambdaRank):
-        weight = lambda_weights(objective, g.detach(), r.to(g.dtype))
-        pairs = r[:, None] > r[None, :]
-        return (weight * -F.logsigmoid(g[:, None] - g[None, :]))[pairs].sum()
+        weight = lambda_weights(objective, g.detach(), r)
+        mute = _both_lost(g[:, None], g[None, :]) | (weight == 0)
+        pairs = (r[:, None] > r[None, :]) & ~mute
+        i, j = pairs.nonzero(as_tuple=True)
+        return (weight[i, j] * -F.logsigmoid(g[i] - g[j])).sum()
     order = r.argsort(descending=True, stable=True)
     g, r = g[order], r[order]
     match objective:
@@ -78,19 +82,31 @@ def list_loss(objective, g, r):
             return g[:0].sum()
         case Pairwise(ties="mean") if len(g) > 1:
             pairs = (r == r[0])[:, None] & (r == r[-1]) & ~torch.eye(len(g), dtype=torch.bool, device=g.device)
-            return -F.logsigmoid(g[:, None] - g)[pairs].mean()
+            i, j = (pairs & ~_both_lost(g[:, None], g)).nonzero(as_tuple=True)
+            return -F.logsigmoid(g[i] - g[j]).sum() / pairs.sum()
         case Contrastive(ties="mean"):
-            return g.logsumexp(0) - g[r == r[0]].mean()
+            best = (r == r[0]).nonzero()[:, 0]
+            return sum(_suffix(g, i) for i in best) / len(best)
         case ListMLE(ties="efron"):
             return sum((_efron_term(g, r, i) for i in range(len(g))), g[:0].sum())
         case Pairwise():
-            return -F.logsigmoid(g[0] - g[-1]) if len(g) > 1 else g[:0].sum()
+            return -F.logsigmoid(g[0] - g[-1]) if len(g) > 1 and not _both_lost(g[0], g[-1]) else g[:0].sum()
         case Contrastive():
-            return -g.log_softmax(0)[0]
+            return _suffix(g)
         case ListMLE():
-            return sum((g[i:].logsumexp(0) - g[i] for i in range(len(g) - 1)), g[:0].sum())
+            return sum((_suffix(g[i:]) for i in range(len(g) - 1)), g[:0].sum())
         case ListNet(temperature=temperature):
-            return -((r.to(g.dtype) / temperature).softmax(0) * g.log_softmax(0)).sum()
+            r = r.to(g.dtype).clamp(*_range(g))
+            p = ((r - r.max()) / temperature).softmax(0)
+            return sum((p[i] * _suffix(g, i) for i in range(len(g)) if p[i] > 0), g[:0].sum())
+
+
+def _both_lost(a, b):
+    return (a == -torch.inf) & (b == -torch.inf)
+
+
+def _suffix(g, i=0):
+    return g.logsumexp(0) - g[i] if (g != -torch.inf).any() else g[:0].sum()
 
 
 def _efron_term(g, r, i):
@@ -98,19 +114,24 @@ def _efron_term(g, r, i):
     tied = r == r[i]
     left = 1 - tied[:i].sum().to(g.dtype) / tied.sum()
     weight = torch.where(tied, left, (r < r[i]).to(g.dtype))
-    return (g[weight > 0] + weight[weight > 0].log()).logsumexp(0) - g[i]
+    rest = g[weight > 0] + weight[weight > 0].log()
+    return rest.logsumexp(0) - g[i] if (rest != -torch.inf).any() else g[:0].sum()
 
 
 def lambda_weights(objective, g, r):
-    """w_ij of LambdaRank: |gain_i - gain_j| / ideal DCG, times what the two ranks (by score, from 1) are apart in discount."""
+    """w_ij of LambdaRank: |gain_i - gain_j| / |ideal DCG|, times what the ranks by score (from 1) are apart in discount."""
     m, k = len(g), objective.k or len(g)
     if objective.weighting is None:
         return torch.ones(m, m, dtype=g.dtype, device=g.device)
     discount = lambda rank: 1 / torch.log2(1 + rank)  # noqa: E731
     position = torch.arange(1, m + 1, dtype=g.dtype, device=g.device)
-    gain = 2**r - 1
-    ideal = (gain.sort(descending=True).values * discount(position))[:k].sum()
-    gain = gain / torch.where(ideal == 0, 1, ideal)
+    r = r.to(g.dtype).clamp(*_range(g))
+    top = r.max().clamp(min=0)  # gains are divided by 2^top, as the ideal is: they have no largest number then
+
+    def gain_difference(a, b):  # 2^a - 2^b, without cancellation
+        return (a - b).sign() * torch.exp2(torch.maximum(a, b) - top) * -torch.expm1(-math.log(2) * (a - b).abs())
+
+    ideal = (gain_difference(r, torch.zeros_like(r)).sort(descending=True).values * discount(position))[:k].sum().abs()
     rank = torch.empty_like(g).index_copy(0, g.argsort(descending=True, stable=True), position)
     if objective.weighting == "dcg":
         d = torch.where(rank <= k, discount(rank), 0)
@@ -120,7 +141,13 @@ def lambda_weights(objective, g, r):
         lower = torch.maximum(rank[:, None], rank[None, :])
         change = torch.where(apart > 0, (discount(apart) - discount(apart + 1)).abs(), 0)
         change = change * torch.where(lower > k, 1 / (1 - discount(lower)), 1)
-    return (gain[:, None] - gain[None, :]).abs() * change
+    return gain_difference(r[:, None], r[None, :]).abs() / torch.where(ideal == 0, 1, ideal) * change
+
+
+def _range(x):
+    """Numbers whose differences are finite: infinite relevance counts as the ends."""
+    most = torch.finfo(x.dtype).max / 4
+    return -most, most
 
 
 def fused_listwise_loss(

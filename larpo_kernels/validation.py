@@ -250,20 +250,55 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def relevance(x: Any, cu_lists: torch.Tensor, like: torch.Tensor, num_candidates: int | None = None) -> torch.Tensor:
+def relevance(
+    x: Any, cu_lists: torch.Tensor, like: torch.Tensor, num_candidates: int, *, by_value: bool = False
+) -> torch.Tensor:
     """Relevance [S], wide, so that close rewards keep their order; NaN where only the device can know that the lists do
-    not cover the candidates."""
-    n = like.shape[0] if num_candidates is None else num_candidates
-    x = _per_candidate("relevance", x, n, like, "the data").to(wide(like.device))
+    not cover the candidates.
+
+    Integers that are too large for that are replaced by their ranks among all candidates, unless by_value: the objective
+    reads more than an order. Then they are refused; NaN where only the device knows them.
+    """
+    x = _per_candidate("relevance", x, num_candidates, like, "the data")
+    number = x.to(wide(like.device))
+    exact = 2 ** {torch.float64: 53, torch.float32: 24}[number.dtype]
+    if is_integer(x) and torch.iinfo(x.dtype).max > exact:
+        if not by_value:
+            number = _dense_ranks(x).to(number.dtype)
+        elif not readable(x):
+            number = torch.where(number.abs() < exact, number, torch.nan)
+        elif number.numel() and number.abs().max() >= exact:
+            at = int(number.abs().argmax())
+            raise ValueError(
+                f"relevance must lie between -{exact} and {exact} where the objective reads its value, or its order is lost; "
+                f"got {int(x[at])} at position {at}"
+            )
     if not readable(cu_lists):
-        x = torch.where(cu_lists[-1] == n, x, torch.nan)
-    return x
+        covered = (cu_lists[-1] == num_candidates) & (cu_lists.diff() >= 1).all()
+        number = torch.where(covered, number, torch.nan)
+    return number
+
+
+def _dense_ranks(x: torch.Tensor) -> torch.Tensor:
+    """0, 1, ... for the different integers of x from the least on, without waiting for a device."""
+    if x.dtype == torch.uint64:  # few operations take it
+        x = x.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    x = x.long()
+    ordered, at = x.sort()
+    ranks = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).long(), (1, 0)).cumsum(0)[: x.shape[0]]
+    return torch.empty_like(x).scatter_(0, at, ranks)
 
 
 def ref_logps(x: Any, num_candidates: int, like: torch.Tensor) -> torch.Tensor | None:
     if x is None:
         return None
-    return _per_candidate("ref_logps", x, num_candidates, like, "the data").to(torch.promote_types(like.dtype, torch.float32))
+    x = _per_candidate("ref_logps", x, num_candidates, like, "the data")
+    if readable(x) and x.is_floating_point() and x.isinf().any():  # less that of the policy it would be no number
+        at = int(x.isinf().nonzero()[0])
+        raise ValueError(
+            f"ref_logps must be finite: a reference that rules a candidate out has {float(x[at])} at position {at}"
+        )
+    return x.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def check_options(*, beta: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, reduction: str = "mean"):

@@ -192,6 +192,13 @@ CASES = {
     "softcap_negative": (good_input, "softcap", always(-30.0), ValueError, ["-30", "> 0"]),
     "logit_scale_nan": (good_input, "logit_scale", always(math.nan), ValueError, ["nan"]),
     "logit_scale_text": (good_input, "logit_scale", always("1"), TypeError, ["str", "float"]),
+    "ref_logps_infinite": (
+        good_input,
+        "ref_logps",
+        lambda a: torch.tensor([0.0, -math.inf, 0.0, 0.0], device=a["logits"].device),
+        ValueError,
+        ["finite", "-inf", "1"],
+    ),
     "relevance_nan": (good_input, "relevance", set_relevance(math.nan), ValueError, ["NaN"]),
     # devices
     "labels_elsewhere": (good_input, "labels", elsewhere("labels"), ValueError, ["meta", "logits"]),
@@ -200,7 +207,7 @@ CASES = {
     "borders_elsewhere": (packed_input, "cu_seqlens", elsewhere("cu_seqlens"), ValueError, ["meta"]),
 }
 VALUES = (  # cases told apart from good input by values alone
-    *("label_is_v", "label_negative", "label_huge", "list_sizes_tensor_sum", "relevance_nan"),
+    *("label_is_v", "label_negative", "label_huge", "list_sizes_tensor_sum", "relevance_nan", "ref_logps_infinite"),
     *("borders_fall", "borders_end_early", "borders_end_late", "borders_start_late", "borders_negative"),
 )
 

@@ -9,7 +9,9 @@ or worst. No atomics, fixed order of every sum.
 import triton
 import triton.language as tl
 
-from .math import LOG2E, sigmoid, softplus
+from .math import LN2, LOG2E, one_minus_exp, sigmoid, softplus
+
+FINITE: tl.constexpr = tl.constexpr(1e300)  # what infinite relevance counts as: its difference from another's is a number
 
 
 @triton.jit
@@ -43,22 +45,41 @@ def candidate_logps(
 ):
     """One program per candidate."""
     s = tl.program_id(0)
-    start = clamp(tl.load(cu_tokens_ptr + s), N)
-    stop = clamp(tl.load(cu_tokens_ptr + s + 1), N)
+    start, stop, wrong = segment(cu_tokens_ptr, s, tl.num_programs(0), N)
     logp, share = candidate_sum(logps_ptr, counted_ptr, start, stop, MEAN, TOKENS)
-    tl.store(out_ptr + s, logp)
-    tl.store(share_ptr + s, share)
+    tl.store(out_ptr + s, tl.where(wrong, float("nan"), logp))
+    tl.store(share_ptr + s, tl.where(wrong, float("nan"), share))
 
 
 @triton.jit
-def clamp(border, n):
-    """Borders are data: none may lead outside, whatever it says."""
-    return tl.minimum(tl.maximum(border, 0), n)
+def segment(cu_ptr, i, segments, n):
+    """-> the items of segment i, start:stop, and whether its borders are wrong: not in order, or not from 0 to n over all.
+
+    Borders are data: none may lead outside, whatever it says.
+    """
+    start, stop = tl.load(cu_ptr + i), tl.load(cu_ptr + i + 1)
+    wrong = (start > stop) | (start < 0) | (stop > n) | ((i == 0) & (start != 0)) | ((i == segments - 1) & (stop != n))
+    return tl.minimum(tl.maximum(start, 0), n), tl.minimum(tl.maximum(stop, 0), n), wrong
 
 
 @triton.jit
 def discount(rank):
     return 1.0 / tl.log2(1.0 + rank)
+
+
+@triton.jit
+def value(relevance_ptr, i, stop):
+    """Relevance as a number to compute with, float64."""
+    r = tl.load(relevance_ptr + i, mask=i < stop, other=0.0)
+    return tl.minimum(tl.maximum(r, -FINITE), FINITE)
+
+
+@triton.jit
+def gain_difference(r_i, r_j, top):
+    """(2^r_i - 2^r_j) / 2^top for r_i, r_j <= top, float32 with its relative accuracy, however close or large they are."""
+    apart = tl.abs(r_i - r_j).to(tl.float32)
+    size = tl.exp2((tl.maximum(r_i, r_j) - top).to(tl.float32)) * one_minus_exp(apart * -LN2)
+    return tl.where(r_i < r_j, -size, size)
 
 
 @triton.jit
@@ -84,8 +105,8 @@ def in_rest(a_i, a_j, i, j, TIES: tl.constexpr):
 
 
 @triton.jit
-def pair_weight(gain_i, gain_j, rank_i, rank_j, cut, WEIGHTING: tl.constexpr):
-    """LambdaRank's w_ij, symmetric: the change in (unnormalised) DCG if i and j swapped their ranks by score."""
+def rank_change(rank_i, rank_j, cut, WEIGHTING: tl.constexpr):
+    """What LambdaRank weights the difference of two gains by: how far apart in discount the ranks by score are."""
     if WEIGHTING == "dcg":
         d_i = tl.where(rank_i <= cut, discount(rank_i), 0.0)
         d_j = tl.where(rank_j <= cut, discount(rank_j), 0.0)
@@ -95,7 +116,7 @@ def pair_weight(gain_i, gain_j, rank_i, rank_j, cut, WEIGHTING: tl.constexpr):
         lower = tl.maximum(rank_i, rank_j)
         change = discount(apart) - discount(apart + 1.0)
         change *= tl.where(lower > cut, 1.0 / (1.0 - discount(tl.maximum(lower, 2.0))), 1.0)
-    return tl.abs(gain_i - gain_j) * change
+    return change
 
 
 @triton.jit
@@ -126,8 +147,8 @@ def list_stage(
     M: tl.constexpr,
 ):
     lst = tl.program_id(0)
-    start = clamp(tl.load(cu_lists_ptr + lst), S)
-    stop = clamp(tl.load(cu_lists_ptr + lst + 1), S)
+    start, stop, wrong = segment(cu_lists_ptr, lst, tl.num_programs(0), S)
+    unknown = (wrong | (start == stop)).to(tl.int32)  # counts what makes the list's loss NaN: borders, relevance that is NaN
 
     # 1. candidates and scores; c holds the share of a token until phase 3
     for s in range(start, stop):
@@ -135,9 +156,10 @@ def list_stage(
             logp = tl.load(logps_ptr + s)
             share = 1.0
         else:
-            first = clamp(tl.load(cu_tokens_ptr + s), N)
-            last = clamp(tl.load(cu_tokens_ptr + s + 1), N)
+            first, last, astray = segment(cu_tokens_ptr, s, S, N)
+            unknown += astray.to(tl.int32)
             logp, share = candidate_sum(logps_ptr, counted_ptr, first, last, MEAN, TOKENS)
+            logp = tl.where(astray, float("nan"), logp)
         tl.store(candidate_ptr + s, logp)
         tl.store(c_ptr + s, share)
         if HAS_REF:
@@ -147,16 +169,20 @@ def list_stage(
 
     # 2. what phase 3 needs of every candidate j: level_j, log_j and part_j
     #    suffixes: logsumexp from j on as largest score + log of the rest (a sum of the two would round away differences
-    #    of large scores), and a_j;   pairs: rank by score and gain (LambdaRank) or rank by relevance (Pairwise)
+    #    of large scores), and a_j, 0 if all of these scores are -inf;   pairs: rank by score (LambdaRank) or by relevance
     cut = tl.where(k == 0, stop - start, k).to(tl.float32)
     ideal = 0.0
-    unknown = 0  # candidates whose relevance is NaN
     num_best = 0  # candidates with none before them, and with none after them: more than one only where ties are not ordered
     num_worst = 0
     num_ranks = 0  # candidates that know how many are before and after them: all, unless some are tied
-    target_level = 0.0  # log-sum-exp of relevance / temperature
-    if OBJECTIVE == "listnet":
-        target_level = list_logsumexp(relevance_ptr, start, stop, 1.0 / temperature, M)
+    top = 0.0  # the largest relevance
+    target = 0.0  # sum of exp((relevance - top) / temperature)
+    if OBJECTIVE == "listnet" or WEIGHTING != "none":
+        top = list_max(relevance_ptr, start, stop, M)
+        if OBJECTIVE == "listnet":
+            target = list_sum_exp(relevance_ptr, start, stop, top, temperature, M)
+        else:
+            top = tl.maximum(top, 0.0)  # of the terms 2^r and 1 of a gain
     for i0 in range(start, stop, M):
         i = i0 + tl.arange(0, M)
         g_i = tl.load(scores_ptr + i, mask=i < stop, other=-float("inf"))
@@ -200,10 +226,11 @@ def list_stage(
                 peak = new_peak
         if OBJECTIVE == "lambdarank":
             level = 1.0 + ahead_by_score.to(tl.float32)
-            position = 1.0 + ahead.to(tl.float32)
-            gain = tl.exp2(r_i.to(tl.float32)) - 1.0
-            ideal += tl.sum(tl.where((i < stop) & (position <= cut), gain * discount(position), 0.0))
-            part = gain
+            if WEIGHTING != "none":
+                position = 1.0 + ahead.to(tl.float32)
+                gain = gain_difference(value(relevance_ptr, i, stop), 0.0, top)
+                ideal += tl.sum(tl.where((i < stop) & (position <= cut), gain * discount(position), 0.0))
+            part = level
         elif OBJECTIVE == "pairwise":
             level = ahead.to(tl.float32)
             part = behind.to(tl.float32)
@@ -215,7 +242,8 @@ def list_stage(
             elif OBJECTIVE == "contrastive":
                 part = (ahead == 0).to(tl.float32)
             else:
-                part = tl.exp2((r_i.to(tl.float32) / temperature - target_level) * LOG2E)
+                part = exp_below(value(relevance_ptr, i, stop), top, temperature) / target
+            part = tl.where((peak == -float("inf")) & (total == 0.0), 0.0, part)
         tl.store(work_ptr + i, level, mask=i < stop)
         tl.store(work_ptr + S + i, part, mask=i < stop)
         num_best += tl.sum(((i < stop) & (ahead == 0)).to(tl.int32))
@@ -224,7 +252,7 @@ def list_stage(
     tl.debug_barrier()
 
     # 3. loss and gradient
-    ideal = tl.where(ideal == 0.0, 1.0, ideal)
+    ideal = tl.where(ideal == 0.0, 1.0, tl.abs(ideal))
     orders = tie_share(num_best, num_worst, num_ranks, stop - start, OBJECTIVE, TIES)
     loss = 0.0
     for i0 in range(start, stop, M):
@@ -271,8 +299,13 @@ def list_stage(
                     j_wins = real & (r_i[:, None] < r_j[None, :])
                     w = tl.full([M, M], 1.0, tl.float32)
                     if WEIGHTING != "none":
-                        w = pair_weight(part_i[:, None], part_j[None, :], level_i[:, None], level_j[None, :], cut, WEIGHTING)
-                        w /= ideal
+                        x_i, x_j = value(relevance_ptr, i, stop), value(relevance_ptr, j, stop)
+                        w = tl.abs(gain_difference(x_i[:, None], x_j[None, :], top)) / ideal
+                        w *= rank_change(level_i[:, None], level_j[None, :], cut, WEIGHTING)
+                both_lost = (g_i == -float("inf"))[:, None] & (g_j == -float("inf"))[None, :]
+                mute = both_lost | ((w == 0.0) & (tl.abs(gap) == float("inf")))
+                i_wins = i_wins & ~mute
+                j_wins = j_wins & ~mute
                 loss += tl.sum(tl.where(i_wins, w * softplus(gap), 0.0))
                 d -= tl.sum(tl.where(i_wins, w * sigmoid(gap), 0.0), 1)
                 d += tl.sum(tl.where(j_wins, w * sigmoid(-gap), 0.0), 1)
@@ -318,16 +351,25 @@ def tie_share(num_best, num_worst, num_ranks, m, OBJECTIVE: tl.constexpr, TIES: 
 
 
 @triton.jit
-def list_logsumexp(x_ptr, start, stop, factor, M: tl.constexpr):
-    """log sum exp(factor * x) over x[start:stop]."""
-    peak = tl.full([M], -float("inf"), tl.float32)
+def list_max(relevance_ptr, start, stop, M: tl.constexpr):
+    """The largest relevance of candidates start:stop, as a number to compute with."""
+    top = tl.full([M], -FINITE, tl.float64)
     for j0 in range(start, stop, M):
         j = j0 + tl.arange(0, M)
-        peak = tl.maximum(peak, tl.load(x_ptr + j, mask=j < stop, other=-float("inf")).to(tl.float32) * factor)
-    top = tl.max(peak)
+        top = tl.maximum(top, tl.where(j < stop, value(relevance_ptr, j, stop), -FINITE))
+    return tl.max(top)
+
+
+@triton.jit
+def exp_below(x, top, temperature):
+    """exp((x - top) / temperature) for x <= top, float32."""
+    return tl.exp2((x - top).to(tl.float32) / temperature * LOG2E)
+
+
+@triton.jit
+def list_sum_exp(relevance_ptr, start, stop, top, temperature, M: tl.constexpr):
     total = tl.zeros([M], tl.float32)
     for j0 in range(start, stop, M):
         j = j0 + tl.arange(0, M)
-        x = tl.load(x_ptr + j, mask=j < stop, other=-float("inf")).to(tl.float32) * factor
-        total += tl.exp2((x - top) * LOG2E)
-    return top + tl.log(tl.sum(total))
+        total += tl.where(j < stop, exp_below(value(relevance_ptr, j, stop), top, temperature), 0.0)
+    return tl.sum(total)
