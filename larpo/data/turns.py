@@ -70,9 +70,7 @@ class Turns:
     def __init__(self, tokenizer: Any, prompt: Sequence[Message], keywords: Mapping[str, Any]):
         self.tokenizer, self.prompt, self.keywords = tokenizer, prompt, keywords
         self.start = prompt_text(tokenizer, prompt, keywords)  # where the first answer begins
-        special = "|".join(map(re.escape, special_tokens(tokenizer)))
-        self.special = re.compile(special or r"(?!)")
-        self.closed = re.compile(rf"(?:{special or '(?!)'})(?=\s*\Z)")
+        self.special = "|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)"
 
     def reply(self, answer: str | Sequence[Message], name: str = "completion") -> Reply:
         """Raises ValueError where the conversation does not begin with the prompt, holds no answer of the assistant's, or does
@@ -100,7 +98,8 @@ class Turns:
         if not own:
             return Reply(self.start, (), not last_word)
         a, b = own[-1]
-        return Reply(text[:b], tuple(own), not last_word or self.closed.search(text, a, b) is not None)
+        ended = re.compile(rf"(?:{self.special})\s*\Z").search(text, a, b) is not None
+        return Reply(text[:b], tuple(own), ended or not last_word)
 
     def _check_start(self, text: str, name: str) -> None:
         start = self.start
@@ -149,7 +148,7 @@ class Turns:
                 return a, b
         whole = self._try(lambda: render(self.tokenizer, messages[: i + 1], self.keywords))
         if begin is not None and whole is not None and text.startswith(whole) and begin <= len(whole):
-            return begin, len(whole)
+            return begin, self._before_end(text, begin, len(whole))
         return None
 
     def _sampled_from(self, before: Sequence[Message], text: str) -> int | None:
@@ -167,9 +166,10 @@ class Turns:
 
     @cached_property
     def closing(self) -> str | None:
-        """What ends the turn of an answer that ends the conversation, up to its last special token."""
-        found = list(self.special.finditer(self._alone.after)) if self._alone else []
-        return self._alone.after[: found[-1].end()] if found else None
+        """What ends the turn of an answer that ends the conversation: up to the first special token, and those at once behind
+        it. None where no such token follows."""
+        found = re.search(rf"(?:{self.special})+", self._alone.after) if self._alone else None
+        return self._alone.after[: found.end()] if found else None
 
     def _frame(self, before: Sequence[Message], after: Sequence[Message]) -> _Frame | None:
         def of(word: str) -> str:
@@ -194,21 +194,29 @@ class Turns:
     # --- the end of a turn ---------------------------------------------------------------------------------
 
     def _end(self, text: str, a: int, b: int, last: bool) -> int:
-        """Where text[a:b], an answer, ends: behind the special token that closes its turn.
+        """Where the turn of the answer text[a:b] ends: behind the special token that closes it.
 
-        last: nothing follows the turn, so up to its last special token all is its end; without one, all there is.
+        last: nothing follows the turn, so all there is belongs to it where no token closes it.
         """
-        if own := self.closed.search(text, a, b):
-            return own.end()
+        closing = self.closing
+        if closing is not None and text[a:b].rstrip().endswith(closing.strip()):  # the answer holds its end
+            return a + len(text[a:b].rstrip())
+        if closing is not None and text.startswith(closing, b):
+            return b + len(closing)
         if last:
-            found = list(self.special.finditer(text, b))
-            return found[-1].end() if found else len(text)
-        if self.closing is None:  # the template closes no turn by a token of its own
+            found = re.compile(rf"(?:{self.special})+").search(text, b)
+            return found.end() if found else len(text)
+        if closing is None and self._alone is not None:  # the template closes no turn by a token of its own
             return b
-        if text.startswith(self.closing, b):
-            return b + len(self.closing)
-        other = re.compile(rf"\s*(?:{self.special.pattern})").match(text, b)
+        other = re.compile(rf"\s*(?:{self.special})").match(text, b)
         return other.end() if other else b
+
+    def _before_end(self, text: str, a: int, b: int) -> int:
+        """Where an answer ends that stands with the end of its turn in text[a:b]."""
+        closing = re.escape(self.closing) if self.closing is not None else r"(?!)"
+        found = re.compile(rf"(?:{closing})(?=(?:\s|{self.special})*\Z)").search(text, a, b)
+        found = found or re.compile(rf"(?:{self.special})(?=\s*\Z)").search(text, a, b)
+        return found.start() if found else b
 
 
 def _begins_with(message: Message, header: str) -> bool:

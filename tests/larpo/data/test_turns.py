@@ -56,6 +56,16 @@ TWO_ENDS = (
 TWO_ENDS += "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 # As GLM-4: nothing ends a turn but the next one's header.
 OPEN = "{% for m in messages %}<|{{ m.role }}|>\n" + BODY + "{% endfor %}" + HEAD
+# As Phi-3's: an end of the text behind the end of the turn. As Cohere's: two tokens end a turn. As DeepSeek's: calls of tools
+# end in special tokens of their own.
+END_OF_TEXT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n"
+    + BODY
+    + "<|end|>\n{% endfor %}"
+    + HEAD.replace("{% endif", "{% else %}</s>{% endif")
+)
+TWO_TOKENS = CALLS.replace("</s>", "<|end|></s>")
+SPECIAL_CALLS = CALLS.replace("</call>", "<|end|>")
 # Says itself what is the assistant's; the header is in its block, the end is not.
 GENERATION = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|assistant|>\n" + BODY + "{% endgeneration %}</s>\n"
@@ -93,6 +103,11 @@ DIALOGUE = [says("yes"), USER, says("46")]
         (STRICT, DIALOGUE, "[[ yes</s>]][user] hello [/][[ 46</s>]]"),
         (TWO_ENDS, AGENT, f"[[{CALLED}<|end|>]]<|tool|>rain: yes<|end|><|assistant|>[[yes</s>]]"),
         (TWO_ENDS, DIALOGUE, "[[yes<|end|>]]<|user|>hello<|end|><|assistant|>[[46</s>]]"),
+        (END_OF_TEXT, DIALOGUE, "[[yes<|end|>]]\n<|user|>\nhello<|end|>\n<|assistant|>\n[[46<|end|>]]"),
+        (TWO_TOKENS, DIALOGUE, "[[yes<|end|></s>]]\n<|user|>\nhello<|end|></s>\n<|assistant|>\n[[46<|end|></s>]]"),
+        (SPECIAL_CALLS, AGENT, f"[[{CALLED[:-7]}<|end|></s>]]\n<|tool|>\nrain: yes</s>\n<|assistant|>\n[[yes</s>]]"),
+        (SPECIAL_CALLS, [CALL], f"[[{CALLED[:-7]}<|end|></s>]]"),
+        (STRICT.replace("</call>", "<|end|>"), AGENT, f"[[ {CALLED[:-7]}<|end|></s>]][tool] rain: yes [/][[ yes</s>]]"),
         (OPEN, DIALOGUE, "[[yes]]<|user|>\nhello<|assistant|>\n[[46</s>]]"),
         (GENERATION, AGENT, f"[[{CALLED}</s>]]\n<|tool|>\nrain: yes</s>\n[[<|assistant|>\nyes</s>]]"),
         (GENERATION, DIALOGUE, "[[yes</s>]]\n<|user|>\nhello</s>\n[[<|assistant|>\n46</s>]]"),
@@ -102,7 +117,8 @@ def test_turns_of_tools_and_users_do_not_count(template, answer, expected):
     text, tokens = counted(template, answer)
     assert text == expected
     own = sum(len(part.split("]]")[0]) > 0 for part in expected.split("[[")[1:])
-    assert own == 2 and not all(tokens["completion_mask"][0])
+    turns = sum(message["role"] == "assistant" for message in answer)
+    assert own == turns and ("completion_mask" in tokens) == (turns > 1)
 
 
 # --- where an answer begins
@@ -150,7 +166,14 @@ def test_tokens_that_count_are_those_of_the_answers(family):
 
 @pytest.mark.parametrize(
     ("template", "end"),
-    [(CALLS, "</s>"), (TWO_ENDS, "</s>"), (CHATML.replace("{{ eos_token }}", "<|end|>"), "<|end|>"), (OPEN, None)],
+    [
+        (CALLS, "</s>"),
+        (TWO_ENDS, "</s>"),
+        (END_OF_TEXT, "<|end|>"),
+        (TWO_TOKENS, "<|end|></s>"),
+        (CHATML.replace("{{ eos_token }}", "<|end|>"), "<|end|>"),
+        (OPEN, None),
+    ],
 )
 def test_the_end_of_a_turn_is_what_the_template_writes(template, end):
     assert end_of_turn(with_template(template)) == end
