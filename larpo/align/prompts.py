@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data import json_text
 from ..data.chat_template import template_keywords
-from ..data.validation import check_text
+from ..data.validation import check_no_media, check_text
 from .config import AlignConfig
 
 Prompt = dict[str, Any]
@@ -69,23 +70,23 @@ def _read(source: Any, split: str, name: str) -> list[Prompt]:
     else:
         import datasets
 
-        rows = list(datasets.load_dataset(str(source), split=split))
+        rows = list(json_text.write_dataset(datasets.load_dataset(str(source), split=split), name))
     return [_row(row, f"{name}, row {i}") for i, row in enumerate(rows)]
 
 
 def _read_file(path: Path) -> list:
-    from ..data.loading import read_json
-    from ..runs.files import read_rows
+    from ..data.loading import read_json, read_parquet
 
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    return read_rows(path) if path.suffix == ".parquet" else read_json(path)[0]
+    return list(json_text.write_dataset(read_parquet(path), str(path))) if path.suffix == ".parquet" else read_json(path)[0]
 
 
 def _row(row: Any, where: str) -> Prompt:
     row = dict(row) if isinstance(row, Mapping) else {"prompt": row}
     if "prompt" not in row:
         raise ValueError(f"{where}: field 'prompt' is missing; found {sorted(row)}")
+    check_no_media(row, where)
     check_text("prompt", row["prompt"], where)
     if taken := [name for name in row if name in RESERVED]:
         raise ValueError(f"{where}: columns {taken} have names that the loop itself uses; rename or drop them")

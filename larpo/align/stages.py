@@ -117,8 +117,7 @@ def draw(
 
 def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
     """Log-likelihoods of the rows' exact tokens under a policy: sums, nats, one per candidate."""
-    from datasets import Dataset
-
+    from ..data.loading import as_lists
     from ..modeling.policy import detach
     from ..scoring import score_lists
 
@@ -129,7 +128,7 @@ def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
         warnings.filterwarnings("ignore", message=".*completions? empty")  # a policy may end at once
         scored = score_lists(
             model,
-            Dataset.from_list([a | b for a, b in zip(texts, tokens, strict=True)]),
+            as_lists([a | b for a, b in zip(texts, tokens, strict=True)], scored=False),
             run.models.tokenizer,
             batch_size=max(1, run.config.sample_batch_size // run.config.k),
             max_length=None,

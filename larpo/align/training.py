@@ -90,10 +90,10 @@ def _save(model: Any, tokenizer: Any, folder: Path, trainer: Any) -> None:
 
 
 def _dataset(rows: Rows) -> Any:
-    from datasets import Dataset
+    from ..data.loading import as_lists
 
     columns = ("scores", "source", "prompt_ids", "completion_ids")
-    return Dataset.from_list(
+    return as_lists(
         [
             {"prompt": plain(row["prompt"]), "completions": [plain(one) for one in row["completions"]]}
             | {name: row[name] for name in columns}

@@ -26,8 +26,12 @@ def write_row(row: Mapping[str, Any]) -> dict[str, Any]:
     >>> write_row({"prompt": "Hi", "tools": [{"name": "rain"}]})
     {'prompt': 'Hi', 'tools': '[{"name": "rain"}]'}
     """
-    texts = {name: _text(row[name]) for name in COLUMNS if name in row}
-    return {**row, **{name: _in_messages(row[name]) for name in MESSAGES if name in row}, **texts}
+    return write_messages(row) | {name: _text(row[name]) for name in COLUMNS if name in row}
+
+
+def write_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the tool calls of its prompt and completions as text."""
+    return {**row, **{name: _in_messages(row[name]) for name in MESSAGES if name in row}}
 
 
 def read_message(message: Mapping[str, Any]) -> dict[str, Any]:

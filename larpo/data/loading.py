@@ -53,7 +53,7 @@ def load_lists(source: Any, *, split: str = "train", scored: bool = True) -> Dat
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         if path.suffix == ".parquet":
-            return _convert_dataset(_read_parquet(path), str(path), scored)
+            return _convert_dataset(read_parquet(path), str(path), scored)
         return _convert_rows(*read_json(path), str(path), scored)
     if path.is_file():
         raise ValueError(f"{path}: expected a file that ends in {', '.join(FILES)}")
@@ -126,7 +126,8 @@ def read_json(path: Path) -> tuple[list[Any], Callable[[int], str]]:
     return rows, lambda i: f"{path}, line {lines[i]}"
 
 
-def _read_parquet(path: Path) -> Dataset:
+def read_parquet(path: Path) -> Dataset:
+    """The rows of a parquet file; ValueError where it is none."""
     import datasets
     import pyarrow.parquet
 

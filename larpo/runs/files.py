@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data import json_text
 from ..data.validation import present
 
 Rows = list[dict[str, Any]]
@@ -66,11 +67,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A parquet file; a row is a dict of plain values, lists and messages."""
+    """A parquet file; a row is a dict of plain values, lists and messages, whose tool calls become text."""
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.Table.from_pylist(list(rows))
+    table = pyarrow.Table.from_pylist([json_text.write_messages(row) for row in rows])
     write_whole(path, lambda unfinished: parquet.write_table(table, unfinished))
 
 
@@ -82,8 +83,8 @@ def read_rows(path: Path) -> Rows:
 
 
 def plain(text: Any) -> str | list[dict[str, Any]]:
-    """A text, or messages without the keys that Arrow filled in."""
-    return text if isinstance(text, str) else [present(message) for message in text]
+    """A text, or messages without the keys that Arrow filled in, their tool calls as objects."""
+    return text if isinstance(text, str) else [json_text.read_message(present(message)) for message in text]
 
 
 def rows_once(path: Path, build: Callable[[], Rows]) -> Rows:

@@ -453,8 +453,16 @@ def test_messages_are_prompts_too(tmp_path):
         seen.extend(zip(prompts, completions, strict=True))
         return align_runs.count_o([one[0]["content"] for one in completions])
 
-    prompts = [[{"role": "user", "content": prompt}] for prompt in align_runs.PROMPTS]
-    result = align(tmp_path / "run", iterations=1, model=str(tmp_path / "model"), prompts=prompts, reward=reward)
+    def called(arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "a"}]
+
+    arguments = [{"a": 1}, {"b": None, "a": "1"}, {"a": [2]}]  # what a column of Arrow cannot hold
+    prompts = [[{"role": "user", "content": prompt}, *called(arguments[i % 3])] for i, prompt in enumerate(align_runs.PROMPTS)]
+    result = align(
+        tmp_path / "run", iterations=1, model=str(tmp_path / "model"), prompts=prompts, reward=reward, negatives="hard"
+    )
+    assert all(prompt in prompts for prompt, _ in seen)
     prompt, completion = seen[0]
     assert prompt[0].keys() == {"role", "content"} and completion[0]["role"] == "assistant"
     assert result.metrics[1]["train"]["steps"] > 0
@@ -470,6 +478,8 @@ def test_prompts_that_come_twice_or_are_held_out_are_not_trained_on(tmp_path):
     assert [row["prompt"] for row in held_out] == ["b", "e"]
     with pytest.raises(ValueError, match="eval_prompts must be at least 1 and below the 4 different prompts, got 4"):
         load_prompts(config(tmp_path, prompts=str(file), eval_prompts=4))
+    with pytest.raises(ValueError, match=r"prompts, row 0: field 'images' .*models of text alone are trained"):
+        load_prompts(config(tmp_path, prompts=[{"prompt": "a", "images": ["cat.png"]}, "b"]))
     with pytest.raises(ValueError, match="prompts, row 1: field 'prompt' is missing"):
         load_prompts(config(tmp_path, prompts=["a", {"text": "b"}]))
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):

@@ -126,3 +126,20 @@ def test_tool_calls_that_are_no_list_are_named(tokenizer, calls):
     row = {"prompt": [USER], "completions": [[{"role": "assistant", "content": "", "tool_calls": calls}]], "scores": [1.0]}
     with pytest.raises(ValueError, match=r"tool_calls must be a list, or JSON text of one; got"):
         tokenize_row(row, tokenizer)
+
+
+def test_prompts_of_a_parquet_file_lose_the_keys_that_it_filled_in(tmp_path):
+    from larpo.align import AlignConfig
+    from larpo.align.prompts import load_prompts
+    from larpo.data.json_text import read_message
+
+    given = [{"prompt": [{"role": "user", "content": str(one)}, call(one)]} for one in ARGUMENTS[:2]]
+    datasets.Dataset.from_list(given).to_parquet(tmp_path / "prompts.parquet")
+    config = AlignConfig(
+        output_dir=str(tmp_path), model="m", reward="r:r", prompts=str(tmp_path / "prompts.parquet"), eval_prompts=1
+    )
+    with pytest.warns(UserWarning, match="arguments of tool calls held keys that are None"):
+        prompts, held_out = load_prompts(config)
+    for row in (*prompts, *held_out):
+        user, answer = row["prompt"]
+        assert read_message(answer)["tool_calls"][0]["function"]["arguments"] == json.loads(user["content"].replace("'", '"'))
