@@ -163,7 +163,7 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, OSError, ImportError, RewardError) as error:  # ConnectionError is an OSError
+    except (ValueError, OSError, ImportError, RewardError, FloatingPointError) as error:  # ConnectionError is an OSError
         typer.echo(f"larpo: {masked(str(error))}", err=True)  # some show settings, or an address with its password
         sys.exit(2)
 

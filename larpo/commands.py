@@ -31,7 +31,7 @@ JOB = "larpo-job.json"  # beside the checkpoints: what they are checkpoints of
 # run is computed and logged, WHAT. Not how long it is: a run may be made longer.
 HOW = {"logging_steps", "dataset_num_proc", "precompute_ref_log_probs", "precompute_ref_batch_size", "share_prefix",
        "candidate_micro_batch_size", "schedule", "memory_budget", "kernel_backend", "pad_to_multiple_of", "ndcg_k",
-       "remove_unused_columns"}  # fmt: skip
+       "on_nonfinite", "remove_unused_columns"}  # fmt: skip
 WHAT = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_args",
         "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm",
         "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "neftune_noise_alpha",
@@ -149,7 +149,7 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     """Trains, evaluates if there is something to evaluate on, and saves model and tokenizer in args.output_dir.
 
     Raises ValueError where output_dir has checkpoints of another job, naming every difference, or none that can be gone on
-    from, saying why, and where another process is at work in it.
+    from, saying why, and where another process is at work in it or the same job has diverged. NonFiniteError: it diverges now.
     """
     with locked(Path(args.output_dir), rank=args.process_index):
         return _train(job, args)
@@ -158,12 +158,14 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
 def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     from .data.loading import load_lists
     from .modeling.adapters import lora_config
+    from .runs.divergence import remembered
     from .trainer import LarPOTrainer
 
     adapter = None if job.peft is None else lora_config(job.peft)
     data = load_lists(job.train_data, split=job.train_split)
     held_out = None if job.eval_data is None else load_lists(job.eval_data, split=job.eval_split)
-    _claim(Path(args.output_dir), _identity(job, args, data), write=args.should_save)
+    folder, identity = Path(args.output_dir), _identity(job, args, data)
+    _claim(folder, identity, write=args.should_save)
     checkpoint = checkpoint_to_go_on_from(args.output_dir, args) if job.resume else None
     trainer = LarPOTrainer(
         os.path.expanduser(job.model),
@@ -173,10 +175,11 @@ def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
         eval_dataset=held_out,
         peft_config=adapter,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if held_out is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_model()
+    with remembered(folder, identity | {"on_nonfinite": args.on_nonfinite}, write=args.should_save):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if held_out is not None:
+            trainer.save_metrics("eval", trainer.evaluate())
+        trainer.save_model()
     trainer.save_state()
     return trainer
 

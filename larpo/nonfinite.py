@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ON_NONFINITE = ("raise", "skip")
+IN_A_ROW = 20  # batches left out one after the other: then it is not the batches
 SKIPPING = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # gradients are whole on every rank
 
 
@@ -36,7 +37,7 @@ class FiniteLoss:
 
     def __init__(self, accelerator: Accelerator, on_nonfinite: str):
         self.accelerator, self.on_nonfinite = accelerator, on_nonfinite
-        self.skipped = 0
+        self.skipped = self.in_a_row = 0
         if on_nonfinite == "skip" and (kind := _no_skipping(accelerator)):
             raise ValueError(
                 f"on_nonfinite='skip' works in one process and under DDP, without fp16; here is {kind}. Use 'raise'"
@@ -54,6 +55,7 @@ class FiniteLoss:
         if self.accelerator.num_processes > 1:
             finite = self.accelerator.reduce((~finite).int()) == 0
         if finite:  # waits for the forward
+            self.in_a_row = 0
             return
         said = _where(inputs, found)
         bad = nonfinite_parameters(model)
@@ -61,12 +63,13 @@ class FiniteLoss:
             everybodys = gather_object([(said, bad)])
             said = "; ".join(dict.fromkeys(one for one, _ in everybodys if one))
             bad = list(dict.fromkeys(name for _, names in everybodys for name in names))
-        if self.on_nonfinite == "skip" and may_skip and not bad:
+        if self.on_nonfinite == "skip" and may_skip and not bad and self.in_a_row < IN_A_ROW:
             self.skipped += 1
+            self.in_a_row += 1
             if self.accelerator.is_main_process:
                 warnings.warn(f"step {step}: a batch is left out, {said}", stacklevel=2)
             raise SkippedBatch
-        raise NonFiniteError(f"training stops at step {step}: {said}. {_advice(bad)}")
+        raise NonFiniteError(f"training stops at step {step}: {said}. {_advice(found, bad)}")
 
 
 def finish_update_without(model: nn.Module, accelerator: Accelerator) -> None:
@@ -100,7 +103,7 @@ def refuse_nonfinite_weights(model: nn.Module, where: Any, accelerator: Accelera
         raise NonFiniteError(f"{_parameters(bad)}: training has diverged, and nothing is written to {where}. {LOWER}")
 
 
-LOWER = "Train again with a lower learning_rate or max_grad_norm, a longer warm-up, or bf16 instead of fp16"
+LOWER = "Train again, in another output_dir, with a lower learning_rate or max_grad_norm, or a longer warm-up"
 
 
 def _no_skipping(accelerator: Accelerator) -> str | None:
@@ -124,9 +127,11 @@ def _where(inputs: dict[str, Any], found: dict[str, Tensor]) -> str:
     return ", ".join(parts)
 
 
-def _advice(bad: list[str]) -> str:
+def _advice(found: dict[str, Tensor], bad: list[str]) -> str:
     if bad:
         return f"{_parameters(bad)}: an earlier update had a gradient that was not. {LOWER}"
+    if "logps" in found and not found["logps"].isfinite().any():
+        return f"The weights are finite, as before this step, but may have become too large. {LOWER}"
     return (
         "The weights are finite, as before this step. Look at these rows (numbered from 0) and at the reference's "
         "log-likelihoods of them; on_nonfinite='skip' leaves such batches out and counts them"

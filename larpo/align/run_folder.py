@@ -7,6 +7,7 @@
         candidates.parquet   score.json        the same with scores
         lists.parquet        lists.json        what is trained on
         model/               train.json        the policy after this iteration, a folder of transformers
+        diverged.json                          instead of these two: why training ended without a policy
         evaluation.parquet   evaluate.json     its completions of the held-out prompts, and what they say
     metrics.json, summary.md, plots/       all of it for a reader
 

@@ -19,6 +19,7 @@ from .. import candidates as lists_of
 from .. import rewards
 from ..candidates import Candidate, PromptList, from_rows, to_rows
 from ..data.chat_template import template_keywords
+from ..runs.divergence import remembered
 from ..runs.files import Rows, in_chunks, plain, read_json, read_rows, remove, rows_once, write_rows
 from . import evaluation, training
 from .config import AlignConfig
@@ -267,11 +268,12 @@ def train(run: Run, iteration: int) -> dict[str, Any]:
     folder, model = run.folder.iteration(iteration), run.folder.model(iteration)
     rows = read_rows(folder / "lists.parquet")
     if not model.exists():
-        training.train(
-            run.config, rows, run.models,
-            policy=run.policy(iteration - 1), model=model, checkpoints=folder / "checkpoints", seed=run.seed(0, iteration),
-            progress=run.progress,
-        )  # fmt: skip
+        with remembered(folder, {}):  # a run's folder has the run's settings: what diverged was this
+            training.train(
+                run.config, rows, run.models,
+                policy=run.policy(iteration - 1), model=model, checkpoints=folder / "checkpoints",
+                seed=run.seed(0, iteration), progress=run.progress,
+            )  # fmt: skip
         run.models.forget()
     remove(folder / "checkpoints")
     return training.report(model)

@@ -27,6 +27,8 @@ def train(
 
     The reference is the policy before training, or the initial model with reference="initial". Without lists the policy
     is written as it is, with a warning.
+
+    Raises NonFiniteError where training diverges: nothing is written then.
     """
     from ..runs.checkpoints import last_whole_checkpoint
     from ..trainer import LarPOTrainer
@@ -35,7 +37,7 @@ def train(
     own = models.take(policy)
     if not rows:
         logger.warning("no list has an order to learn from: the policy stays as it is (%s)", checkpoints.parent)
-        write_whole(model, lambda folder: _save(own, models.tokenizer, folder, None))
+        _write(model, own, models.tokenizer)
         return
     if config.trained_layers is not None:
         train_last_layers(own, config.trained_layers)
@@ -53,7 +55,7 @@ def train(
         models.forget()
     _quiet(trainer, progress)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints, trainer.args))
-    write_whole(model, lambda folder: _save(trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, folder, trainer))
+    _write(model, trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, trainer)
 
 
 def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
@@ -82,11 +84,18 @@ def report(model: Path) -> dict[str, Any]:
     return {"steps": log["global_step"], "log": steps}
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, trainer: Any) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if trainer is not None:
-        trainer.state.save_to_json(str(folder / STATE))
+def _write(folder: Path, model: Any, tokenizer: Any, trainer: Any = None) -> None:
+    """The policy's folder, whole; weights that are not finite are refused."""
+    from ..nonfinite import refuse_nonfinite_weights
+
+    def save(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if trainer is not None:
+            trainer.state.save_to_json(str(unfinished / STATE))
+
+    refuse_nonfinite_weights(model, folder)
+    write_whole(folder, save)
 
 
 def _dataset(rows: Rows) -> Any:

@@ -333,3 +333,35 @@ def test_the_config_in_the_docs_is_one(tmp_path, folder):
     file.write_text(found)
     job, args = commands.train_settings(file, ["--use_cpu", "--output_dir", str(tmp_path)])
     assert (args.list_top, args.list_bottom, job.peft) == (1, 3, {"r": 16, "target_modules": "all-linear"})
+
+
+def test_a_training_that_diverged_writes_no_model_and_is_not_repeated_blindly(tmp_path, folder, monkeypatch, capsys):
+    file = config(tmp_path, folder, learning_rate=1e30, save_strategy="no", optim="sgd")
+    out = tmp_path / "out"
+    status, _, said = larpo(monkeypatch, capsys, "train", "--config", file)
+    assert status == 2 and "training stops at step 2: the loss is nan" in said and "lower learning_rate" in said
+    assert not list(out.rglob("*.safetensors"))
+    status, _, said = larpo(monkeypatch, capsys, "train", "--config", file)
+    assert status == 2 and "has diverged before: training stops at step 2: the loss is nan" in said
+    assert f"delete {out / 'diverged.json'}" in said
+    other = ["--learning_rate", "1e-3", "--max_steps", "1"]  # there is no checkpoint of the run that diverged
+    assert larpo(monkeypatch, capsys, "train", "--config", file, *other)[0] == 0
+    assert (out / "model.safetensors").is_file() and not (out / "diverged.json").exists()
+
+
+def test_a_training_that_diverged_can_go_on_from_its_checkpoint_where_bad_batches_are_left_out(tmp_path, folder, monkeypatch):
+    from larpo.trainer import LarPOTrainer
+
+    whole = LarPOTrainer.list_loss
+
+    def infinite_at_the_end(self, logps, ref_logps, inputs):
+        loss, scores = whole(self, logps, ref_logps, inputs)
+        return loss + (torch.inf if self.state.global_step == 3 else 0), scores
+
+    monkeypatch.setattr(LarPOTrainer, "list_loss", infinite_at_the_end)
+    file = config(tmp_path, folder)
+    with pytest.raises(FloatingPointError, match="stops at step 4: the loss is inf in the batch of rows"):
+        commands.train(*commands.train_settings(file, []))
+    with pytest.warns(UserWarning, match="step 4: a batch is left out"):
+        trainer = commands.train(*commands.train_settings(file, ["--on_nonfinite", "skip"]))
+    assert trainer.state.global_step == 4 and trainer.state.log_history[-2]["skipped_batches"] == 1

@@ -9,6 +9,7 @@ for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from datasets import Dataset
 
+from larpo import nonfinite
 from larpo.nonfinite import NonFiniteError, nonfinite_parameters
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
@@ -120,6 +121,17 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_skipped_for_them(t
     t.model.model.norm.weight.data[0] = torch.nan
     said = r"loss is nan.*1 of the model's parameters are not finite \(model.norm.weight\): an earlier update.*lower"
     with pytest.raises(NonFiniteError, match=said):
+        t.train()
+
+
+def test_training_stops_where_nothing_but_skipping_is_left(tmp_path, data, policy, monkeypatch):
+    monkeypatch.setattr(nonfinite, "IN_A_ROW", 3)
+    t = make(tmp_path, data, policy, on_nonfinite="skip", gradient_accumulation_steps=1, max_steps=12)
+    with pytest.warns(UserWarning, match="a batch is left out"):
+        t.train()  # one of four is bad: never three in a row
+    assert t.state.log_history[-2]["skipped_batches"] == 3
+    t.list_loss = lambda logps, ref_logps, inputs: (logps.sum() * torch.nan, logps)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(NonFiniteError, match="training stops at step 4"):
         t.train()
 
 

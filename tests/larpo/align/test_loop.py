@@ -350,6 +350,34 @@ def test_a_reward_that_raises_loses_nothing_that_was_sampled(tmp_path):
     assert calls == [16, 16, 8, 8, 16]  # chunks of 4 prompts: the first was not scored again
 
 
+def test_an_iteration_whose_training_diverges_is_not_done_and_not_repeated_blindly(tmp_path):
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"training stops at step 2: the loss is nan.*lower learning_rate"):
+            align(tmp_path, iterations=1, training=dict(learning_rate=1e30))
+        folder = tmp_path / "iteration-01"
+        assert not (folder / "model").exists() and not (folder / "train.json").exists()
+        with pytest.raises(
+            ValueError, match=r"iteration-01' has diverged before: training stops at step 2.*delete .*diverged.json"
+        ):
+            align(tmp_path, iterations=1, training=dict(learning_rate=1e30))
+        (folder / "diverged.json").unlink()
+
+
+def test_a_policy_whose_weights_are_not_finite_is_not_written(tmp_path, monkeypatch):
+    from larpo.trainer import LarPOTrainer
+
+    train = LarPOTrainer.train
+
+    def into_nothing(self, **options):
+        train(self, **options)
+        self.model.lm_head.weight.data[0] = torch.nan
+
+    monkeypatch.setattr(LarPOTrainer, "train", into_nothing)
+    with pytest.raises(FloatingPointError, match=r"not finite \(lm_head.weight\).*nothing is written to .*iteration-01/model"):
+        align(tmp_path, iterations=1)
+    assert not (tmp_path / "iteration-01" / "model").exists()
+
+
 def test_columns_of_the_prompts_reach_the_reward(tmp_path):
     def matches(completions, answer, **columns):
         return [float(text.count(letter)) for text, letter in zip(completions, answer, strict=True)]

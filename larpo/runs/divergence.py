@@ -1,0 +1,39 @@
+"""A training that diverged is remembered in its folder: started again as it was, it would diverge again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..nonfinite import NonFiniteError
+from .files import read_json, remove, write_json
+from .identity import changed
+
+FILE = "diverged.json"  # why, and of which run
+
+
+@contextlib.contextmanager
+def remembered(folder: Path, run: Mapping[str, Any], *, write: bool = True) -> Iterator[None]:
+    """Around a training, up to where its result is written. What ends it with a NonFiniteError is kept in the folder's FILE.
+
+    run: the settings that make it this one and no other; write: whether this process is the one that writes.
+
+    Raises ValueError where the same run has diverged before.
+    """
+    file = folder / FILE
+    before = read_json(file) if file.is_file() else None
+    if before is not None and not changed(before["run"], run):
+        raise ValueError(
+            f"the training in {str(folder)!r} has diverged before: {before['why']}. To try again all the same, from the last "
+            f"checkpoint if there is one, delete {file}"
+        )
+    if write:
+        remove(file)
+    try:
+        yield
+    except NonFiniteError as error:
+        if write:
+            write_json(file, {"why": str(error), "run": dict(run)})
+        raise
