@@ -235,10 +235,9 @@ def score(
     """Scores the lists in `data`, with or without scores, and writes them with the new columns to `out`, .parquet or .jsonl;
     see `score_lists`."""
     import torch
-    from transformers import AutoTokenizer
 
     from .data.loading import load_lists
-    from .modeling.loading import load_causal_lm
+    from .modeling.loading import load_causal_lm, load_tokenizer
     from .scoring import score_lists
 
     out = Path(out).expanduser()
@@ -253,7 +252,7 @@ def score(
     scored = score_lists(
         load(model),
         lists,
-        AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code),
+        load_tokenizer(model, options),
         ref_model=None if ref_model is None else load(ref_model),
         beta=beta,
         batch_size=batch_size,

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 
 import larpo_kernels as lk
@@ -31,10 +31,9 @@ from .data.text_tokenizer import text_tokenizer
 from .list_log import ListLog
 from .list_weights import batches_of_window, lists_of_window, without_repeats
 from .losses import ListLoss, mean_over_lists
-from .modeling import lm_heads, prefix_sharing
-from .modeling.adapters import with_adapter
+from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
 from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision, warn_router_loss
-from .modeling.loading import load_causal_lm
+from .modeling.loading import load_causal_lm, load_tokenizer
 from .modeling.policy import Policy, attach, compute_dtype
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
@@ -55,10 +54,11 @@ class LarPOTrainer(Trainer):
 
     Args:
         model: a transformers causal LM, one with a PEFT adapter, or the name or path of one, which is loaded in float32
-            unless `model_init_kwargs` has another dtype.
+            unless `model_init_kwargs` has another dtype. An adapter's folder gives its model with it: it is trained on, or
+            with `peft_config` merged into its model, which is written to `output_dir/merged-base`.
         ref_model: the reference policy, or its name or path. None: the policy as it is now, held apart; with
-            `peft_config`, the model without the adapter. None is needed where the data has `ref_logps` (data sets may
-            differ in that), or with `reference_free`.
+            `peft_config`, the model without the adapter where that is the policy as it is now and stays so. None is needed
+            where the data has `ref_logps` (data sets may differ in that), or with `reference_free`.
         args: a `LarPOConfig`.
         train_dataset, eval_dataset: datasets.Dataset with `prompt`, `completions`, `scores`, or anything `larpo.as_lists`
             converts; eval_dataset may be a dict of them.
@@ -114,23 +114,20 @@ class LarPOTrainer(Trainer):
         set_seed(args.seed)  # adapters are drawn at random
         if args.model_init_kwargs is not None and not isinstance(model, str):
             raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already")
+        named = model if isinstance(model, str) else None
         model, ref_model = (load_causal_lm(x, args.model_init_kwargs) if isinstance(x, str) else x for x in (model, ref_model))
         if ref_model is model:
             raise ValueError("ref_model must not be the model that is trained; leave it out to hold a copy of it apart")
         lm_config = lm_heads.causal_lm(model).config
         if processing_class is None:
-            trusted = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "trust_remote_code"}
-            processing_class = AutoTokenizer.from_pretrained(lm_config._name_or_path, **trusted)
+            processing_class = load_tokenizer(named or lm_config._name_or_path, args.model_init_kwargs)
         tokenizer = text_tokenizer(processing_class)
-        if peft_config is not None:
-            model = with_adapter(model, peft_config)
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()
-        if args.disable_dropout:
-            without_dropout(model)
+        if named is not None and peft_config is not None and adapters.has_adapter(model):
+            model = adapters.merged(model, Path(args.output_dir), write=args.should_save and train_dataset is not None)
+        adapters.check_adapter(model, peft_config)
         if train_dataset is not None:
-            refuse_frozen(model)
-            refuse_foreign_optimizer(optimizers[0], model)
+            if peft_config is None:
+                refuse_frozen(model)
             warn_router_loss(lm_config)
         self._list_losses = ListLoss.of(args)
         self.objective = self._list_losses.objective
@@ -142,12 +139,23 @@ class LarPOTrainer(Trainer):
         tokenised = {name: training_lists(data, tokenizer, args, name) for name, data in tokenised.items()}
         for name, data in tokenised.items():
             check_tokens(data, lm_config, name)
+        ids, start = adapter_start.sample(tokenised.values()), None
+        if peft_config is not None:
+            model, start = adapters.with_new_adapter(model, peft_config, ids)
+            if args.gradient_checkpointing:
+                model.enable_input_require_grads()
         attach(model, self._policy(model, args))
+        if train_dataset is not None:
+            refuse_foreign_optimizer(optimizers[0], model)
+            if adapters.has_adapter(model):
+                adapter_start.refuse_untrainable(model, ids)
+        if args.disable_dropout:
+            without_dropout(model)
         self.reference = ReferencePolicy.choose(
             model,
             ref_model,
             args,
-            new_adapter=peft_config is not None,
+            new_adapter=start,
             with_ref_logps={name: "ref_logps" in data.column_names for name, data in tokenised.items()},
         )
         if self.ref_model is not None:

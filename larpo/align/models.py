@@ -65,22 +65,17 @@ class Models:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
+            from ..modeling.loading import load_tokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.initial())
+            self._tokenizer = load_tokenizer(self.initial(), self.config.model_init_kwargs)
         return self._tokenizer
 
     def _load(self, name: str) -> PreTrainedModel:
-        from ..modeling.loading import load_causal_lm
+        from ..modeling.loading import adapter_config, load_causal_lm
 
-        adapter = Path(name) / "adapter_config.json"
-        base = self.initial() if adapter.is_file() else name
-        model = load_causal_lm(base, self.config.model_init_kwargs)
-        if adapter.is_file():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, name, is_trainable=True)
-        return model.to(self.device).eval()
+        initial = adapter_config(self.initial(), self.config.model_init_kwargs or {})
+        base = self.initial() if initial is None else initial.base_model_name_or_path  # an iteration's adapter is on that
+        return load_causal_lm(name, self.config.model_init_kwargs, base=base).to(self.device).eval()
 
     def check(self) -> None:
         """Refuses an adapter or `trained_layers` that does not fit the model, before anything is sampled: on a model without
@@ -89,7 +84,14 @@ class Models:
         if config.peft is None and config.trained_layers is None:
             return
         from ..modeling.adapters import lora_config, with_adapter
+        from ..modeling.loading import adapter_config
 
+        if adapter_config(self.initial(), config.model_init_kwargs or {}) is not None:
+            name = "peft" if config.peft is not None else "trained_layers"
+            raise ValueError(
+                f"{name} must be left out where model={config.model!r} is an adapter's folder, whose adapter is trained on; or "
+                "merge it first: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(...)"
+            )
         adapter = None if config.peft is None else lora_config(config.peft)
         model = self._without_weights()
         if model is None:

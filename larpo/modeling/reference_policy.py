@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..config import LarPOConfig
     from ..data.collator import ListCollator
+    from .adapter_start import AdapterStart
 
 DEEPSPEED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +43,7 @@ class ReferencePolicy:
 
     way: Way
     model: nn.Module | None = field(default=None, repr=False)
+    adapter_off: bool = False  # the model that stands for it, or before training the policy, has its adapter off
 
     @classmethod
     def choose(
@@ -50,14 +52,14 @@ class ReferencePolicy:
         given: nn.Module | None,
         args: LarPOConfig,
         *,
-        new_adapter: bool,
+        new_adapter: AdapterStart | None,
         with_ref_logps: Mapping[str, bool],
     ) -> ReferencePolicy:
         """Decides what the reference of `policy` is, before anything wraps or trains it.
 
         Args:
             given: the reference that was asked for, or None for the policy as it was handed over.
-            new_adapter: the policy is a model that was handed over and an adapter that was put on it since.
+            new_adapter: what is known of the adapter that the policy was given since it was handed over, if it was.
             with_ref_logps: by the name of each data set, whether it has ref_logps.
 
         Raises ValueError for a reference that would not be asked, would move with training, or could not follow it.
@@ -72,17 +74,35 @@ class ReferencePolicy:
             refuse_shared(policy, given)
             model = without_dropout(given) if args.disable_dropout else given
             chosen = cls(Way.MODEL, model.requires_grad_(False).eval())
-        elif new_adapter:
-            chosen = cls(Way.ADAPTER_OFF)
-        elif all(with_ref_logps.values()) or args.precompute_ref_log_probs:
-            chosen = cls(Way.STORED)
+        elif new_adapter is not None and new_adapter.off_is_start and not new_adapter.trained_outside:
+            chosen = cls(Way.ADAPTER_OFF, adapter_off=True)
         else:
-            chosen = cls(Way.MODEL, frozen_copy(policy, share_frozen=not will_replace_parameters(args)))
-        if args.sync_ref_model and chosen.way is not Way.MODEL:
+            chosen = cls._as_handed_over(policy, args, new_adapter, stored=all(with_ref_logps.values()))
+        if args.sync_ref_model and (chosen.way is not Way.MODEL or chosen.adapter_off):
             raise ValueError(
                 "sync_ref_model needs a reference model; here the reference is the model without its adapter or given"
             )
         return chosen
+
+    @classmethod
+    def _as_handed_over(
+        cls, policy: nn.Module, args: LarPOConfig, new_adapter: AdapterStart | None, *, stored: bool
+    ) -> ReferencePolicy:
+        """The policy as it was before training and before a new adapter: its log-likelihoods are stored, or a copy is held."""
+        off = False
+        if new_adapter is not None and not stored:
+            off = not new_adapter.on_is_start
+            if off and not new_adapter.off_is_start:
+                raise ValueError(
+                    "the model with the adapter of peft_config is another one than was handed over, whether the adapter is on "
+                    "or off, so there is no reference: give ref_model, or an adapter that starts from the model as it is"
+                )
+        if stored or args.precompute_ref_log_probs:
+            return cls(Way.STORED, adapter_off=off)
+        copy = frozen_copy(policy, share_frozen=not will_replace_parameters(args))
+        if off:
+            copy.base_model.disable_adapter_layers()
+        return cls(Way.MODEL, copy, adapter_off=off)
 
     # --- set-up ---------------------------------------------------------------------------------------------
 
@@ -163,7 +183,7 @@ class ReferencePolicy:
     @contextlib.contextmanager
     def _switched(self, policy: nn.Module) -> Iterator[None]:
         """While it lasts, the policy is the reference as far as it can be: with its adapter off."""
-        with policy.disable_adapter() if self.way is Way.ADAPTER_OFF else contextlib.nullcontext():
+        with policy.disable_adapter() if self.adapter_off and self.model is None else contextlib.nullcontext():
             yield
 
 

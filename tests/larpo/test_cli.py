@@ -222,6 +222,20 @@ def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
             commands.score(str(folder / "model"), str(data), tmp_path / "out.jsonl")
 
 
+def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
+    peft = pytest.importorskip("peft")
+    from tests.larpo.test_trainer import eager_logps
+
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    base = tiny.causal_lm()
+    base.name_or_path = str(folder / "model")
+    adapted = peft.get_peft_model(base, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    scored = commands.score(str(tmp_path / "adapter"), str(folder / "lists.jsonl"), tmp_path / "out.parquet")
+    for row in scored:
+        assert row["logps"] == pytest.approx(eager_logps(adapted.merge_and_unload(), row).tolist(), rel=1e-4)
+
+
 def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_scored_on(tmp_path, folder, monkeypatch, capsys):
     model, out = str(folder / "model"), tmp_path / "scored.parquet"
     limits = ["--max-length", 14, "--max-prompt-length", 6, "--truncation-mode", "keep_start", "--no-append-eos"]

@@ -248,6 +248,26 @@ def test_an_adapter_goes_on_from_iteration_to_iteration(tmp_path):
     assert first["loss"] == pytest.approx(math.log(4), abs=0.02)
 
 
+def test_the_adapter_in_a_folder_goes_on_to_be_trained(tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(align_runs.model_folder())
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "sft")
+    given = dict(model=str(tmp_path / "sft"), training=dict(learning_rate=1e-2, beta=0.5))
+    align(tmp_path / "run", **given)
+    folders = [tmp_path / "sft", *(tmp_path / "run" / f"iteration-0{i}" / "model" for i in (1, 2))]
+    sft, first, second = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert sft.keys() == first.keys() == second.keys()
+    assert all(0 < (b[name] - a[name]).norm() < a[name].norm() for a, b in ((sft, first), (first, second)) for name in a)
+    for i in (1, 2):
+        assert counts_of(tmp_path / "run", i, "train")["log"][0]["loss"] == pytest.approx(math.log(4), abs=0.02)
+    for other in (dict(peft={"r": 2}), dict(trained_layers=1)):
+        with pytest.raises(ValueError, match=r"must be left out where model=.* is an adapter's folder"):
+            align(tmp_path / "other", **given, **other)
+
+
 def test_a_run_is_made_longer_by_raising_iterations_also_where_only_the_last_policy_stays(tmp_path):
     short = align(tmp_path, iterations=1, keep_models="last")
     longer = align(tmp_path, iterations=2, keep_models="last")
