@@ -16,7 +16,7 @@ from .runs.files import read_json, write_json, write_whole
 from .runs.identity import changed, content
 from .runs.lock import locked
 from .runs.secrets import masked, without_secrets
-from .runs.yaml_config import as_word, load_yaml, nearest
+from .runs.yaml_config import as_meant, load_yaml, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +67,8 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
 
     kinds = (TrainJob, LarPOConfig)
     known = [f.name for kind in kinds for f in fields(kind) if f.init]
-    values = {} if config is None else load_yaml(config, known)
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    values = {} if config is None else load_yaml(config, {name: hints[name] for name in known})
     given = set()
     for flag in flags:
         name = flag[2:].split("=")[0].replace("-", "_")
@@ -78,10 +79,9 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
     missing = [name for name in needed if values.get(name) is None and name not in given]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given, in the config file or as --{missing[0]}")
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     as_flags, as_they_are = [], {}
     for name, value in values.items():
-        value = as_word(name, value, hints[name])
+        value = as_meant(name, value, hints[name])
         if value is not None and not isinstance(value, list | dict):
             as_flags.append(f"--{name}={value}")
         elif not _takes(hints[name], value):

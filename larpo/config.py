@@ -17,7 +17,7 @@ from .losses import ListLoss, objective_of
 from .nonfinite import ON_NONFINITE
 from .refused_settings import refuse_settings
 from .runs.secrets import given_again, is_secret, masked, without_secrets
-from .runs.yaml_config import as_word
+from .runs.yaml_config import as_meant
 
 
 def _arg(default: Any, text: str) -> Any:
@@ -94,7 +94,7 @@ class LarPOConfig(TrainingArguments):
         hints = get_type_hints(LarPOConfig)
         for one in fields(LarPOConfig):
             if one.init and one.name != "fsdp":  # where transformers itself puts True
-                setattr(self, one.name, as_word(one.name, getattr(self, one.name), hints[one.name]))
+                setattr(self, one.name, as_meant(one.name, getattr(self, one.name), hints[one.name]))
         for name in ("objective_options", "model_init_kwargs"):
             value = getattr(self, name)
             if isinstance(value, str):

@@ -11,7 +11,7 @@ from ..candidates import PAPER_SUBSETS
 from ..rewards import name_of
 from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
-from ..runs.yaml_config import as_word, load_yaml, nearest, number
+from ..runs.yaml_config import as_meant, load_yaml, nearest, number
 from ..sampling import temperature_at
 
 # Settings of LarPOConfig where neither `training` nor the loop says otherwise. "paper": arXiv 2502.03699, its experiment
@@ -161,7 +161,7 @@ class AlignConfig:
         if bottom == 0 and self.negatives != "low":
             raise ValueError(f"negatives {self.negatives!r} fill the bottom of the subset, but subset={self.subset!r} has none")
         for name, hint in get_type_hints(AlignConfig).items():
-            setattr(self, name, as_word(name, getattr(self, name), hint))
+            setattr(self, name, as_meant(name, getattr(self, name), hint))
 
     def _at_least_one(self, name: str) -> None:
         value = getattr(self, name)
@@ -277,7 +277,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         ValueError: the file and line, or the setting, and what is wrong: unknown (with the nearest name), missing, bad.
     """
     known = [f.name for f in fields(AlignConfig)]
-    values = {} if path is None else load_yaml(path, known)
+    values = {} if path is None else load_yaml(path, get_type_hints(AlignConfig))
     for name, value in (overrides or {}).items():
         group, _, inner = name.partition(".")
         if group not in known:

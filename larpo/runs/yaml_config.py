@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import math
+import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-def load_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
-    """The mapping in a YAML file, whose keys must be among `known`.
+def load_yaml(path: str | Path, known: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
+    """The mapping in a YAML file, whose keys must be among `known`; with their types there, what is text stays as written.
+
+    1e-5 is a number, which YAML 1.1 takes for text, unless it is quoted or, as 4e52301 of a commit, beyond all numbers. For a
+    setting that is text, 010, 5e-7 and 2024-01-01 are text.
 
     Raises:
         FileNotFoundError: no such file.
@@ -20,13 +26,13 @@ def load_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     """
     import yaml
 
-    path, known = Path(path), sorted(known)
+    path, hints = Path(path), known if isinstance(known, Mapping) else {}
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     text = path.read_text(encoding="utf-8")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_loader())
+        values = yaml.load(text, Loader=_loader())
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: not YAML: {error.problem}") from None
@@ -36,14 +42,45 @@ def load_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         line = node.start_mark.line + 1
         raise ValueError(f"{path}, line {line}: holds {type(values).__name__}; expected lines of `name: value`")
     seen: dict[str, int] = {}
-    for key, _ in node.value:
+    for key, value in node.value:
         line = key.start_mark.line + 1
         if key.value in seen:
             raise ValueError(f"{path}, line {line}: {key.value!r} is given twice, first on line {seen[key.value]}")
         seen[key.value] = line
         if key.value not in known:
-            raise ValueError(f"{path}, line {line}: unknown setting {key.value!r}{nearest(key.value, known)}")
-    return {key: number(value) for key, value in values.items()}
+            raise ValueError(f"{path}, line {line}: unknown setting {key.value!r}{nearest(key.value, sorted(known))}")
+        if value.tag.endswith((":int", ":float", ":timestamp")) and _is_text(hints.get(key.value)):
+            values[key.value] = value.value
+    return values
+
+
+@functools.cache
+def _loader() -> type:
+    """YAML 1.1 of PyYAML, with the numbers of YAML 1.2."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    pattern = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
+    Loader.add_constructor("tag:yaml.org,2002:float", _float)
+    return Loader
+
+
+def _float(loader: Any, node: Any) -> float | str:
+    value = loader.construct_yaml_float(node)
+    return node.value if math.isinf(value) and "inf" not in node.value.lower() else value
+
+
+def _is_text(hint: Any) -> bool:
+    kinds = set(_kinds(hint))
+    return str in kinds and kinds <= {str, types.NoneType}
+
+
+def _kinds(hint: Any) -> tuple:
+    """The types of a union, or the one that it is."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -56,18 +93,21 @@ WORDS = {False: ("no", "off", "none"), True: ("yes", "on")}  # that YAML 1.1 rea
 CHOICES = {"report_to": ("none", "all")}  # of settings whose type does not list them
 
 
-def as_word(name: str, value: Any, hint: Any) -> Any:
-    """The choice that was meant by a boolean, where a setting of this type takes none: `save_strategy: no` is "no".
+def as_meant(name: str, value: Any, hint: Any) -> Any:
+    """What a value stands for where a setting's type says so: a boolean for the choice that YAML 1.1 took for one
+    (`save_strategy: no` is "no"), text in quotes for a number. Anything else is returned as it is.
 
-    Raises ValueError for a boolean that stands for no choice, and for text where a setting is a boolean: "no" would count as
-    true. Anything else is returned as it is.
+    Raises ValueError for a boolean that stands for no choice, and for text where a setting is a boolean or a number: "no"
+    would count as true.
 
-    >>> as_word("save_strategy", False, Literal["no", "steps"]), as_word("bf16", False, bool), as_word("seed", 7, int)
-    ('no', False, 7)
+    >>> as_meant("save_strategy", False, Literal["no", "steps"]), as_meant("bf16", False, bool), as_meant("beta", "1e-1", float)
+    ('no', False, 0.1)
     """
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if isinstance(value, str) and set(kinds) <= {bool, types.NoneType}:
-        raise ValueError(f"{name} must be a boolean, got {value!r}")
+    kinds = _kinds(hint)
+    if isinstance(value, str):
+        if value == "None" and types.NoneType in kinds:  # as Python writes it; YAML writes null
+            return None
+        return _not_text(name, value, set(kinds) - {types.NoneType})
     if not isinstance(value, bool):
         return value
     choices = [*CHOICES.get(name, ()), *(choice for kind in kinds for choice in _choices(kind))]
@@ -80,6 +120,18 @@ def as_word(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name} must be {expected}, got {value!r}; YAML reads no, off, yes and on as booleans unless quoted")
 
 
+def _not_text(name: str, value: str, kinds: set) -> Any:
+    """The text, or the number in it where a setting is one."""
+    if kinds == {bool}:
+        raise ValueError(f"{name} must be a boolean, got {value!r}")
+    if not kinds or not kinds <= {int, float}:
+        return value
+    try:
+        return float(value) if float in kinds else int(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+
+
 def _choices(kind: Any) -> tuple:
     """The values of an enumeration or of a Literal."""
     if isinstance(kind, type) and issubclass(kind, Enum):
@@ -88,12 +140,13 @@ def _choices(kind: Any) -> tuple:
 
 
 def number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text; here it is the number that was meant."""
+    """The number that was meant by a text like 1e-5, as YAML 1.1 reads it."""
     if isinstance(value, str):
         try:
-            return float(value) if "e" in value.lower() and not value.isalpha() else value
+            found = float(value) if "e" in value.lower() and not value.isalpha() else value
         except ValueError:
             return value
+        return value if found in (math.inf, -math.inf) else found
     if isinstance(value, dict):
         return {key: number(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -274,6 +274,19 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
     assert load_yaml(file, "abcf") == {"a": 1e-5, "b": "hello", "c": {"d": [2000.0, "e"]}, "f": True}
 
 
+@pytest.mark.parametrize("text", ["010", "5e-7", "2024-01-01", "1_000", "0x1f", "12:30"])
+def test_what_looks_like_a_number_stays_as_written_where_a_setting_is_text(tmp_path, folder, text):
+    file = config(tmp_path, folder)
+    file.write_text(f"{file.read_text()}\nrun_name: {text}")
+    assert commands.train_settings(file, [])[1].run_name == text
+
+
+def test_a_commit_is_no_number(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("a: {revision: 4e52301}\nb: '1e5'\nc: .inf")
+    assert load_yaml(file, "abc") == {"a": {"revision": "4e52301"}, "b": "1e5", "c": float("inf")}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
