@@ -117,7 +117,7 @@ def _part(text: str) -> list[dict[str, str]]:
 
 def _is_begun(last: Message) -> bool:
     """Whether the last message of a prompt is an answer to go on with; one that calls a tool is whole."""
-    return last["role"] == "assistant" and last.get("content") is not None and not last.get("tool_calls")
+    return last["role"] == "assistant" and last.get("content") is not None and not any(map(last.get, json_text.CALLS))
 
 
 def _without_none(value: Any) -> Any:

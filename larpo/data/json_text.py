@@ -1,8 +1,8 @@
 """Free-form JSON of a row, carried as text until a template reads it.
 
 Arrow gives a column one struct: of `{"a": 1}` beside `{"t": 2}` it makes `{"a": 1, "t": None}`, it loses the order of keys,
-and refuses values of different types. So what has no fixed keys is text in a data set: the `tool_calls` of messages, and the
-columns `tools` and `chat_template_kwargs`.
+and refuses values of different types. So what has no fixed keys is text in a data set: the `tool_calls` of messages (and
+keys like it), and the columns `tools` and `chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CALLS = "tool_calls"
+CALLS = ("tool_calls", "function_call", "tool_responses")  # keys of messages
 COLUMNS = ("tools", "chat_template_kwargs")
 MESSAGES = ("prompt", "completions")
 
@@ -35,19 +35,19 @@ def write_messages(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose tool calls are objects. Raises ValueError where their text is no JSON of a list."""
-    calls = message.get(CALLS)
-    return {**message, CALLS: read_calls(calls)} if isinstance(calls, str) else dict(message)
+    """A message whose tool calls are objects. Raises ValueError where their text is no JSON of such."""
+    return {key: read_calls(key, value) if key in CALLS and isinstance(value, str) else value for key, value in message.items()}
 
 
-def read_calls(text: str) -> list[Any]:
-    """Tool calls from their text; ValueError where it is no JSON of a list."""
+def read_calls(key: str, text: str) -> Any:
+    """Tool calls from their text; ValueError where it is not JSON of a list (of an object, for the older function_call)."""
+    kind, what = (dict, "an object") if key == "function_call" else (list, "a list")
     try:
         calls = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"tool_calls must be a list, or JSON text of one; got {text!r}: {error}") from None
-    if not isinstance(calls, list):
-        raise ValueError(f"tool_calls must be a list, or JSON text of one; got {text!r}")
+        raise ValueError(f"{key} must be {what}, or JSON text of one; got {text!r}: {error}") from None
+    if not isinstance(calls, kind):
+        raise ValueError(f"{key} must be {what}, or JSON text of one; got {text!r}")
     return calls
 
 
@@ -88,9 +88,12 @@ def _in_messages(value: Any, keep: str | None = None) -> Any:
     """
     if isinstance(value, list | tuple):
         return [_in_messages(item, keep) for item in value]
-    if not isinstance(value, Mapping) or value.get(CALLS) is None:
+    if not isinstance(value, Mapping):
         return value
-    return {**value, CALLS: _text(_without_none(value[CALLS], keep) if keep is not None else value[CALLS])}
+    calls = {key: value[key] for key in CALLS if value.get(key) is not None}
+    if keep is not None:
+        calls = {key: _without_none(item, keep) for key, item in calls.items()}
+    return {**value, **{key: _text(item) for key, item in calls.items()}}
 
 
 def _without_none(value: Any, keep: str) -> Any:
@@ -108,12 +111,12 @@ def _has_none(value: Any, within: bool = False) -> bool:
 
 
 def _with_text(feature: Any) -> Any:
-    """A feature in which `tool_calls` of messages are strings."""
+    """A feature in which the tool calls of messages are strings."""
     import datasets
 
     if isinstance(feature, Mapping):
         text = datasets.Value("string")
-        return {key: text if key == CALLS and not _is_text(item) else _with_text(item) for key, item in feature.items()}
+        return {key: text if key in CALLS and not _is_text(item) else _with_text(item) for key, item in feature.items()}
     if isinstance(feature, list):  # how a list of messages is written in older data sets
         return [_with_text(item) for item in feature]
     return type(feature)(_with_text(feature.feature)) if isinstance(feature, datasets.List) else feature

@@ -18,6 +18,7 @@ No candidate is dropped; what was cut or is empty is counted.
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,11 @@ from .validation import check_row
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+# How a user's turn begins in the text of a dialogue.
+USER_TURN = re.compile(
+    r"\n\s*(?:Human|HUMAN|User|USER):|<\|im_start\|>user|<\|user\|>|\[INST\]|<\|start_header_id\|>user|<start_of_turn>user"
+)
 
 Truncation = Literal["keep_end", "keep_start"]
 
@@ -68,6 +74,7 @@ class TokenizationReport:
     prompts_truncated: int = 0  # prompts, each counted once for its list
     completions_truncated: int = 0
     completions_empty: int = 0  # no text, no tokens but EOS, or none that counts
+    completions_with_turns: int = 0  # strings in which a user speaks: all of a string counts as the policy's
     lists_of_one: int = 0  # their loss is 0
     lists_all_tied: int = 0  # two candidates or more, all with one score
     lists_all_equal: int = 0  # two candidates or more, all with the same tokens, or none with any that counts: no gradient
@@ -76,14 +83,16 @@ class TokenizationReport:
 
     @property
     def lossy(self) -> bool:
-        """Whether anything was cut, is empty or teaches nothing."""
-        return bool(self.prompts_truncated or self.completions_truncated or self.completions_empty or self.lists_all_equal)
+        """Whether anything was cut, is empty, teaches nothing or may be somebody else's."""
+        found = (self.prompts_truncated, self.completions_truncated, self.completions_empty, self.completions_with_turns)
+        return any(found) or bool(self.lists_all_equal)
 
     def __str__(self) -> str:
         notes = (
             (self.prompts_truncated, "prompt", "cut"),
             (self.completions_truncated, "completion", "cut"),
             (self.completions_empty, "completion", "empty"),
+            (self.completions_with_turns, "completion", "with a user's turn in its text, which counts too (give messages)"),
             (self.lists_of_one, "list", "of one candidate"),
             (self.lists_all_tied, "list", "with all scores equal"),
             (self.lists_all_equal, "list", "with all candidates equal, which teaches nothing"),
@@ -201,6 +210,7 @@ def _tokenize(
     where: str,
 ) -> tuple[dict[str, Any], TokenizationReport]:
     check_row(row, where)
+    text = row.get("completion_ids") is None and isinstance(row["prompt"], str)
     if row.get("completion_ids") is not None:
         prompt = list(row["prompt_ids"])
         completions = [list(ids) for ids in row["completion_ids"]]
@@ -208,7 +218,7 @@ def _tokenize(
         if row.get("completion_mask") is not None:
             masks = [list(map(bool, mask)) for mask in row["completion_mask"]]
         empty = [not ids or ids == [tokenizer.eos_token_id] for ids in completions]
-    elif isinstance(row["prompt"], str):
+    elif text:
         prompt, completions = _from_text(row["prompt"], row["completions"], tokenizer)
         empty = [not text for text in row["completions"]]
         completions = [_ended(ids, tokenizer, append_eos) for ids in completions]
@@ -235,6 +245,7 @@ def _tokenize(
         prompts_truncated=int(len(kept_prompt) < len(prompt)),
         completions_truncated=sum(len(a) < len(b) for a, b in zip(kept, completions, strict=True)),
         completions_empty=sum(none or not any(mask) for none, mask in zip(empty, kept_masks, strict=True)),
+        completions_with_turns=sum(text and USER_TURN.search(one) is not None for one in row["completions"]),
         lists_of_one=int(len(scores) == 1),
         lists_all_tied=int(len(scores) > 1 and len(set(scores)) == 1),
         lists_all_equal=int(len(scores) > 1 and _all_equal(kept, kept_masks)),

@@ -79,6 +79,15 @@ def test_tools_keep_their_keys_and_types(tokenizer):
         assert texts(row, tokenizer)[0].startswith(start)
 
 
+def test_a_function_call_of_the_older_form_is_kept_too(tokenizer):
+    tokenizer.chat_template = SHOWN.replace(
+        "{% for c in", "{{ m.function_call.arguments | tojson if m.function_call }}{% for c in"
+    )
+    calls = [{"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": one}} for one in ARGUMENTS]
+    tokens, _ = tokenize_lists(as_lists([{"prompt": [USER], "completions": [[c]], "scores": [1.0]} for c in calls]), tokenizer)
+    assert [texts(row, tokenizer)[1] for row in tokens] == [json.dumps(one) + "</s>" for one in ARGUMENTS]
+
+
 def test_pairs_and_settings_of_the_template_too(tokenizer):
     tokenizer.chat_template = "{{ look | tojson }}" + SHOWN
     pairs = [

@@ -289,6 +289,12 @@ def test_a_dataset_keeps_every_candidate_and_counts_what_was_cut(tokenizer):
     assert tokens.to_list() == [tokenize_row(row, tokenizer, max_length=9, max_prompt_length=5) for row in rows]
 
 
+@pytest.mark.parametrize("turn", ["\n\nHuman: no?", "<|im_start|>user\nno?"])
+def test_text_in_which_a_user_speaks_is_said_to_count(tokenizer, turn):
+    with pytest.warns(UserWarning, match=r"1 completion with a user's turn in its text, which counts too \(give messages\)"):
+        tokenize_lists(as_lists([row_of("\n\nHuman: hi\n\nAssistant:", [" yes", f" yes{turn}"])]), tokenizer)
+
+
 def test_nothing_cut_is_no_warning(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

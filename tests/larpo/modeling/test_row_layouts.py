@@ -48,6 +48,15 @@ def test_each_label_is_predicted_behind_its_prompt_and_the_completion_so_far(lay
             assert _history(rows, place) == [*c.prompt_ids, *c.completion_ids[:i]]
 
 
+def test_tokens_that_do_not_count_are_read_and_not_asked_for(layout):
+    masks = [[True, False], [], None, [False, False, True, True]]
+    rows = layout([c._replace(counted=mask) for c, mask in zip(RAGGED, masks, strict=True)])
+    assert rows["input_ids"].tolist() == layout(RAGGED)["input_ids"].tolist()
+    assert rows["cu_seqlens"].tolist() == [0, 1, 1, 2, 4] and rows["labels"].tolist() == [10, 12, 15, 16]
+    histories = [_history(rows, place) for place in rows["at"].tolist()]
+    assert histories == [PROMPT, PROMPT, [*OTHER, 13, 14], [*OTHER, 13, 14, 15]]
+
+
 def test_lists_with_no_completion_tokens_ask_for_nothing(layout):
     rows = layout([TokenizedCandidate(PROMPT, [], 0), TokenizedCandidate(PROMPT, [], 0)])
     assert rows["at"].tolist() == rows["labels"].tolist() == []
@@ -104,6 +113,8 @@ def test_bad_candidates_are_told_by_name(layout):
         layout([])
     with pytest.raises(ValueError, match=r"candidates\[1\].prompt_ids: got no tokens"):
         layout([RAGGED[0], TokenizedCandidate([], [1])])
+    with pytest.raises(ValueError, match=r"candidates\[0\].counted: got 1 values, expected 2"):
+        layout([RAGGED[0]._replace(counted=[True])])
 
 
 def test_a_multiple_below_one_is_an_error():
