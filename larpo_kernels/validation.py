@@ -7,8 +7,8 @@ Two borders describe every layout, padded or packed, equal or ragged:
 
 Checks of shape and dtype cost nothing and always run. Checks of values (labels in range, borders in order, no NaN in
 relevance) read the tensors: they run where that is free, on a CPU outside torch.compile. On a GPU they would stop the
-host, so borders are clamped there, and a label out of range, borders that do not cover the tokens and lists that do not
-cover the candidates give NaN.
+host, so the backends clamp every border, and a label out of range, borders that do not cover the tokens and lists that do
+not cover the candidates give NaN.
 """
 
 from __future__ import annotations
@@ -114,8 +114,6 @@ def tokens(
         return Tokens(values, labels, cu)
     if need_candidates:
         cu_seqlens = _borders(cu_seqlens, values.shape[0], name, values)
-        if not readable(cu_seqlens):
-            cu_seqlens, labels = _safe_borders(cu_seqlens, labels, vocab_size, ignore_index)
     return Tokens(values[None], labels[None], cu_seqlens)
 
 
@@ -169,18 +167,6 @@ def _borders(cu_seqlens: Any, n: int, name: str, values: torch.Tensor) -> torch.
                 f"cu_seqlens must not decrease, got {int(cu_seqlens[i])} then {int(cu_seqlens[i + 1])} at position {i + 1}"
             )
     return cu_seqlens.long()
-
-
-def _safe_borders(
-    cu: torch.Tensor, labels: torch.Tensor, vocab_size: int, ignore_index: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Borders whose values were not looked at: none leads outside or back, and where one did, every label that counts is
-    out of range, so that its log-likelihood is NaN."""
-    n = labels.shape[0]
-    cover = (cu[0] == 0) & (cu[-1] == n) & (cu[1:] >= cu[:-1]).all()
-    wrong = vocab_size if vocab_size != ignore_index else vocab_size + 1
-    labels = labels.where(cover | (labels == ignore_index), wrong)
-    return cu.clamp(0, n).cummax(0).values, labels
 
 
 def lists(list_sizes: int | Sequence[int] | torch.Tensor, num_candidates: int, device: torch.device) -> torch.Tensor:

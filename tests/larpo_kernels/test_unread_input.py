@@ -55,6 +55,32 @@ def test_borders_that_do_not_cover_the_tokens_give_nan(borders, unread, backend,
         assert logps.isnan().any() and logps.shape == (len(cu) - 1,)
 
 
+@pytest.mark.parametrize("sizes", [[5, -1], [4, 0], [2, 1], [3, 3], [10**12, 4 - 10**12]], ids=str)
+@pytest.mark.parametrize("objective", ["pairwise", "contrastive", "lambdarank"])
+def test_lists_that_do_not_cover_the_candidates_give_nan(sizes, objective, unread, backend, device):
+    scores = torch.tensor([0.5, 1.0, -1.0, 0.0], device=device, requires_grad=True)
+    sizes, relevance = (torch.tensor(x, device=device) for x in (sizes, [3.0, 2.0, 1.0, 0.0]))
+    loss = unread(lk.listwise_loss, scores, relevance, list_sizes=sizes, objective=objective, backend=backend)
+    assert loss.isnan()
+    loss.backward()
+
+
+def test_wrong_borders_of_one_candidate_reach_the_loss_of_its_list_whatever_the_objective(unread, backend, device):
+    logits, _, _, labels = data(device)
+    cu, relevance = torch.tensor([0, 2, 1, 3], device=device), torch.arange(3.0, device=device)
+    for objective in ("pairwise", "contrastive", "listmle", "lambdarank", "listnet"):
+        options = dict(cu_seqlens=cu, list_sizes=3, objective=objective, backend=backend)
+        assert unread(lk.fused_listwise_loss, logits, labels, relevance, **options).loss.isnan(), objective
+
+
+def test_inductor_reads_nothing_outside_either(device):
+    _, hidden, weight, labels = data(device)
+    cu = torch.tensor([0, 2, 10**12], device=device)
+    torch._dynamo.reset()
+    found = torch.compile(lk.linear_sequence_logps, fullgraph=True)(hidden, weight, labels, cu_seqlens=cu)
+    assert found.isnan().tolist() == [False, True]
+
+
 def test_borders_that_do_are_taken_as_they_are(unread, backend, device):
     logits, _, _, labels = data(device)
     labels[1] = -100
@@ -75,6 +101,11 @@ def test_a_label_out_of_range_gives_nan_for_its_token_only(label, unread, backen
         unread(lk.linear_token_logps, hidden, weight, labels, backend=backend),
     ):
         assert found.isnan().tolist() == [False, True, False]
+    for found in (
+        unread(lk.token_logps, logits, labels, return_stats=True, backend=backend),
+        unread(lk.linear_token_logps, hidden, weight, labels, return_stats=True, backend=backend),
+    ):
+        assert all(x.isnan().tolist() == [False, True, False] for x in found)
     found = unread(lk.token_logps, logits, labels, backend=backend)
     assert torch.equal(found[[0, 2]], good[[0, 2]])
     found[[0, 2]].sum().backward()

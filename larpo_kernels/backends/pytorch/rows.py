@@ -53,7 +53,8 @@ def token_logps(
                 entropy[at] = h[:n]
         logps[at] = l
     shape = labels.shape
-    logps.masked_fill_(rows.wrong, torch.nan)
+    for x in (logps, entropy, top1) if stats else (logps,):
+        x.masked_fill_(rows.wrong, torch.nan)
     return logps.view(shape), *((entropy.view(shape), top1.view(shape)) if stats else (entropy, top1))
 
 
