@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from .data.json_text import read_message
 from .data.validation import present
 from .rewards import Text, text_of
 
@@ -51,6 +52,14 @@ class Candidate:
     completion_ids: tuple[int, ...] | None = None  # the exact tokens, as sampled
     ref_logp: float | None = None  # sum over its tokens under the reference, nats
     logp: float | None = None  # the same under the policy
+    completion_mask: tuple[bool, ...] | None = None  # which of completion_ids count; None: all
+
+    @property
+    def num_tokens(self) -> int | None:
+        """The tokens that ref_logp and logp are sums over; None where they are not known."""
+        if self.completion_ids is None:
+            return None
+        return len(self.completion_ids) if self.completion_mask is None else sum(self.completion_mask)
 
     def __post_init__(self):
         if self.score is not None and not math.isfinite(self.score):
@@ -66,7 +75,8 @@ class PromptList:
     prompt_ids: tuple[int, ...] | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """The data row: prompt, completions, scores, source, and prompt_ids, completion_ids, ref_logps, logps where known.
+        """The data row: prompt, completions, scores, source, and prompt_ids, completion_ids, completion_mask, ref_logps,
+        logps where known.
 
         `ref_logps` and `logps` are written if every candidate has one. Scores may hold None (`rank` drops such
         candidates before training). Raises ValueError where only some candidates have tokens, or the prompt has none
@@ -89,6 +99,8 @@ class PromptList:
                 raise ValueError(f"the candidates of {_shown(self)} have completion_ids, but it has no prompt_ids")
             row["prompt_ids"] = list(self.prompt_ids)
             row["completion_ids"] = [list(c.completion_ids) for c in candidates]
+            if any(c.completion_mask is not None for c in candidates):
+                row["completion_mask"] = [list(c.completion_mask or (True,) * c.num_tokens) for c in candidates]
         for column, values in (("ref_logps", [c.ref_logp for c in candidates]), ("logps", [c.logp for c in candidates])):
             if values and None not in values:
                 row[column] = values
@@ -101,7 +113,7 @@ class PromptList:
         Raises ValueError for a column with another number of values than `completions`.
         """
         completions = list(row["completions"])
-        names = ("scores", "source", "completion_ids", "ref_logps", "logps")
+        names = ("scores", "source", "completion_ids", "ref_logps", "logps", "completion_mask")
         columns = [_column(row, name, len(completions)) for name in names]
         prompt_ids = row.get("prompt_ids")
         return cls(
@@ -114,8 +126,9 @@ class PromptList:
                     completion_ids=None if ids is None else tuple(map(int, ids)),
                     ref_logp=None if ref_logp is None else float(ref_logp),
                     logp=None if logp is None else float(logp),
+                    completion_mask=None if mask is None else tuple(map(bool, mask)),
                 )
-                for completion, score, source, ids, ref_logp, logp in zip(completions, *columns, strict=True)
+                for completion, score, source, ids, ref_logp, logp, mask in zip(completions, *columns, strict=True)
             ),
             prompt_ids=None if prompt_ids is None else tuple(map(int, prompt_ids)),
         )
@@ -142,8 +155,8 @@ def _column(row: Mapping[str, Any], name: str, size: int) -> list:
 
 
 def _plain(text: Any) -> Text:
-    """A string or a list of messages; parquet through pandas gives arrays of messages."""
-    return text if isinstance(text, str) else [present(message) for message in text]
+    """A string or a list of messages; parquet through pandas gives arrays of messages, data sets give tool calls as text."""
+    return text if isinstance(text, str) else [read_message(present(message)) for message in text]
 
 
 def _key(text: Text) -> str:
@@ -284,7 +297,7 @@ def _logp_per_token(one: PromptList, i: int) -> float:
     candidate = one.candidates[i]
     if candidate.logp is None or candidate.completion_ids is None:
         raise ValueError(f"a candidate of {_shown(one)} lacks logp or completion_ids, which hard negatives are ranked by")
-    return candidate.logp / len(candidate.completion_ids) if candidate.completion_ids else -math.inf
+    return candidate.logp / candidate.num_tokens if candidate.num_tokens else -math.inf
 
 
 def random_negatives(lists: Sequence[PromptList], n: int = 1, *, seed: int) -> tuple[list[PromptList], int]:

@@ -2,6 +2,7 @@
 
 import doctest
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -228,6 +229,17 @@ def test_hard_negatives_are_low_in_reward_and_likely_per_token():
     assert letters(c.hard_negatives([one], top=1, negatives=9)[0]) == "adef"  # the better half is no negative
     assert letters(c.hard_negatives([one], top=1, negatives=2, low_reward=1.0)[0]) == "abc"
     assert letters(c.hard_negatives([one], top=5, negatives=3)[0]) == "abcdef"
+
+
+def test_likely_is_per_token_that_counts(tmp_path):
+    one = made("p", 2.0, 1.0, 0.0, logp=[-1.0, -4.0, -6.0], completion_ids=[(1,), (2, 2, 2, 2), (3, 3, 3)])
+    assert letters(c.hard_negatives([one], negatives=1, low_reward=1.0)[0]) == "ab"  # -1 against -2
+    masks = [(True,), (False, True, False, False), (True, True, True)]  # -4 against -2
+    candidates = [replace(candidate, completion_mask=mask) for candidate, mask in zip(one.candidates, masks, strict=True)]
+    one = replace(one, prompt_ids=(9,), candidates=tuple(candidates))
+    assert letters(c.hard_negatives([one], negatives=1, low_reward=1.0)[0]) == "ac"
+    assert PromptList.from_row(one.to_row()) == one
+    assert one.to_row()["completion_mask"] == [list(mask) for mask in masks]
 
 
 def test_an_empty_completion_is_the_least_likely_negative():
