@@ -9,6 +9,7 @@ for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from datasets import Dataset
 
+from larpo.list_weights import without_repeats
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 from tests.larpo.test_trainer import config, eager_loss, gradients, moved, own_precision, trainer  # noqa: F401
@@ -93,3 +94,33 @@ def test_more_batches_than_are_kept_are_all_in_the_means(monkeypatch):
     means = log.pop()
     assert means["loss"] == 2 and means["rewards/margins"] == 1
     assert log.pop() == {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_every_list_of_an_epoch_is_counted_on_one_rank_also_after_a_checkpoint_inside_it(ranks, size, drop_last):
+    from types import SimpleNamespace
+
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from accelerate.state import GradientState
+    from torch.utils.data import DataLoader
+
+    def collate(rows):
+        return {"list_sizes": torch.ones(len(rows), dtype=torch.int64), "row_number": torch.tensor(rows)}
+
+    def counted(lists, skipped):
+        seen = []
+        for rank in range(ranks):
+            loader = DataLoader(range(lists), batch_size=size, collate_fn=collate, drop_last=drop_last)
+            loader = prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
+            for batch in skip_first_batches(loader, skipped) if skipped else loader:
+                kept = without_repeats(batch, SimpleNamespace(gradient_state=GradientState()))
+                assert len(kept["list_sizes"]) == len(kept["row_number"])
+                seen += kept["row_number"].tolist()
+        return sorted(seen)
+
+    for lists in range(1, 3 * size * ranks + 2):
+        whole = lists // (size * ranks) * size * ranks if drop_last else lists
+        assert counted(lists, 0) == list(range(whole)), lists
+        assert counted(lists, 1) == list(range(size * ranks, whole)), lists
