@@ -32,11 +32,12 @@ from .list_log import ListLog
 from .list_weights import batches_of_window, lists_of_window, without_repeats
 from .losses import ListLoss, mean_over_lists
 from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
-from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision, warn_router_loss
+from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision
 from .modeling.loading import load_causal_lm, load_tokenizer
 from .modeling.policy import Policy, attach, compute_dtype
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
+from .modeling.router_loss import RouterLoss
 from .modeling.sharding import is_sharded, on_deepspeed
 from .nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
 from .predictions import PredictionLog
@@ -125,12 +126,12 @@ class LarPOTrainer(Trainer):
         if named is not None and peft_config is not None and adapters.has_adapter(model):
             model = adapters.merged(model, Path(args.output_dir), write=args.should_save and train_dataset is not None)
         adapters.check_adapter(model, peft_config)
-        if train_dataset is not None:
-            if peft_config is None:
-                refuse_frozen(model)
-            warn_router_loss(lm_config)
+        if train_dataset is not None and peft_config is None:
+            refuse_frozen(model)
         self._list_losses = ListLoss.of(args)
         self.objective = self._list_losses.objective
+        whole_batches = args.candidate_micro_batch_size is None
+        self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), whole_batches=whole_batches)
 
         tokenised = {"train": train_dataset} if train_dataset is not None else {}
         several = isinstance(eval_dataset, dict)
@@ -335,8 +336,10 @@ class LarPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
-        logps = self._per_candidate(self._logps(model, inputs), inputs)
+        logps, router_loss = self._logps_and_router_loss(model, inputs)
+        logps = self._per_candidate(logps, inputs)
         loss, scores = self._loss_of_lists(logps, ref_logps, inputs)
+        loss = loss + router_loss
         self._record("train" if model.training else "eval", inputs, loss, logps, scores)
         return (loss, {"logps": logps, "scores": scores}) if return_outputs else loss
 
@@ -427,6 +430,14 @@ class LarPOTrainer(Trainer):
         """Log-likelihood of each candidate, [S]."""
         parts = [self._logps_of_part(model, inputs, i) for i in range(self._num_slices(inputs))]
         return torch.cat(parts)[: len(inputs["relevance"])]
+
+    def _logps_and_router_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | float]:
+        """Log-likelihood of each candidate, [S], and what is added to the batch's loss to balance experts."""
+        if self._router_loss is None or len(inputs["list_sizes"]) == 0:  # a batch of no list adds nothing to an update
+            return self._logps(model, inputs), 0.0
+        (rows,) = inputs["rows"]
+        logps, balance = model(rows=rows, router_loss=self._router_loss)
+        return logps[: len(inputs["relevance"])], self._router_loss.coefficient * balance
 
     def _logps_of_slice(self, model: nn.Module, inputs: dict[str, Any], at: slice) -> Tensor:
         return self._logps_of_part(model, inputs, -(-at.start // self._slice))[: at.stop - at.start]

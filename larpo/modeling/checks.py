@@ -59,16 +59,6 @@ def warn_half_precision(model: nn.Module, learning_rate: float) -> None:
         )
 
 
-def warn_router_loss(config: PretrainedConfig) -> None:
-    """Warns where a mixture of experts would add a loss of its own."""
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        warnings.warn(
-            "output_router_logits is set, but the router's auxiliary loss is not added: training minimises the list loss of "
-            "hidden states alone, and nothing keeps experts in balance. Set it to False to say so",
-            stacklevel=3,
-        )
-
-
 def check_tokens(dataset: Dataset, config: PretrainedConfig, name: str) -> None:
     """Raises ValueError for tokens that a model of this config does not have; warns of lists longer than its positions.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import larpo_kernels as lk
 
 from . import lm_heads, row_layouts
+from .router_loss import RouterLoss
 
 
 class Policy:
@@ -34,17 +35,25 @@ class Policy:
         refuse(model)
 
     @torch.compiler.disable(recursive=False)  # torch.compile is for the backbone, which is called from here
-    def logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Sum of token log-probs of each candidate in `batch` (see larpo/modeling/row_layouts.py): [S] float32, nats."""
+    def logps(
+        self, model: nn.Module, batch: Mapping[str, Tensor], router_loss: RouterLoss | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Sum of token log-probs of each candidate in `batch` (see larpo/modeling/row_layouts.py): [S] float32, nats; with
+        router_loss also that loss of the batch, []."""
         lm = lm_heads.causal_lm(model)
         from_hidden = self._is_from_hidden(lm, batch)
         inputs = _backbone_inputs(batch, lm.config, compute_dtype(lm))
+        if getattr(lm.config.get_text_config(), "output_router_logits", False):
+            inputs["output_router_logits"] = router_loss is not None
         at, labels, cu_seqlens = batch["at"], batch["labels"], batch["cu_seqlens"]
-        if not from_hidden:
-            logits = _own_forward(lm)(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
-            return lk.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend=self.options["backend"])
-        hidden = lm.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, at)
-        return self._head(lm, hidden, labels, cu_seqlens)
+        if from_hidden:
+            out = lm.base_model(**inputs, use_cache=False)
+            logps = self._head(lm, out.last_hidden_state.flatten(0, 1).index_select(0, at), labels, cu_seqlens)
+        else:
+            out = _own_forward(lm)(**inputs, use_cache=False)
+            logits = out.logits.flatten(0, 1).index_select(0, at)
+            logps = lk.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend=self.options["backend"])
+        return logps if router_loss is None else (logps, router_loss(out.router_logits, batch))
 
     @torch.compiler.disable
     def _head(self, lm: nn.Module, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -78,7 +87,8 @@ class Policy:
 
 
 def attach(model: nn.Module, policy: Policy) -> nn.Module:
-    """Teaches `model` a second forward: model(rows=batch) -> log-likelihoods [S]. Any other call is what it was."""
+    """Teaches `model` a second forward: model(rows=batch) -> log-likelihoods [S], with router_loss=... also that loss. Any
+    other call is what it was."""
     model._larpo_policy = policy
     # Once only: autocast may have wrapped the second forward since. Not hasattr: PEFT models answer for the one inside.
     if "_larpo_forward" not in vars(model):
@@ -98,10 +108,10 @@ _backbone_inputs = torch.compiler.disable(row_layouts.backbone_inputs)
 
 
 @torch.compiler.disable(recursive=False)
-def _forward(self, *args, rows: Mapping[str, Tensor] | None = None, **kwargs):
+def _forward(self, *args, rows: Mapping[str, Tensor] | None = None, router_loss: RouterLoss | None = None, **kwargs):
     if rows is None:
         return self._larpo_forward(*args, **kwargs)
-    return self._larpo_policy.logps(self, rows)
+    return self._larpo_policy.logps(self, rows, router_loss)
 
 
 def _own_forward(lm: nn.Module) -> Callable:

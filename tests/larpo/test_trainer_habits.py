@@ -162,12 +162,6 @@ def test_a_compiled_model_keeps_the_fused_head(tmp_path, data, unwarned, monkeyp
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-4)
 
 
-def test_the_loss_of_a_router_is_said_to_be_left_out(tmp_path, data):
-    model = tiny.causal_lm("mixtral", num_local_experts=4, output_router_logits=True)
-    with pytest.warns(UserWarning, match="output_router_logits.*auxiliary loss"):
-        trainer(tmp_path, data, model)
-
-
 def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path, data):
     model = tiny.causal_lm().requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model requires grad"):
