@@ -14,6 +14,7 @@ from .data.tokenization import PROMPT_LENGTH
 from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
 from .runs.files import read_json, write_json, write_whole
 from .runs.identity import changed, content
+from .runs.intact import Damaged
 from .runs.lock import locked
 from .runs.secrets import masked, without_secrets
 from .runs.yaml_config import as_meant, load_yaml, nearest
@@ -151,6 +152,7 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     Raises ValueError where output_dir has checkpoints of another job, naming every difference, or none that can be gone on
     from, saying why, and where another process is at work in it or the same job has diverged. NonFiniteError: it diverges now.
     """
+    args.output_dir = os.path.abspath(args.output_dir)  # a callback may change the working directory
     with locked(Path(args.output_dir), rank=args.process_index):
         return _train(job, args)
 
@@ -207,7 +209,11 @@ def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
     if has_finished_checkpoint(folder):
         if not file.is_file():
             raise ValueError(f"output_dir={str(folder)!r} has checkpoints, but no {JOB} that says of what: give another one")
-        if different := changed(read_json(file), job):
+        try:
+            before = read_json(file)
+        except Damaged as error:
+            raise ValueError(f"{error}. It says what the checkpoints beside it are of: give another output_dir") from error
+        if different := changed(before, job):
             raise ValueError(
                 f"output_dir={str(folder)!r} has checkpoints of another run: {'; '.join(different)}. Give another one"
             )
@@ -240,7 +246,7 @@ def score(
     from .modeling.loading import load_causal_lm, load_tokenizer
     from .scoring import score_lists
 
-    out = Path(out).expanduser()
+    out = Path(os.path.abspath(Path(out).expanduser()))
     if out.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"out must end in .parquet or .jsonl, got {str(out)!r}")
     lists = load_lists(data, split=split, scored=False)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..runs.files import read_json, write_json, write_text
+from ..runs.files import read_json, read_text, whole_path, write_json, write_text
+from ..runs.intact import Damaged
 from ..runs.lock import locked
 from . import stages
 from .config import AlignConfig, differences
@@ -48,12 +49,13 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     Raises:
         ValueError: a bad setting; a folder that holds another run, naming every difference, or where another process is
             at work; more than one process.
+        Damaged: a file was not written to its end; says which, and what to delete to have it again. A ValueError.
         RuntimeError: a reward raised (with on_reward_error="raise"); nothing that was sampled is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the loop runs in one process; start it without torchrun or accelerate launch")
     folder = RunFolder(config.output_dir)
-    with locked(folder.path), _quiet_libraries():
+    with locked(folder.path), _quiet_libraries(), _saying_how_to_redo(folder):
         state = _prepare(config, folder, progress)
         _stage(state, 0, "evaluate")
         for iteration in range(1, config.iterations + 1):
@@ -71,8 +73,8 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
     from .models import Models
     from .training import arguments
 
-    settings = folder.path / "config.yaml"
-    before = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    settings, prompts = folder.path / "config.yaml", folder.path / "prompts.json"
+    before = _settings_of_before(settings) if settings.exists() else None
     if before is not None:
         changed = differences(before, config)
         if changed:
@@ -80,28 +82,41 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
     device = torch.device(arguments(config, str(folder.path), seed=config.seed).device)  # refuses bad training settings
     models = Models(config, device)
     models.check()
-    rewards = _rewards(config, device)
-    prompts = folder.path / "prompts.json"
-    if not prompts.exists():
-        train, held_out = load_prompts(config)
-        write_json(prompts, {"train": train, "held_out": held_out})
+    # Prompts without settings beside them are of a process that was killed between the two; they may be of other settings.
+    found = load_prompts(config) if before is None or not prompts.exists() else None
+    rewards = _rewards(config, device)  # after the prompts: it may change the working directory
+    if found is not None:
+        write_json(prompts, {"train": found[0], "held_out": found[1]})
     if before != config.to_dict():
         write_text(settings, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     read = read_json(prompts)
     return Run(config, folder, models, rewards, read["train"], read["held_out"], progress)
 
 
+def _settings_of_before(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise Damaged(path, f"it is cut or damaged ({str(error).splitlines()[0]})") from None
+    if not isinstance(settings, dict) or "output_dir" not in settings:
+        raise Damaged(path, "it is cut: it has no settings" if settings else "it is empty")
+    return settings
+
+
 def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
     from ..rewards import BUILT_IN, from_name, sequence_classifier
 
     def find(name: str) -> Any:
-        if name in BUILT_IN or (":" in name and not Path(name).expanduser().exists()):
+        if name in BUILT_IN or (":" in name and not Path(name).exists()):
             return from_name(name)
-        classifier = sequence_classifier(os.path.expanduser(name))
+        classifier = sequence_classifier(name)
         classifier.model.to(device)
         return classifier
 
     rewards = config.reward if isinstance(config.reward, list | tuple) else [config.reward]
+    rewards = [one if callable(one) or one in BUILT_IN else whole_path(one) for one in rewards]
     if not rewards:
         raise ValueError("reward is empty; expected at least one")
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards):
@@ -154,6 +169,15 @@ def _summarise(run: Run) -> Result:
     if run.progress:
         print(f"\n{summary.table(metrics)}\n\n{page}", flush=True)
     return Result(run.folder.path, page, metrics)
+
+
+@contextlib.contextmanager
+def _saying_how_to_redo(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        advice = folder.how_to_redo(error.path)
+        raise Damaged(error.path, f"{error.why}. {advice}" if advice else error.why) from error
 
 
 @contextlib.contextmanager

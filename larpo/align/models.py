@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..runs.files import whole_path
 from .config import AlignConfig
 
 if TYPE_CHECKING:
@@ -29,15 +29,20 @@ class Models:
     device: torch.device
     _name: str | None = None
     _model: Any = None
-    _tokenizer: Any = field(default=None)
+    _tokenizer: Any = None
+    _initial: str = field(init=False)
 
-    def initial(self) -> str:
-        """Name or folder of the model that the run starts from."""
+    def __post_init__(self):
         if self.config.model == "smollm2":
             from ..offline import smollm2_folder
 
-            return str(smollm2_folder())
-        return os.path.expanduser(self.config.model)
+            self._initial = str(smollm2_folder())
+        else:
+            self._initial = whole_path(self.config.model)
+
+    def initial(self) -> str:
+        """Name on the hub, or folder by its whole path, of the model that the run starts from."""
+        return self._initial
 
     def load(self, name: str | Path) -> PreTrainedModel:
         """The model of this name or folder, in eval mode, on the device; an adapter's folder gives its model with it."""

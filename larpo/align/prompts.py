@@ -63,10 +63,10 @@ def _read(source: Any, split: str, name: str) -> list[Prompt]:
         return imdb_openings()
     if not isinstance(source, str | Path):
         rows = list(source)  # AlignConfig has seen to it that this is a list
-    elif (path := Path(source).expanduser()).suffix == ".txt":
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif path.suffix in (".json", ".jsonl", ".parquet"):
+    elif (path := Path(source).expanduser()).suffix in (".txt", ".json", ".jsonl", ".parquet"):
         rows = _read_file(path)
+        if not rows:
+            raise ValueError(f"{name}: {path} holds no prompts")
     else:
         import datasets
 
@@ -76,9 +76,13 @@ def _read(source: Any, split: str, name: str) -> list[Prompt]:
 
 def _read_file(path: Path) -> list:
     from ..data.loading import read_json, read_parquet
+    from ..runs.files import read_text
 
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    if path.suffix == ".txt":  # not splitlines, which also parts prompts at form feeds, U+2028 and the like
+        lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+        return [line for line in lines if line.strip()]
     return list(json_text.write_dataset(read_parquet(path), str(path))) if path.suffix == ".parquet" else read_json(path)[0]
 
 

@@ -17,14 +17,26 @@ by one rename. A process killed at any moment leaves at worst hidden `.name.unfi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+MADE_BY = {
+    "sampled.parquet": "sample",
+    "candidates.parquet": "score",
+    "lists.parquet": "lists",
+    "evaluation.parquet": "evaluate",
+}
+OF_THE_RUN = {
+    "config.yaml": "It says which run this is: delete it if you are sure that the settings of now are that run's",
+    "prompts.json": "Delete it to read the prompts again, if their source is as it was",
+}
 
 
 class RunFolder:
     """Paths inside a run's folder."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.abspath(Path(path).expanduser()))  # a reward may change the working directory
 
     def iteration(self, iteration: int) -> Path:
         """Of an iteration; 0 is the start."""
@@ -33,3 +45,28 @@ class RunFolder:
     def model(self, iteration: int) -> Path:
         """The policy after an iteration, counted from 1."""
         return self.iteration(iteration) / "model"
+
+    def how_to_redo(self, path: Path) -> str:
+        """What to do about a file of the run that can't be read; nothing for one that is not of the run."""
+        if not path.is_relative_to(self.path):
+            return ""
+        parts = path.relative_to(self.path).parts
+        if len(parts) == 1:
+            return OF_THE_RUN.get(parts[0], "")
+        folder, name = self.path / parts[0], parts[1]
+        if name == "model":
+            return self._how_to_train_again(folder)
+        if name.endswith("-chunks"):
+            return "Delete it: the stage writes it again"
+        if path.suffix == ".json":
+            return "Delete it: the counts are taken again from the stage's data"
+        stage = MADE_BY.get(name)
+        done = f" and {folder / stage}.json" if stage else ""
+        return f"Delete it{done} to do the stage {stage!r} again" if stage else ""
+
+    def _how_to_train_again(self, folder: Path) -> str:
+        number = int(folder.name.removeprefix("iteration-"))
+        if number > 1 and not self.model(number - 1).exists():
+            before = f"It was trained from the policy of iteration {number - 1}, which keep_models='last' has removed"
+            return f"{before}: copy it from a backup, or start a new run"
+        return f"Delete {folder / 'model'} and {folder / 'train.json'} to train it again"

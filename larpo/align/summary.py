@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..rewards import text_of
 from ..runs.files import read_rows
 from .evaluation import interval
+from .markdown import block, cell
 from .stages import Run
 
 Metrics = list[dict[str, Any]]
@@ -56,7 +56,7 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
 def page(run: Run, metrics: Metrics, pictures: dict[str, Path]) -> str:
     config = run.config
     parts = [
-        f"# {config.objective} on {Path(str(config.model)).name}, {config.iterations} iterations",
+        f"# {config.objective} on {cell(Path(str(config.model)).name)}, {config.iterations} iterations",
         f"{len(run.held_out)} held-out prompts x {config.eval_k} completions at temperature 1; ± is half of the 95 % interval "
         "over prompts. KL is the policy's to the initial model, per completion. Read reward and KL together: a reward "
         "that rises at a large KL, or with completions that repeat, may have been gamed.",
@@ -95,21 +95,12 @@ def _examples(run: Run, last: int) -> str:
     pair = [read_rows(run.folder.iteration(i) / "evaluation.parquet") for i in (0, last)]
     at_one = ([row for row in rows if row["temperature"] == 1.0][:EXAMPLES] for rows in pair)
     for before, after in zip(*at_one, strict=True):
-        cells = [_cell(before["prompt"])]
+        cells = [cell(before["prompt"])]
         for row in (before, after):
             score = row["scores"][0]
-            cells += [_cell(row["completions"][0]), "–" if score is None else f"{score:+.2f}"]
+            cells += [cell(row["completions"][0]), "–" if score is None else f"{score:+.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(text: Any, limit: int = 200) -> str:
-    """A text in a table: on one line, and nothing in it is Markdown."""
-    if not isinstance(text, str):
-        text = text_of(text)
-    shown = " ".join(text.split())
-    shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
-    return "".join("\\" + c if c in "\\|`*_[]<>#~$" else c for c in shown)
 
 
 def _settings(run: Run) -> str:
@@ -118,4 +109,4 @@ def _settings(run: Run) -> str:
     config = run.config.to_dict()
     config |= {name: f"{len(value)} prompts" for name, value in config.items() if "prompts" in name and isinstance(value, list)}
     del config["output_dir"]  # a path of this machine
-    return f"```yaml\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip()}\n```"
+    return block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip(), "yaml")

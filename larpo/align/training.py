@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.files import Rows, plain, write_whole
+from ..runs.files import Rows, plain, read_json, write_whole
 from .config import AlignConfig
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
 
 def report(model: Path) -> dict[str, Any]:
     """What the trainer's log in a policy's folder says: steps, and by step the loss and how well lists are ordered."""
-    log = json.loads((model / STATE).read_text(encoding="utf-8")) if (model / STATE).is_file() else None
+    log = read_json(model / STATE) if (model / STATE).is_file() else None
     if log is None:
         return {"steps": 0, "log": []}
     steps = [

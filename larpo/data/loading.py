@@ -60,7 +60,7 @@ def load_lists(source: Any, *, split: str = "train", scored: bool = True) -> Dat
     if not path.is_dir():
         return _convert_dataset(datasets.load_dataset(str(source), split=split), str(source), scored)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _convert_dataset(_pick_split(datasets.load_from_disk(path), split, str(path)), str(path), scored)
+        return _convert_dataset(_pick_split(_load_from_disk(path), split, str(path)), str(path), scored)
     raise ValueError(f"{path}: expected a folder written by Dataset.save_to_disk; it has no state.json or dataset_dict.json")
 
 
@@ -134,8 +134,11 @@ def read_parquet(path: Path) -> Dataset:
     try:
         pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a parquet file: {error}") from None
-    return datasets.Dataset.from_parquet(str(path))
+        raise ValueError(f"{path}: not a parquet file, or cut: {error}") from None
+    try:
+        return datasets.Dataset.from_parquet(str(path))
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{path}: damaged: {error.__cause__ or error}") from None
 
 
 def _advice(dataset: Any) -> str:
@@ -151,6 +154,16 @@ def _advice(dataset: Any) -> str:
     if isinstance(dataset, Iterable) and not isinstance(dataset, str):
         return "; rows that come one after the other become a list with list(...)"
     return ""
+
+
+def _load_from_disk(path: Path) -> Any:
+    import datasets
+    import pyarrow
+
+    try:
+        return datasets.load_from_disk(path)
+    except (pyarrow.ArrowInvalid, ValueError) as error:  # JSONDecodeError is a ValueError
+        raise ValueError(f"{path}: cut or damaged: {error}") from None
 
 
 def _pick_split(source: Any, split: str, name: str) -> Any:

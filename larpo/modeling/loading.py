@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..runs.intact import refuse_damaged_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -14,13 +17,16 @@ def load_causal_lm(name: str, options: dict[str, Any] | None = None, *, base: st
     """AutoModelForCausalLM.from_pretrained(name, **options), in float32 unless the options say otherwise.
 
     transformers loads a checkpoint in its own dtype, mostly bf16. Weights there have 8 bits: an update of 1e-6 to one of
-    1e-2 is rounded away. Checkpoints that are quantised keep their dtype.
+    1e-2 is rounded away. Checkpoints that are quantised keep their dtype. Raises Damaged, a ValueError, for a folder with a
+    file that was not written to its end.
 
     The folder or name of an adapter gives a PeftModel whose adapter can be trained, on `base` or the model that it was
     trained on. (transformers itself puts adapter layers into the model, where nothing switches them off.)
     """
     from transformers import AutoModelForCausalLM
 
+    if Path(name).is_dir():
+        refuse_damaged_model(Path(name))
     options = dict(options or {})
     adapter = adapter_config(name, options)
     if adapter is not None:

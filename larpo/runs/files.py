@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data import json_text
 from ..data.validation import present
+from .intact import Damaged
 
 Rows = list[dict[str, Any]]
 
@@ -54,6 +55,13 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def whole_path(name: str | Path) -> str:
+    """A folder by its whole path, which stays right where a reward or a callback changes the working directory; the name of a
+    model on a hub as it is."""
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if path.is_dir() else os.path.expanduser(name)
+
+
 def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
@@ -63,7 +71,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises Damaged for a file that holds something else, or the beginning of it only."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Damaged(path, f"it is cut or damaged ({error})" if text.strip() else "it is empty") from None
+
+
+def read_text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark, every newline as it is. Raises Damaged, with the line, for other bytes."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise Damaged(path, f"line {line} is not UTF-8 text ({error.reason})") from None
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -72,14 +95,22 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     from pyarrow import parquet
 
     table = pyarrow.Table.from_pylist([json_text.write_messages(row) for row in rows])
-    write_whole(path, lambda unfinished: parquet.write_table(table, unfinished))
+    write_whole(path, lambda unfinished: parquet.write_table(table, unfinished, write_page_checksum=True))
 
 
 def read_rows(path: Path) -> Rows:
+    """Raises Damaged for a file that is no parquet, or was not written to its end."""
+    import pyarrow
     from pyarrow import parquet
 
-    # Not read_table on a path: it takes a folder's name for a partition.
-    return parquet.ParquetFile(path).read().to_pylist()
+    try:
+        # Not read_table on a path: it takes a folder's name for a partition.
+        return parquet.ParquetFile(path, page_checksum_verification=True).read().to_pylist()
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        why = f"it is cut or damaged ({error})" if path.stat().st_size else "it is empty"
+        raise Damaged(path, why) from None
 
 
 def plain(text: Any) -> str | list[dict[str, Any]]:

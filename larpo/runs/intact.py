@@ -7,13 +7,14 @@ import zipfile
 from pathlib import Path
 
 TORCH = ("pytorch_model*.bin", "adapter_model*.bin", "optimizer*.bin", "training_args.bin", "*.pt", "*.pth")
+OF_A_MODEL = ("model*", "pytorch_model*", "adapter_*", "config.json", "tokenizer*.json")  # what is loaded of its folder
 
 
 class Damaged(ValueError):
-    """A file that can't be read: `path` is the file."""
+    """A file that can't be read: `path` is the file, `why` what is wrong with it."""
 
     def __init__(self, path: Path, why: str):
-        self.path = path
+        self.path, self.why = path, why
         super().__init__(f"{path} can't be read: {why}")
 
 
@@ -43,10 +44,11 @@ def first_damage(folder: Path) -> tuple[Path, str] | None:
 
 
 def refuse_damaged_model(folder: Path) -> None:
-    """Raises Damaged where a file of a model's folder was not written to its end. Other folders below it are not looked at."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and (found := damage(path)) is not None:
-            raise Damaged(path, found)
+    """Raises Damaged where a file that is loaded of a model's or an adapter's folder was not written to its end."""
+    for pattern in OF_A_MODEL:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and (found := damage(path)) is not None:
+                raise Damaged(path, found)
 
 
 def _damage_of_safetensors(path: Path) -> str | None:

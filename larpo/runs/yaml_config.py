@@ -12,6 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from .files import read_text
+
 
 def load_yaml(path: str | Path, known: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
     """The mapping in a YAML file, whose keys must be among `known`; with their types there, what is text stays as written.
@@ -29,13 +31,15 @@ def load_yaml(path: str | Path, known: Mapping[str, Any] | Iterable[str]) -> dic
     path, hints = Path(path), known if isinstance(known, Mapping) else {}
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         node = yaml.compose(text, Loader=_loader())
         values = yaml.load(text, Loader=_loader())
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:  # characters that YAML has no room for
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):

@@ -534,6 +534,20 @@ def test_prompts_that_come_twice_or_are_held_out_are_not_trained_on(tmp_path):
         load_prompts(config(tmp_path, prompts=str(tmp_path / "none.jsonl")))
 
 
+def test_a_text_file_is_parted_at_newlines_and_at_nothing_else(tmp_path):
+    from larpo.align.prompts import load_prompts
+
+    prompts = ["a\x0bb", "c\x0cd", "e\x1cf\x1dg\x1eh", "i\x85j", "k\u2028l\u2029m", "n\ro", "p"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(prompts[:3]).encode() + b"\n\n \n" + "\n".join(prompts[3:]).encode())
+    train, held_out = load_prompts(config(tmp_path, prompts=str(file), eval_prompts=1))
+    assert sorted(row["prompt"] for row in train + held_out) == sorted(prompts)
+    for content, said in ((b"", r"prompts\.txt holds no prompts"), (b"a\nb\xff\n", r"prompts\.txt .* line 2 is not UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            load_prompts(config(tmp_path, prompts=str(file), eval_prompts=1))
+
+
 def test_rows_of_one_prompt_that_say_different_things_are_counted_aloud(tmp_path):
     from larpo.align.prompts import load_prompts
 

@@ -432,3 +432,20 @@ def test_other_containers_are_refused_with_what_to_do():
     ):
         with pytest.raises(TypeError, match=message):
             as_lists(value)
+
+
+def test_data_that_is_cut_or_damaged_is_named(tmp_path):
+    lists = datasets.Dataset.from_list(ROWS * 200)
+    lists.to_parquet(tmp_path / "lists.parquet")
+    content = bytearray((tmp_path / "lists.parquet").read_bytes())
+    (tmp_path / "cut.parquet").write_bytes(content[:-30])
+    content[4 : len(content) // 3] = bytes(len(content) // 3 - 4)  # what says where the columns are comes last
+    (tmp_path / "zeros.parquet").write_bytes(content)
+    lists.save_to_disk(tmp_path / "saved")
+    (part,) = (tmp_path / "saved").glob("*.arrow")
+    part.write_bytes(part.read_bytes()[:200])
+    lists.save_to_disk(tmp_path / "state")
+    (tmp_path / "state" / "state.json").write_text("{")
+    for name in ("cut.parquet", "zeros.parquet", "saved", "state"):
+        with pytest.raises(ValueError, match=rf"{name}: .*(cut|damaged)"):
+            load_lists(tmp_path / name)

@@ -125,6 +125,31 @@ def test_a_checkpoint_given_by_name_is_refused_for_what_it_lacks(place, out):
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-3"))
 
 
+def test_a_damaged_record_of_what_the_checkpoints_are_of_is_named(place, out):
+    (out / "larpo-job.json").write_text("")
+    with pytest.raises(ValueError, match=r"larpo-job\.json can't be read: it is empty\. .*give another output_dir"):
+        train(place, out)
+
+
+def test_a_relative_output_dir_stays_where_it_was(place, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    from larpo.trainer import LarPOTrainer
+
+    class Wanders(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            os.chdir(tmp_path / "elsewhere")
+
+    begin = LarPOTrainer.train
+    monkeypatch.setattr(LarPOTrainer, "train", lambda self, **keywords: (self.add_callback(Wanders), begin(self, **keywords)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model={place / 'model'} --train_data={place / 'lists.jsonl'} --output_dir=out --use_cpu --max_steps=1"
+    commands.train(*commands.train_settings(None, [*flags.split(), "--report_to=none"]))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert {"checkpoint-1", "model.safetensors", "larpo-job.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def settings(**changes):
     return SimpleNamespace(**{"world_size": 1, "fp16": False, "save_only_model": False} | changes)
 

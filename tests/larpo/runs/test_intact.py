@@ -35,6 +35,8 @@ def test_a_file_that_is_cut_anywhere_is_damaged(folder, name, kept):
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     assert damage(path) is not None
     assert first_damage(folder)[0] == path
+    if name == "optimizer.pt":  # nothing that is loaded of a model
+        return refuse_damaged_model(folder)
     with pytest.raises(Damaged, match=name.replace(".", r"\.")) as caught:
         refuse_damaged_model(folder)
     assert caught.value.path == path

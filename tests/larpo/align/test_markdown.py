@@ -1,0 +1,34 @@
+"""Nothing that a model wrote acts on the page that shows it."""
+
+import pytest
+
+from larpo.align.markdown import block, cell, visible
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb\x07", r"a\\u001b\[31mb\\u0007"),
+        ("a\u202eb\u2066c\u200fd\u061ce", r"a\\u202eb\\u2066c\\u200fd\\u061ce"),
+        ("a\u200bb\ufeffc\u00add\U000e0041e", r"a\\u200bb\\ufeffc\\u00add\\ue0041e"),
+        ("a\ud800b", r"a\\ud800b"),
+        ("line\u2028one\x0ctwo\r\nthree\x85four", "line one two three four"),
+        ("<script>x</script>&#x202e;", r"\<script\>x\</script\>\&\#x202e;"),
+        ("a|b `c` [d](https://e.org) www.f.org", r"a\|b \`c\` \[d\](https:\//e.org) www\.f.org"),
+        ("👩\u200d👧 क्\u200dष é 中文", "👩\u200d👧 क्\u200dष é 中文"),
+        ([{"role": "assistant", "content": "**a**"}], r"\*\*a\*\*"),
+    ],
+)
+def test_a_cell_shows_a_text_and_is_nothing_else(text, shown):
+    assert cell(text) == shown
+    shown.encode("utf-8")
+
+
+def test_a_long_text_is_cut_before_it_is_escaped():
+    assert cell("*" * 300) == "\\*" * 199 + "…"
+
+
+def test_a_block_ends_where_it_ends():
+    text = "a: 'x\n\n  ```\n\n  # y\u202e'"
+    assert block(text, "yaml") == "````yaml\na: 'x\n\n  ```\n\n  # y\\u202e'\n````"
+    assert visible("a\n\tb") == "a\n\\u0009b"
