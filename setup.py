@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -26,14 +27,18 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["bench"], *EXTRAS["test"], "ruff==0.17.5", "rax==0.4.0"]
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "larpo_kernels/__init__.py").read_text(encoding="utf-8"))[1]
+
 setup(
     name="larpo_kernels",
-    version="0.1.0",
+    version=VERSION,
     description="Fused listwise ranking losses for aligning language models on candidate lists (LarPO), in Triton and PyTorch",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["larpo_kernels*", "larpo*"]),
+    package_data={"larpo_kernels": ["py.typed"], "larpo": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.9", "numpy"],
     extras_require=EXTRAS,

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("quick", "quick-trainable", "linear", "linear-T2048-H896-V32000", "prefix")  # in the order of the tables
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]
 
 
@@ -63,3 +63,10 @@ def test_the_table_of_schedules_has_them_all():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \| .*\d \|", text, re.M)) == set(SCHEDULES) - {"auto"}
+
+
+def test_there_is_one_version():
+    import larpo_kernels
+
+    assert f"version: {larpo_kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {larpo_kernels.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
