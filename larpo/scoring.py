@@ -11,8 +11,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data.collator import ListCollator
+from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, scored_with, token_hashes
 from .data.text_tokenizer import text_tokenizer
-from .data.tokenization import PROMPT_LENGTH, Truncation, counted_tokens, tokenize_lists
+from .data.tokenization import PROMPT_LENGTH, Truncation, prompt_limit, tokenize_lists
 from .modeling.policy import Policy, attach
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def score_lists(
     append_eos: bool = True,
     progress: bool = True,
 ) -> Dataset:
-    """The data with the columns logps and num_tokens, and with a reference ref_logps and implicit_rewards.
+    """The data with logps, with a reference ref_logps and implicit_rewards, and what these are of (num_tokens, token_hashes,
+    scored_with: see `larpo.data.scored_tokens`).
 
     Args:
         model, ref_model: causal LMs, on the device they shall run on.
@@ -79,15 +81,17 @@ def score_lists(
         beta: implicit_rewards = beta * (logps - ref_logps).
         batch_size: lists at a time; candidate_batch_size: candidates at a time within them.
         max_length, max_prompt_length, truncation_mode, append_eos: as in `LarPOConfig`. Where ref_logps are to be trained
-            with, these must be as they are there; num_tokens lets `tokenize_lists` tell where they are not.
+            with, these must be as they are there, and so must tokenizer and chat template: training refuses other tokens.
 
     Returns:
-        A Dataset with a list of floats per row in each new column: sums over a candidate's tokens, in nats.
+        A Dataset with a list of floats per row in each new column of log-likelihoods: sums over a candidate's tokens, in nats.
+        Without a reference, ref_logps that the data has are kept, and must be of the same tokens.
     """
     scored = (
         lists if "scores" in lists.column_names else lists.add_column("scores", [[0.0] * len(c) for c in lists["completions"]])
     )
-    scored = scored.remove_columns([name for name in ("ref_logps", "source") if name in scored.column_names])
+    beside = ("source", SCORED_WITH) if ref_model is None else ("source", SCORED_WITH, "ref_logps")
+    scored = scored.remove_columns([name for name in beside if name in scored.column_names])
     tokenised, _ = tokenize_lists(
         scored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation_mode,
         append_eos=append_eos,
@@ -104,9 +108,10 @@ def score_lists(
         )  # fmt: skip
         return [found[i] for i in range(len(tokenised))]
 
-    columns: dict[str, list[list[Any]]] = {
+    columns: dict[str, list[Any]] = {
         "logps": under(model, "Policy"),
         "num_tokens": [counted_tokens(row) for row in tokenised],
+        TOKEN_HASHES: [token_hashes(row) for row in tokenised],
     }
     if ref_model is not None:
         columns["ref_logps"] = under(ref_model, "Reference")
@@ -114,6 +119,12 @@ def score_lists(
             [beta * (a - b) for a, b in zip(*row, strict=True)]
             for row in zip(columns["logps"], columns["ref_logps"], strict=True)
         ]
+    if ref_model is not None or "ref_logps" not in lists.column_names:
+        limits = dict(
+            max_length=max_length, max_prompt_length=prompt_limit(max_length, max_prompt_length),
+            truncation_mode=truncation_mode, append_eos=append_eos,
+        )  # fmt: skip
+        columns[SCORED_WITH] = [scored_with(tokenizer, limits, model, ref_model)] * len(lists)
     for name, values in columns.items():
         lists = (lists.remove_columns(name) if name in lists.column_names else lists).add_column(name, values)
     return lists

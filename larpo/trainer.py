@@ -194,6 +194,10 @@ class LarPOTrainer(Trainer):
         self._sync: SyncReference | None = self.reference.following(model, args)
         if self._sync is not None:
             self.add_callback(self._sync)
+        for name, data in tokenised.items():
+            self.reference.compare_with_stored(
+                data, name, model, collator=self.data_collator, accelerator=self.accelerator, device=args.device
+            )
         if args.precompute_ref_log_probs:
             self._precompute_ref_logps()
 

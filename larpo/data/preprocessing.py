@@ -11,6 +11,7 @@ from ..candidates import top_bottom_indices
 from ..losses import is_settled
 from .loading import as_lists
 from .schemas import IMPLICIT
+from .scored_tokens import TOKEN_HASHES
 from .tokenization import TokenizationReport, tokenize_lists
 
 if TYPE_CHECKING:
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PER_CANDIDATE = ("completions", "scores", "source", "ref_logps", "num_tokens", "completion_ids", "completion_mask")
+PER_CANDIDATE = (
+    "completions",
+    "scores",
+    "source",
+    "ref_logps",
+    "num_tokens",
+    TOKEN_HASHES,
+    "completion_ids",
+    "completion_mask",
+)
 
 
 def is_tokenised(dataset: Any) -> bool:

@@ -27,6 +27,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import chat_template, prompt_boundary
+from .scored_tokens import SCORED_WITH, check_scored_tokens
 from .text_tokenizer import text_tokenizer
 from .turns import Reply, Turns
 from .validation import check_row
@@ -157,7 +158,7 @@ def tokenize_lists(
     tokenizer = text_tokenizer(tokenizer)
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
-    optional = [name for name in ("ref_logps", "source") if name in dataset.column_names]
+    optional = [name for name in ("ref_logps", SCORED_WITH, "source") if name in dataset.column_names]
     counts = [one.name for one in dataclasses.fields(TokenizationReport) if one.name != "example"]
 
     def tokenize(row: dict[str, Any], i: int) -> dict[str, Any]:
@@ -174,11 +175,6 @@ def tokenize_lists(
         warnings.warn(f"{report} Limits: max_length={max_length}, max_prompt_length={max_prompt_length}.", stacklevel=2)
     masks = ["completion_mask"] if report.tokens_read else []
     return mapped.select_columns(["prompt_ids", "completion_ids", *masks, "scores", *optional]), report
-
-
-def counted_tokens(row: Mapping[str, Any]) -> list[int]:
-    """How many tokens of each candidate of a tokenised row count: what its log-likelihood is a sum over."""
-    return [sum(mask) for mask in row["completion_mask"]] if row.get("completion_mask") else [*map(len, row["completion_ids"])]
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], most: int = 1000) -> str:
@@ -234,10 +230,11 @@ def _tokenize(
     kept_prompt = _cut_prompt(prompt, min(limits), truncation, tokenizer.bos_token_id) if limits else prompt
     room = None if max_length is None else max_length - len(kept_prompt)
     kept, kept_masks = [ids[:room] for ids in completions], [mask[:room] for mask in masks]
-    _check_scored_tokens(row, list(map(sum, kept_masks)), where)
 
     scores = [float(score) for score in row["scores"]]
     tokens = {"prompt_ids": kept_prompt, "completion_ids": kept, "completion_mask": kept_masks, "scores": scores}
+    asked = dict(max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation, append_eos=append_eos)
+    check_scored_tokens(row, tokens, tokenizer, asked, where)
     tokens |= {name: list(row[name]) for name in ("ref_logps", "source") if row.get(name) is not None}
     report = TokenizationReport(
         lists=1,
@@ -311,19 +308,6 @@ def _eos(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("append_eos=True, but the tokenizer has no eos_token: set one, or pass append_eos=False")
     return tokenizer.eos_token_id
-
-
-def _check_scored_tokens(row: Mapping[str, Any], counted: list[int], where: str) -> None:
-    """Refuses ref_logps of other tokens than these, where `larpo.score_lists` wrote beside them how many they were."""
-    scored = row.get("num_tokens")
-    if row.get("ref_logps") is None or not isinstance(scored, list) or len(scored) != len(counted):
-        return
-    for i, (before, now) in enumerate(zip(scored, counted, strict=True)):
-        if before != now:
-            raise ValueError(
-                f"{where}: ref_logps is of {before} tokens for completions[{i}], of which {now} count now: score the lists "
-                "with the max_length, max_prompt_length, truncation_mode and append_eos that they are trained with"
-            )
 
 
 def _first_token(tokenizer: Any, where: str) -> int:

@@ -76,7 +76,9 @@ def _with_trained_adapter(name: str, adapter: PeftConfig, options: dict[str, Any
     if isinstance(model, PeftModel):
         raise ValueError(f"{name} is an adapter on {base}, which is an adapter too: merge that one first")
     where = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-    return PeftModel.from_pretrained(model, name, is_trainable=True, **where)
+    adapted = PeftModel.from_pretrained(model, name, is_trainable=True, **where)
+    adapted.name_or_path = name
+    return adapted
 
 
 def _is_quantised(name: str, options: dict[str, Any]) -> bool:

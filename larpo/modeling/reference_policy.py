@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +14,7 @@ import torch
 from accelerate.utils import fsdp2_prepare_model, gather_object
 from torch import Tensor, nn
 
+from ..data.scored_tokens import SCORED_WITH, counted_tokens, model_name, reference_name
 from ..scoring import candidate_logps
 from .checks import refuse_shared
 from .reference_model import SyncReference, frozen_copy, without_dropout
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from ..data.collator import ListCollator
     from .adapter_start import AdapterStart
 
+logger = logging.getLogger(__name__)
+
+COMPARED_LISTS, FAR_PER_TOKEN = 2, 0.1  # nats; scoring in bf16 is off by less
 DEEPSPEED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -147,6 +153,35 @@ class ReferencePolicy:
             policy.train(training)
             reshard(policy)  # PEFT is about to set requires_grad: on gathered parameters it would be forgotten
         return logps
+
+    def compare_with_stored(
+        self, dataset: Dataset, name: str, policy: nn.Module, *, collator: ListCollator, accelerator: Accelerator, device: Any
+    ) -> None:
+        """Says where ref_logps that came with the data are far from what the policy that was handed over finds itself.
+
+        By default that policy is the reference. Another one may be meant: it is logged where the data names it, and else warned
+        of. A few lists are looked at; where parameters are sharded, none.
+        """
+        if "ref_logps" not in dataset.column_names or self.way is Way.NONE or is_sharded(accelerator):
+            return
+        rows = dataset.select(range(min(len(dataset), COMPARED_LISTS)))
+        with self._switched(policy), accelerator.autocast():
+            found = candidate_logps(policy, rows, collator, batch_size=1, device=device, progress=False)
+        lengths = [max(n, 1) for row in rows for n in counted_tokens(row)]
+        off = [abs(a - b) for i, row in enumerate(rows) for a, b in zip(row["ref_logps"], found[i], strict=True)]
+        per_token = sum(off) / sum(lengths)
+        if per_token <= FAR_PER_TOKEN or not accelerator.is_main_process:
+            return
+        of = reference_name(rows[0].get(SCORED_WITH))
+        figures = f"off by {per_token:.3g} nats a token, {max(off):.3g} a candidate, in the first {len(rows)} lists"
+        if of is not None and of != model_name(policy):
+            logger.warning("ref_logps of the %s data are of %s, not of the policy that is trained: %s", name, of, figures)
+        else:
+            warnings.warn(
+                f"ref_logps of the {name} data are not those of the policy that is handed over: {figures}. If no other "
+                "reference is meant, score the lists under this model, with this tokenizer and these limits",
+                stacklevel=3,
+            )
 
     def fill(
         self,

@@ -215,7 +215,7 @@ def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
     lists = Dataset.from_list(tiny.lists(3)).remove_columns("scores")
     lists.to_parquet(data) if suffix == ".parquet" else lists.to_json(data)
     scored = commands.score(str(folder / "model"), str(data), tmp_path / "new" / "out.jsonl")
-    assert scored.column_names == ["prompt", "completions", "logps", "num_tokens"]
+    assert scored.column_names == ["prompt", "completions", "logps", "num_tokens", "token_hashes", "scored_with"]
     data.write_text(json.dumps({"prompt": "a", "completions": "b"}))
     if suffix == ".jsonl":
         with pytest.raises(ValueError, match="line 1: field 'completions' holds 'b'"):

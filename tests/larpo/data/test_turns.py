@@ -10,7 +10,8 @@ datasets = pytest.importorskip("datasets")
 
 from larpo.data.collator import ListCollator
 from larpo.data.loading import as_lists
-from larpo.data.tokenization import counted_tokens, marked, tokenize_lists, tokenize_row
+from larpo.data.scored_tokens import counted_tokens
+from larpo.data.tokenization import marked, tokenize_lists, tokenize_row
 from larpo.data.turns import end_of_turn
 from tests.helpers import tiny
 from tests.helpers.tokenizer_families import CHATML, FAMILIES, tiny_tokenizer

@@ -1,0 +1,128 @@
+"""What stored log-likelihoods are of: the tokens of each candidate, and what they were scored with.
+
+`larpo.score_lists` writes both beside ref_logps, as columns: they go through JSON, parquet, pandas and every operation of
+datasets, which metadata of a file or a schema do not, and rows of several files can be joined.
+
+    num_tokens    for each candidate, how many tokens its log-likelihood is a sum over
+    token_hashes  for each candidate, a hash of its prompt's tokens, its own, and which of them count
+    scored_with   JSON text: the models' names and dtype, hashes of tokenizer and chat template, and the limits
+
+Tokens decide whether ref_logps may be trained with. What made them differ is told from scored_with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+TOKEN_HASHES, SCORED_WITH = "token_hashes", "scored_with"
+
+
+def counted_tokens(row: Mapping[str, Any]) -> list[int]:
+    """How many tokens of each candidate of a tokenised row count: what its log-likelihood is a sum over."""
+    return [sum(mask) for mask in row["completion_mask"]] if row.get("completion_mask") else [*map(len, row["completion_ids"])]
+
+
+def token_hashes(row: Mapping[str, Any]) -> list[str]:
+    """Of each candidate of a tokenised row, 8 characters: equal tokens in equal places that count alike, equal text."""
+    masks = row.get("completion_mask") or [[True] * len(ids) for ids in row["completion_ids"]]
+    prompt = hashlib.sha256(_bytes(row["prompt_ids"]))
+    found = []
+    for ids, mask in zip(row["completion_ids"], masks, strict=True):
+        digest = prompt.copy()
+        digest.update(b"|" + _bytes(ids) + b"|" + bytes(map(bool, mask)))
+        found.append(digest.hexdigest()[:8])
+    return found
+
+
+def scored_with(
+    tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], model: nn.Module, ref_model: nn.Module | None = None
+) -> str:
+    """The record of a scoring; limits: max_length, max_prompt_length, truncation_mode, append_eos."""
+    models = {"model": model_name(model)} | ({} if ref_model is None else {"ref_model": model_name(ref_model)})
+    dtype = next((model if ref_model is None else ref_model).parameters()).dtype
+    record = models | {"dtype": str(dtype).removeprefix("torch.")} | _of_tokenizer(tokenizer) | dict(limits)
+    return json.dumps(record, default=str)
+
+
+def model_name(model: nn.Module) -> str:
+    """Name, or whole path of the folder, of a model; its class where it has none."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return f"a {type(model).__name__} without a name"
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def reference_name(record: str | None) -> str | None:
+    """Of which model ref_logps are, by the record beside them."""
+    found = {} if record is None else json.loads(record)
+    return found.get("ref_model", found.get("model"))
+
+
+def check_scored_tokens(
+    row: Mapping[str, Any],
+    tokens: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Mapping[str, Any],
+    where: str,
+) -> None:
+    """Raises ValueError where ref_logps are of other tokens than those that the row has now.
+
+    row: as it came, with what was written beside ref_logps, or without; tokens: as it is tokenised now.
+    """
+    if row.get("ref_logps") is None:
+        return
+    now = counted_tokens(tokens)
+    for i, (before, count) in enumerate(_pairs(row.get("num_tokens"), now)):
+        if before != count:
+            raise ValueError(
+                f"{where}: ref_logps is of {before} tokens for completions[{i}], of which {count} count now"
+                f"{_why(row, tokenizer, limits)}: score the lists with the max_length, max_prompt_length, truncation_mode and "
+                "append_eos that they are trained with"
+            )
+    for i, (before, found) in enumerate(_pairs(row.get(TOKEN_HASHES), token_hashes(tokens))):
+        if before != found:
+            raise ValueError(
+                f"{where}: ref_logps is of other tokens than completions[{i}] and its prompt have now"
+                f"{_why(row, tokenizer, limits)}: score the lists with the tokenizer, chat template and limits that they are "
+                "trained with"
+            )
+
+
+def _pairs(before: Any, now: Sequence) -> list[tuple[Any, Any]]:
+    """None where the data has other columns of that name."""
+    return list(zip(before, now, strict=True)) if isinstance(before, list) and len(before) == len(now) else []
+
+
+def _why(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any]) -> str:
+    """What has changed since, as far as the record tells."""
+    if not isinstance(row.get(SCORED_WITH), str):
+        return ""
+    before = json.loads(row[SCORED_WITH])
+    now = _of_tokenizer(tokenizer) | dict(limits)
+    changed = [f"{name} was {before[name]!r} and is {x!r}" for name, x in now.items() if name in before and before[name] != x]
+    return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    words = sorted(tokenizer.get_vocab().items())
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "tokenizer": _hash(json.dumps([words, tokenizer.special_tokens_map], default=str)),
+        "chat_template": None if template is None else _hash(json.dumps(template, sort_keys=True)),
+    }
+
+
+def _hash(text: str) -> str:
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    return ",".join(map(str, ids)).encode()
