@@ -130,8 +130,7 @@ class LarPOTrainer(Trainer):
             refuse_frozen(model)
         self._list_losses = ListLoss.of(args)
         self.objective = self._list_losses.objective
-        whole_batches = args.candidate_micro_batch_size is None
-        self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), whole_batches=whole_batches)
+        self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), args)
 
         tokenised = {"train": train_dataset} if train_dataset is not None else {}
         several = isinstance(eval_dataset, dict)

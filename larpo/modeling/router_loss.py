@@ -13,10 +13,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..config import LarPOConfig
 
 CHECKED_TOKENS = 8
 
@@ -30,11 +33,11 @@ class RouterLoss:
     balance: Callable[..., Tensor]  # of transformers: router logits, experts, experts per token, mask -> []
 
     @classmethod
-    def asked_for(cls, lm: Any, *, whole_batches: bool = True) -> RouterLoss | None:
+    def asked_for(cls, lm: Any, args: LarPOConfig | None = None) -> RouterLoss | None:
         """That of a causal LM, compared with its own forward on a few tokens; None where its config does not ask for one.
 
-        Raises ValueError where the config asks for a loss that cannot be added: the model's is of another kind, or its batches
-        are run in parts (whole_batches=False), whose balance is not that of the whole.
+        Raises ValueError where the config asks for a loss that cannot be added: the model's is of another kind, or a setting in
+        `args` leaves it without its value or gradient.
         """
         config = lm.config.get_text_config()
         balance = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
@@ -45,8 +48,8 @@ class RouterLoss:
         if coefficient == 0:
             return None
         why = "its config has no router_aux_loss_coef and num_experts_per_tok"
-        if not whole_batches:
-            why = "it is of a whole batch, and candidate_micro_batch_size runs parts of it"
+        if args is not None and (in_the_way := _in_the_way(args)):
+            why = in_the_way
         elif coefficient is not None and chosen is not None:
             found = cls(float(coefficient), int(chosen), balance)
             why = found._differs_from_own(lm)
@@ -83,3 +86,12 @@ class RouterLoss:
         if not torch.is_tensor(own) or not torch.allclose(own.float(), ours.float(), rtol=1e-2):
             return f"its own forward reports {own}, its router logits make {ours}"
         return None
+
+
+def _in_the_way(args: LarPOConfig) -> str | None:
+    """The setting under which the loss would not be that of the batch, or have no gradient."""
+    if args.candidate_micro_batch_size is not None:
+        return "it is of a whole batch, and candidate_micro_batch_size runs parts of it"
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        return "gradient_checkpointing with use_reentrant=True leaves router logits without a gradient; set it to False"
+    return None

@@ -115,9 +115,29 @@ def test_a_balance_that_the_model_does_not_report_itself_is_refused(monkeypatch)
         RouterLoss.asked_for(model)
 
 
-def test_parts_of_a_batch_are_refused(tmp_path, data):
-    with pytest.raises(ValueError, match="candidate_micro_batch_size runs parts of it"):
-        trainer(tmp_path, data, mixture(), reference_free=True, candidate_micro_batch_size=1)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"candidate_micro_batch_size": 1}, "candidate_micro_batch_size runs parts of it"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "use_reentrant=True leaves router logits without a gradient",
+        ),
+    ],
+)
+def test_settings_that_leave_it_without_value_or_gradient_are_refused(tmp_path, data, settings, said):
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, data, mixture(), reference_free=True, **settings)
+
+
+def test_checkpointing_keeps_its_gradient(tmp_path, data):
+    norms = []
+    for checkpointing in (False, True):
+        model = mixture(router_aux_loss_coef=0.5)
+        t = trainer(tmp_path, data, model, reference_free=True, learning_rate=0.0, gradient_checkpointing=checkpointing)
+        t.train()
+        norms.append(t.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_training_and_evaluation_run_with_a_reference_that_is_not_balanced(tmp_path, data):
