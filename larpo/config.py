@@ -131,7 +131,8 @@ class LarPOConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments, for what logs and reports the settings: secrets are masked at any depth."""
-        return {name: masked(value, name) for name, value in super().to_dict().items()}
+        settings = super().to_dict()  # which has a text of its own for a token, also where there is none
+        return {name: masked(None if getattr(self, name) is None else value, name) for name, value in settings.items()}
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(self.to_dict().items()))})"

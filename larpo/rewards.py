@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import chat_template
+from .runs.secrets import masked
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def _values(reward: Reward, prompts, completions, columns) -> list[float | None]
     try:
         values = reward(prompts=_own(prompts), completions=_own(completions), **_own(columns))
     except Exception as error:
-        raise RewardError(f"reward {name_of(reward)!r} raised {type(error).__name__}: {error}") from error
+        said = masked(str(error))  # a judge behind an address may show its key
+        raise RewardError(f"reward {name_of(reward)!r} raised {type(error).__name__}: {said}") from error
     numbers = _one_per_completion(f"reward {name_of(reward)!r}", values, len(completions))
     return [number if number is not None and math.isfinite(number) else None for number in numbers]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.files import read_rows
+from ..runs.secrets import masked
 from .evaluation import interval
 from .markdown import block, cell
 from .stages import Run
@@ -56,7 +57,7 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
 def page(run: Run, metrics: Metrics, pictures: dict[str, Path]) -> str:
     config = run.config
     parts = [
-        f"# {config.objective} on {cell(Path(str(config.model)).name)}, {config.iterations} iterations",
+        f"# {config.objective} on {cell(Path(str(masked(config.model))).name)}, {config.iterations} iterations",
         f"{len(run.held_out)} held-out prompts x {config.eval_k} completions at temperature 1; ± is half of the 95 % interval "
         "over prompts. KL is the policy's to the initial model, per completion. Read reward and KL together: a reward "
         "that rises at a large KL, or with completions that repeat, may have been gamed.",

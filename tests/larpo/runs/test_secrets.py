@@ -144,6 +144,22 @@ def test_a_masked_config_read_back_takes_the_token_from_the_environment_or_is_re
         LarPOConfig(output_dir="x", model_init_kwargs={"password": "***"})
 
 
+def test_settings_without_a_token_are_read_back_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    stored = json.loads(LarPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=0.3).to_json_string())
+    assert stored["hub_token"] is None and LarPOConfig(**stored).beta == 0.3
+
+
+def test_what_a_reward_says_when_it_fails_has_no_secret():
+    from larpo.rewards import RewardError, score
+
+    def judge(prompts, completions):
+        raise ConnectionError(f"401 for https://judge/x?api_key={SECRET}")
+
+    with pytest.raises(RewardError, match=r"ConnectionError: 401 for https://judge/x\?api_key=\*\*\*$"):
+        score(judge, None, ["p"], ["a"])
+
+
 def test_prompts_are_data_and_not_masked(tmp_path):
     rows = [{"prompt": "my password: x", "token": "a"}, {"prompt": "***", "token": "b"}]
     assert align_runs.config(tmp_path, prompts=rows, eval_prompts=1).to_dict()["prompts"] == rows
