@@ -146,7 +146,7 @@ class Turns:
                 a = begin  # the generation prompt says more, or the answer itself holds what the template would write for it
             if a <= b:
                 return a, b
-        whole = self._try(lambda: render(self.tokenizer, messages[: i + 1], self.keywords))
+        whole = self._render(messages[: i + 1])
         if begin is not None and whole is not None and text.startswith(whole) and begin <= len(whole):
             return begin, self._before_end(text, begin, len(whole))
         return None
@@ -155,7 +155,7 @@ class Turns:
         """Where sampling would begin behind these messages, if the text begins as they do."""
         if len(before) <= len(self.prompt):
             return len(self.start)
-        start = self._try(lambda: render(self.tokenizer, before, self.keywords, add_generation_prompt=True))
+        start = self._render(before, add_generation_prompt=True)
         return len(start) if start is not None and text.startswith(start) else None
 
     @cached_property
@@ -172,22 +172,20 @@ class Turns:
         return self._alone.after[: found.end()] if found else None
 
     def _frame(self, before: Sequence[Message], after: Sequence[Message]) -> _Frame | None:
-        def of(word: str) -> str:
-            return render(self.tokenizer, [*before, {"role": "assistant", "content": word}, *after], self.keywords)
-
-        texts = [self._try(lambda word=word: of(word)) for word in WORDS]
+        """What stays the same around an answer between these messages, whatever it says; None if that can't be told."""
+        answers = [{"role": "assistant", "content": word} for word in WORDS]
+        texts = [self._render([*before, answer, *after]) for answer in answers]
         if None in texts:
             return None
         frame = _Frame(os.path.commonprefix(texts), os.path.commonprefix([text[::-1] for text in texts])[::-1])  # noqa: RUF071
         return frame if texts == [frame.before + word + frame.after for word in WORDS] else None
 
-    @staticmethod
-    def _try(write: Any) -> str | None:
-        """A text that the template may refuse to write: some raise for conversations that they do not foresee."""
+    def _render(self, messages: Sequence[Message], **how: bool) -> str | None:
+        """The text of messages, or None where the template refuses them: some raise for conversations they do not foresee."""
         from jinja2.exceptions import TemplateError
 
         try:
-            return write()
+            return render(self.tokenizer, messages, self.keywords, **how)
         except (TemplateError, TypeError, ValueError):
             return None
 
