@@ -392,3 +392,15 @@ def test_a_training_that_diverged_can_go_on_from_its_checkpoint_where_bad_batche
     with pytest.warns(UserWarning, match="step 4: a batch is left out"):
         trainer = commands.train(*commands.train_settings(file, ["--on_nonfinite", "skip"]))
     assert trainer.state.global_step == 4 and trainer.state.log_history[-2]["skipped_batches"] == 1
+
+
+def test_what_the_data_is_made_of_is_written_while_a_command_trains(capsys):
+    import logging
+
+    from larpo.cli import _shown
+
+    logger = logging.getLogger("larpo.data.preprocessing")
+    with _shown("larpo.data"):
+        logger.info("train data: 2 lists")
+    logger.info("and after")
+    assert capsys.readouterr().err == "train data: 2 lists\n"
