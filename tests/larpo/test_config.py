@@ -152,3 +152,24 @@ def test_a_sequence_on_several_devices_is_refused(tmp_path):
 def test_what_is_there_for_scripts_is_not_ignored_by_the_command(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+# --- settings that are read back
+
+
+def test_settings_are_the_same_when_they_are_read_back(tmp_path):
+    from dataclasses import replace
+
+    from transformers import HfArgumentParser
+
+    args = config(tmp_path / "run", max_length=64, save_strategy="no", objective="listmle", learning_rate=1e-5)
+    (tmp_path / "args.json").write_text(args.to_json_string())
+    for again in (
+        replace(args),
+        HfArgumentParser(LarPOConfig).parse_dict(args.to_dict())[0],
+        HfArgumentParser(LarPOConfig).parse_json_file(str(tmp_path / "args.json"))[0],
+    ):
+        assert again.to_dict() == args.to_dict() and again.max_prompt_length == 32 and again.hub_token is None
+    (tmp_path / "args.yaml").write_text(f"output_dir: {tmp_path}\nsave_strategy: no\nuse_cpu: true\nlearning_rate: 1e-5")
+    read = HfArgumentParser(LarPOConfig).parse_yaml_file(str(tmp_path / "args.yaml"))[0]
+    assert (read.save_strategy, read.learning_rate) == ("no", 1e-5)
