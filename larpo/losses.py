@@ -162,6 +162,18 @@ def mean_over_lists(losses: Tensor, inputs: dict[str, Any]) -> Tensor:
     return (losses * inputs["weight"] if "weight" in inputs else losses).mean()
 
 
+def refuse_unapplied(args: LarPOConfig, inputs: dict[str, Any]) -> None:
+    """Raises ValueError for settings that nothing has applied, since another loss has taken the place of this one."""
+    unapplied = [name for name in ("margin", "label_smoothing", "sft_weight", "ties") if getattr(args, name)]
+    if "weight" in inputs:
+        unapplied.append("the data's column weight")
+    if unapplied:
+        raise ValueError(
+            f"{', '.join(unapplied)} would do nothing: list_loss or compute_loss is overridden and does not call that of "
+            "LarPOTrainer, which applies them. Leave them out, or call it"
+        )
+
+
 class _Lists:
     """The lists of a batch, as [S] and [L] tensors; nothing waits for the device."""
 

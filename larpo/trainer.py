@@ -30,7 +30,7 @@ from .data.preprocessing import is_tokenised, training_lists
 from .data.text_tokenizer import text_tokenizer
 from .list_log import ListLog
 from .list_weights import batches_of_window, lists_of_window, without_repeats
-from .losses import ListLoss, mean_over_lists
+from .losses import ListLoss, mean_over_lists, refuse_unapplied
 from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
 from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision
 from .modeling.loading import load_causal_lm, load_tokenizer
@@ -130,6 +130,7 @@ class LarPOTrainer(Trainer):
             refuse_frozen(model)
         self._list_losses = ListLoss.of(args)
         self.objective = self._list_losses.objective
+        self._applies_settings = False  # known once a loss has been computed: list_loss may be overridden
         self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), args)
 
         tokenised = {"train": train_dataset} if train_dataset is not None else {}
@@ -331,9 +332,10 @@ class LarPOTrainer(Trainer):
         """The loss of `larpo.losses` over implicit rewards: (mean over the batch's lists, scores [S]).
 
         logps, ref_logps: [S] per candidate, sums or (length_normalized) means over its tokens. Override it for another
-        loss of the same numbers: objective, margin, label_smoothing, sft_weight and the data's `weight` are what this one
-        does, so without a call to it they do nothing.
+        loss of the same numbers. Without a call to this one ties, margin, label_smoothing, sft_weight and the data's `weight`
+        would do nothing, and are refused.
         """
+        self._applies_settings = True
         losses, scores = self._list_losses(logps, ref_logps, inputs)
         return mean_over_lists(losses, inputs), scores
 
@@ -350,6 +352,8 @@ class LarPOTrainer(Trainer):
         """`list_loss`, which must be finite to train on; for a batch of no list 0, with a gradient of 0."""
         counted = len(inputs["list_sizes"]) > 0
         loss, scores = self.list_loss(logps, ref_logps, inputs) if counted else (logps.sum(), logps)
+        if counted and not self._applies_settings:
+            refuse_unapplied(self.args, inputs)
         if self.model.training:
             found = {"loss": loss, "logps": logps, "ref_logps": ref_logps, "scores": scores}
             self._finite.check(self.model, inputs, self.state.global_step + 1, **found)
@@ -375,6 +379,8 @@ class LarPOTrainer(Trainer):
             loss = super().training_step(model, inputs)
             if type(self).compute_loss is not LarPOTrainer.compute_loss:  # one that may be made of other numbers
                 self._finite.check(model, inputs, self.state.global_step + 1, may_skip=False, loss=loss)
+                if not self._applies_settings:
+                    refuse_unapplied(self.args, inputs)
             return loss
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):

@@ -14,6 +14,7 @@ import larpo_kernels as lk
 from larpo.data.collator import ListCollator
 from larpo.data.preprocessing import training_lists
 from larpo.losses import ListLoss, mean_over_lists
+from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 from tests.larpo.test_trainer import config, eager_logps, step, trainer
 
@@ -343,3 +344,45 @@ def test_equal_candidates_teach_nothing_unless_the_best_is_learned_by_itself(tmp
         training_lists(rows, tiny.tokenizer(), config(tmp_path))
     with pytest.warns(UserWarning):
         assert len(training_lists(rows, tiny.tokenizer(), config(tmp_path, sft_weight=1.0))) == 1
+
+
+class OwnLoss(LarPOTrainer):
+    def list_loss(self, logps, ref_logps, inputs):
+        return -logps.mean(), logps
+
+
+class OwnComputeLoss(LarPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return -model(rows=inputs["rows"][0]).mean()
+
+
+class MoreLoss(LarPOTrainer):
+    def list_loss(self, logps, ref_logps, inputs):
+        loss, scores = super().list_loss(logps, ref_logps, inputs)
+        return loss + 1, scores
+
+
+def run(trainer_class, tmp_path, rows, **settings):
+    model = tiny.causal_lm()
+    args = config(tmp_path, reference_free=True, learning_rate=1.0, **settings)
+    t = trainer_class(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny.tokenizer())
+    before = model.lm_head.weight.detach().clone()
+    try:
+        t.train()
+    finally:
+        moved = not torch.equal(model.lm_head.weight, before)
+        assert moved == (t.state.global_step == 1)
+
+
+@pytest.mark.parametrize("trainer_class", [OwnLoss, OwnComputeLoss])
+def test_settings_that_a_loss_of_ones_own_does_not_apply_are_refused_before_an_update(tmp_path, trainer_class):
+    rows = tiny.lists(2)
+    with pytest.raises(ValueError, match="sft_weight would do nothing: list_loss or compute_loss is overridden"):
+        run(trainer_class, tmp_path, rows, sft_weight=0.5)
+    with pytest.raises(ValueError, match="the data's column weight would do nothing"):
+        run(trainer_class, tmp_path, [{**row, "weight": 1.0} for row in rows])
+    run(trainer_class, tmp_path, rows)
+
+
+def test_a_loss_that_adds_to_the_trainers_own_has_its_settings(tmp_path):
+    run(MoreLoss, tmp_path, [{**row, "weight": 1.0} for row in tiny.lists(2)], sft_weight=0.5)
