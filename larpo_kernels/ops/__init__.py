@@ -8,11 +8,22 @@
 `sharded_token_logps` is `token_logps` of a vocabulary cut over ranks, a plain autograd function.
 
 The vocabulary side ends in l_t, one number per token; the list side starts there. Fused losses chain the two.
+torch's FLOP counter knows them by `flops.py`.
 """
 
+from . import flops
 from .linear import counted_tokens, linear_logps
 from .lists import candidate_logps, list_stage, reduce
 from .logits import token_logps
 from .sharded_logits import sharded_token_logps
 
-__all__ = ["candidate_logps", "counted_tokens", "linear_logps", "list_stage", "reduce", "sharded_token_logps", "token_logps"]
+__all__ = [
+    "candidate_logps",
+    "counted_tokens",
+    "flops",
+    "linear_logps",
+    "list_stage",
+    "reduce",
+    "sharded_token_logps",
+    "token_logps",
+]

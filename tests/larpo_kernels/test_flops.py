@@ -1,0 +1,87 @@
+"""torch's FLOP counter counts the GEMMs of the linear ops, as it does those of the logits they replace."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import larpo_kernels as lk
+
+N, H, V = 32, 8, 50
+GEMM = 2 * N * H * V
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def tensors(device, wanted):
+    hidden, weight = (torch.randn(n, H, device=device, requires_grad=x in wanted) for n, x in ((N, "hidden"), (V, "weight")))
+    return hidden, weight, torch.randint(V, (N,), device=device)
+
+
+def train(hidden, weight, labels, **options):
+    lk.linear_token_logps(hidden, weight, labels, **options).sum().backward()
+
+
+def eager(hidden, weight, labels):
+    F.linear(hidden, weight).log_softmax(-1).gather(1, labels[:, None]).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "schedule", "gemms_more_than_eager"),
+    [
+        ({"hidden"}, "frozen_head", 0),
+        ({"hidden", "weight"}, "list_hold", 0),
+        ({"weight"}, "list_hold", 0),
+        ({"hidden", "weight"}, "recompute", 1),
+        ({"weight"}, "recompute", 1),
+    ],
+)
+def test_a_step_counts_as_eagers_and_one_gemm_more_where_logits_are_formed_again(
+    device, backend, wanted, schedule, gemms_more_than_eager
+):
+    given = tensors(device, wanted)
+    ours = flops(lambda: train(*given, schedule=schedule, backend=backend))
+    assert ours == flops(lambda: eager(*given)) + gemms_more_than_eager * GEMM
+    assert ours == lk.plan(*given, schedule=schedule).gemms * GEMM
+
+
+def test_scoring_is_one_gemm(device):
+    hidden, weight, labels = tensors(device, ())
+    assert flops(lambda: lk.linear_token_logps(hidden, weight, labels)) == GEMM
+
+
+def test_ignored_tokens_do_not_count(device):
+    hidden, weight, labels = tensors(device, ())
+    labels[: N // 2] = -100
+    assert flops(lambda: lk.linear_sequence_logps(hidden[None], weight, labels[None])) == GEMM // 2
+
+
+def test_what_is_held_of_the_vocabulary_is_not_formed_again(device, monkeypatch):
+    from tests.helpers.linear_heads import use_small_tiles
+
+    use_small_tiles(monkeypatch, rows=10)
+    given = tensors(device, {"hidden", "weight"})
+    least, most = (lk.plan(*given, schedule=x).extra_bytes for x in ("recompute", "list_hold"))
+    plan = lk.plan(*given, memory_budget=(least + most) // 2)
+    assert 0 < plan.held_rows < V
+    counted = flops(lambda: train(*given, memory_budget=(least + most) // 2))
+    assert counted == 3 * GEMM + 2 * N * H * (V - plan.held_rows)
+
+
+def test_a_fused_loss_counts_its_head_only(device):
+    hidden, weight, labels = tensors(device, {"hidden", "weight"})
+    relevance = torch.arange(4.0, device=device)
+
+    def call():
+        lk.fused_linear_listwise_loss(
+            hidden.view(4, 8, H), weight, labels.view(4, 8), relevance, list_sizes=4, schedule="list_hold"
+        ).loss.backward()
+
+    assert flops(call) == 3 * GEMM
+    logits = torch.randn(4, 8, V, device=device, requires_grad=True)
+    given = logits, labels.view(4, 8), relevance
+    assert flops(lambda: lk.fused_listwise_loss(*given, list_sizes=4).loss.backward()) == 0
