@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -24,6 +27,8 @@ def locked(folder: Path, *, rank: int = 0) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(f"output_dir={str(folder)!r}: another process is at work in this folder") from None
+    except NotImplementedError:  # some network file systems
+        logger.warning("%s is on a file system without locks: see to it that no other run is at work in it", folder)
     try:
         yield
     finally:

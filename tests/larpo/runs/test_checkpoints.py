@@ -228,3 +228,15 @@ def test_a_second_run_in_one_folder_is_refused_and_the_other_processes_of_a_job_
     finally:
         other.communicate(b"\n")
     train(place, tmp_path / "out", max_steps=1)
+
+
+def test_a_file_system_without_locks_is_said_and_worked_on(tmp_path, monkeypatch, caplog):
+    import filelock
+
+    def acquire(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with locked(tmp_path):
+        pass
+    assert "file system without locks" in caplog.text
