@@ -14,7 +14,7 @@ from .data.collator import ListCollator
 from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, scored_with, token_hashes
 from .data.text_tokenizer import text_tokenizer
 from .data.tokenization import PROMPT_LENGTH, Truncation, prompt_limit, tokenize_lists
-from .modeling.policy import Policy, attach
+from .modeling.policy import Policy, attached
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,10 +102,10 @@ def score_lists(
 
     def under(model: nn.Module, name: str) -> list[list[float]]:
         device = next(model.parameters()).device
-        found = candidate_logps(
-            attach(model, Policy(model)), tokenised, collator, batch_size=batch_size, device=device, description=name,
-            progress=progress,
-        )  # fmt: skip
+        with attached(model, Policy(model)):
+            found = candidate_logps(
+                model, tokenised, collator, batch_size=batch_size, device=device, description=name, progress=progress
+            )
         return [found[i] for i in range(len(tokenised))]
 
     columns: dict[str, list[Any]] = {

@@ -34,7 +34,7 @@ from .losses import ListLoss, mean_over_lists, refuse_unapplied
 from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
 from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision
 from .modeling.loading import load_causal_lm, load_tokenizer
-from .modeling.policy import Policy, attach, compute_dtype
+from .modeling.policy import Policy, attach, compute_dtype, detach
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
 from .modeling.router_loss import RouterLoss
@@ -145,7 +145,9 @@ class LarPOTrainer(Trainer):
             model, start = adapters.with_new_adapter(model, peft_config, ids)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
-        attach(model, self._policy(model, args))
+        self._policies = {"model": self._policy(model, args)}
+        self._detached = False  # `train` detaches them when it ends
+        attach(model, self._policies["model"])
         if train_dataset is not None:
             refuse_foreign_optimizer(optimizers[0], model)
             if adapters.has_adapter(model):
@@ -160,7 +162,8 @@ class LarPOTrainer(Trainer):
             with_ref_logps={name: "ref_logps" in data.column_names for name, data in tokenised.items()},
         )
         if self.ref_model is not None:
-            attach(self.ref_model, self._policy(self.ref_model, args))
+            self._policies["ref_model"] = self._policy(self.ref_model, args)
+            attach(self.ref_model, self._policies["ref_model"])
 
         self._seen = {"train": ListLog(args.ndcg_k), "eval": ListLog(args.ndcg_k)}
         self._tokens_since_log, self._time_of_log = 0, time.monotonic()
@@ -206,6 +209,35 @@ class LarPOTrainer(Trainer):
     @staticmethod
     def _policy(model: nn.Module, args: LarPOConfig) -> Policy:
         return Policy(model, schedule=args.schedule, memory_budget=args.memory_budget, backend=args.kernel_backend)
+
+    def _attach(self) -> None:
+        """The model and its reference accept rows, also after `train`."""
+        if self._detached:
+            self._detached = False
+            for model, policy in self._with_policies():
+                attach(model, policy)
+
+    def _detach(self) -> None:
+        """They are again what they were handed over as: what they are used for next reads and wraps their own forward."""
+        self._detached = True
+        for model, _ in self._with_policies():
+            detach(model)
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        """They accept rows while it lasts, from before accelerate wraps anything, and are then as before."""
+        detached = self._detached
+        self._attach()
+        try:
+            yield
+        finally:
+            if detached:
+                self._detach()
+
+    def _with_policies(self) -> list[tuple[nn.Module, Policy]]:
+        models = ((getattr(self, name), policy) for name, policy in self._policies.items())
+        unwrap = self.accelerator.unwrap_model  # FSDP1 puts its wrapper in the model's place
+        return [(unwrap(model, keep_torch_compile=False), policy) for model, policy in models if model is not None]
 
     def _keeps_full_precision(self) -> bool:
         """Whether something holds float32 weights beside those of the model, or these are not what is trained."""
@@ -281,6 +313,7 @@ class LarPOTrainer(Trainer):
             self.eval_dataset = self._with_ref_logps(self.eval_dataset, "eval")
 
     def _with_ref_logps(self, dataset: Dataset, name: str) -> Dataset:
+        self._attach()
         return self.reference.fill(
             dataset, name, self.model, collator=self.data_collator, args=self.args, accelerator=self.accelerator
         )
@@ -340,6 +373,7 @@ class LarPOTrainer(Trainer):
         return mean_over_lists(losses, inputs), scores
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._attach()
         ref_logps = self._per_candidate(self._ref_logps(model, inputs), inputs)
         logps, router_loss = self._logps_and_router_loss(model, inputs)
         logps = self._per_candidate(logps, inputs)
@@ -366,6 +400,7 @@ class LarPOTrainer(Trainer):
         return batches, lists_of_window(batches, self.accelerator)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._attach()
         if num_items_in_batch is not None:
             self.current_gradient_accumulation_steps = batches_of_window(num_items_in_batch, inputs, self.accelerator)
         try:
@@ -499,7 +534,8 @@ class LarPOTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._seen["eval"].clear()
         self._predicted = PredictionLog()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._attached():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self._seen["eval"].pop(self.accelerator.num_processes)
         predictions, relevance = self._predicted.pop(self.accelerator.num_processes)
         if self.compute_metrics is not None and predictions is not None:
@@ -538,7 +574,11 @@ class LarPOTrainer(Trainer):
         if resume_from_checkpoint and self._sync is not None:
             self._sync.load(resume_from_checkpoint)
         self._time_of_log = time.monotonic()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._attach()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._detach()
 
     def _save(self, *args, **kwargs):
         """transformers pickles the settings beside the model: without the secrets among them."""

@@ -119,7 +119,6 @@ def draw(
 def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
     """Log-likelihoods of the rows' exact tokens under a policy: sums, nats, one per candidate."""
     from ..data.loading import as_lists
-    from ..modeling.policy import detach
     from ..scoring import score_lists
 
     tokens = [{name: row[name] for name in ("prompt_ids", "completion_ids")} for row in rows]
@@ -136,7 +135,6 @@ def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
             max_prompt_length=None,
             progress=False,
         )
-    detach(model)  # an adapter may be put on it next, which has a forward of its own to teach
     return scored["logps"][:]
 
 

@@ -6,9 +6,12 @@ sees an ordinary call, and gathered weights are whole when they are read.
 
 from __future__ import annotations
 
+import inspect
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,7 @@ class Policy:
     ):
         self.options = dict(schedule=schedule, memory_budget=memory_budget, backend=backend)
         self.from_hidden: dict[lm_heads.AdapterState, bool] = {}  # known of a state of the head after its first batch
+        self.wrapped: dict[str, Any] = {}  # while detached: what accelerate had made of the forward
         refuse(model)
 
     @torch.compiler.disable(recursive=False)  # torch.compile is for the backbone, which is called from here
@@ -87,31 +91,83 @@ class Policy:
 
 
 def attach(model: nn.Module, policy: Policy) -> nn.Module:
-    """Teaches `model` a second forward: model(rows=batch) -> log-likelihoods [S], with router_loss=... also that loss. Any
-    other call is what it was."""
+    """Makes `model.forward` accept `rows=`: model(rows=batch) gives log-likelihoods [S], with router_loss=... also that loss.
+    Any other call is what it was.
+
+    `inspect.signature(model.forward)` shows the model's own parameters beside these: from it transformers settles what
+    `generate` passes (position_ids, logits_to_keep) and which columns of a data set a Trainer keeps.
+    """
     model._larpo_policy = policy
-    # Once only: autocast may have wrapped the second forward since. Not hasattr: PEFT models answer for the one inside.
-    if "_larpo_forward" not in vars(model):
-        model._larpo_forward = model.forward
-        model.forward = types.MethodType(_forward, model)
+    if accepts_rows(model):  # autocast may have wrapped this forward since: it stays
+        return model
+    model._larpo_forward = model.forward
+    model._larpo_before = _taken(model)
+    vars(model).update(policy.wrapped or {"forward": types.MethodType(_forward_like(model._larpo_forward), model)})
+    policy.wrapped = {}
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undoes `attach`."""
-    if "_larpo_forward" in vars(model):
-        del model.forward, model._larpo_forward, model._larpo_policy
+    """Gives the model the forward back that it had before `attach`. A later `attach` of the same policy brings back what
+    accelerate wrapped the other one in."""
+    if accepts_rows(model):
+        policy, before = model._larpo_policy, model._larpo_before
+        policy.wrapped = _taken(model)
+        del model._larpo_forward, model._larpo_policy, model._larpo_before
+        vars(model).update(before)
     return model
+
+
+@contextmanager
+def attached(model: nn.Module, policy: Policy) -> Iterator[nn.Module]:
+    """The model with `policy` attached, and afterwards as it was: a trainer may be at work on it."""
+    before = model._larpo_policy if accepts_rows(model) else None
+    attach(model, policy)
+    try:
+        yield model
+    finally:
+        if before is None:
+            detach(model)
+        else:
+            model._larpo_policy = before
+
+
+def accepts_rows(model: nn.Module) -> bool:
+    """Whether `attach` has been here, however the forward is wrapped by now."""
+    return "rows" in inspect.signature(model.forward).parameters
+
+
+# What a wrapped forward leaves on a model. accelerate wraps no model in autocast that has the last of them, so they go and
+# come with the forward.
+FORWARD = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+def _taken(model: nn.Module) -> dict[str, Any]:
+    return {name: vars(model).pop(name) for name in FORWARD if name in vars(model)}
 
 
 _backbone_inputs = torch.compiler.disable(row_layouts.backbone_inputs)
 
 
-@torch.compiler.disable(recursive=False)
-def _forward(self, *args, rows: Mapping[str, Tensor] | None = None, router_loss: RouterLoss | None = None, **kwargs):
-    if rows is None:
-        return self._larpo_forward(*args, **kwargs)
-    return self._larpo_policy.logps(self, rows, router_loss)
+def _forward_like(own: Callable) -> Callable:
+    """An unbound forward that accepts rows, with the signature of `own` beside its own parameters.
+
+    Not by functools.wraps: accelerate takes off whatever is found under `__wrapped__`. It holds no model, so that copies of
+    one call themselves, and its name is one that pickle finds on every model.
+    """
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args, rows: Mapping[str, Tensor] | None = None, router_loss: RouterLoss | None = None, **kwargs):
+        if rows is None:
+            return self._larpo_forward(*args, **kwargs)
+        return self._larpo_policy.logps(self, rows, router_loss)
+
+    parameters = list(inspect.signature(own).parameters.values())
+    after = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    first, _, *added, _ = inspect.signature(forward).parameters.values()
+    first = first.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = inspect.Signature([first, *parameters[: len(parameters) - len(after)], *added, *after])
+    return forward
 
 
 def _own_forward(lm: nn.Module) -> Callable:

@@ -1,7 +1,9 @@
 """What users bring along from other trainers: models by name, settings, adapters, data sets of all kinds."""
 
+import contextlib
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -9,9 +11,12 @@ import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
+import transformers
 from datasets import Dataset
 
+from larpo.modeling.policy import accepts_rows
 from larpo.modeling.reference_model import without_dropout
+from larpo.scoring import score_lists
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 from tests.larpo.test_trainer import config, eager_logps, eager_loss, lora, moved, own_precision, step, trainer  # noqa: F401
@@ -427,3 +432,57 @@ def test_only_a_reference_that_follows_is_in_the_checkpoints(tmp_path, data):
     assert not (tmp_path / "checkpoint-1" / REFERENCE_FILE).exists()
     with pytest.raises(ValueError, match=f"holds no {REFERENCE_FILE}.*sync_ref_model"):
         trainer(tmp_path, data, sync_ref_model=True, max_steps=2, **options).train(resume_from_checkpoint=True)
+
+
+# --- the model afterwards
+
+
+class Stops(transformers.TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        raise RuntimeError("full disk")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_training_the_models_are_what_they_were_but_for_their_weights(tmp_path, data, fails):
+    model, reference = tiny.causal_lm(), tiny.causal_lm(seed=1)
+    before = set(vars(model)), set(vars(reference))
+    t = trainer(tmp_path, data, model, ref_model=reference, bf16=True, callbacks=[Stops()] if fails else None)
+    with pytest.raises(RuntimeError, match="full disk") if fails else contextlib.nullcontext():
+        t.train()
+    assert not accepts_rows(model) and not accepts_rows(reference)
+    left = {name for name in vars(model) if name not in before[0]}
+    assert not {name for name in left if "larpo" in name or "forward" in name or "prepared" in name}
+    assert not {name for name in vars(reference) if name not in before[1]}
+    assert model(input_ids=torch.tensor([[5, 6]])).logits.dtype == torch.float32
+    pickle.dumps(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"candidate_micro_batch_size": 2}])
+def test_a_trained_trainer_evaluates_steps_and_trains_again(tmp_path, data, options):
+    kept = trainer(tmp_path, data, eval_dataset=data, eval_strategy="steps", eval_steps=1, **options)
+    kept.train()
+    during = [entry["eval_loss"] for entry in kept.state.log_history if "eval_loss" in entry]
+    assert kept.evaluate()["eval_loss"] == during[-1]  # with the same autocast
+    assert not accepts_rows(kept.model)
+    batch = next(iter(kept.get_eval_dataloader()))
+    assert kept.compute_loss(kept.model, batch).isfinite()
+    kept.args.max_steps = 2
+    kept.train()
+    assert kept.state.global_step == 2 and not accepts_rows(kept.model)
+
+
+def test_a_later_trainer_of_transformers_keeps_its_columns(tmp_path, data):
+    t = trainer(tmp_path / "lists", data)
+    t.train()
+    tokens = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "unused": 1}] * 4)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "tokens"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    batch = next(iter(transformers.Trainer(t.model, arguments, train_dataset=tokens).get_train_dataloader()))
+    assert set(batch) == {"input_ids", "labels"}
+
+
+def test_scoring_leaves_the_model_as_it_was(data):
+    model = tiny.causal_lm()
+    score_lists(model, data, tiny.tokenizer(), progress=False)
+    assert not accepts_rows(model)

@@ -1,0 +1,118 @@
+"""A model whose forward accepts rows: what libraries see of it, and that it is afterwards what it was."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from larpo.modeling.policy import Policy, accepts_rows, attach, attached, detach
+from larpo.modeling.row_layouts import TokenizedCandidate, padded_rows
+from tests.helpers import tiny
+
+GPT_BIGCODE = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)
+ROWS = padded_rows([TokenizedCandidate([5, 6], [7, 8, 9]), TokenizedCandidate([5, 6], [11])], pad_token_id=0)
+
+
+def model_of(model_type):
+    model = tiny.causal_lm(model_type, **(GPT_BIGCODE if model_type == "gpt_bigcode" else {}))
+    if hasattr(model.base_model, "wpe"):
+        torch.nn.init.normal_(model.base_model.wpe.weight)  # as trained: 0.02 moves no token
+    return model
+
+
+def eager_logps(model):
+    with torch.no_grad():
+        out = model(input_ids=ROWS["input_ids"], attention_mask=ROWS["attention_mask"]).logits.log_softmax(-1)
+    return torch.stack([out[0, [1, 2, 3], [7, 8, 9]].sum(), out[1, 1, 11]])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_bigcode"])
+def test_an_attached_model_shows_its_own_signature_and_rows(model_type):
+    model = model_of(model_type)
+    own = inspect.signature(model.forward).parameters
+    attach(model, Policy(model))
+    seen = inspect.signature(model.forward).parameters
+    assert {name: p for name, p in seen.items() if name not in ("rows", "router_loss")} == dict(own)
+    assert seen["rows"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert model._supports_logits_to_keep()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode"])
+def test_an_attached_model_samples_behind_left_padding_as_it_does_without(model_type):
+    """The positions of learned embeddings: transformers passes them to a forward that shows them."""
+    model = model_of(model_type)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    alone = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 6:]
+    attach(model, Policy(model))
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
+    mask = torch.tensor([[0] * 5 + [1] * 6])
+    found = model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert found[0, 11:].tolist() == alone.tolist()
+
+
+def test_an_attached_model_computes_only_the_logits_that_generation_reads():
+    model = model_of("llama")
+    attach(model, Policy(model))
+    widths = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    model.generate(input_ids=torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, do_sample=False)
+    assert set(widths) == {1}
+
+
+def test_a_typing_error_in_generate_is_still_caught():
+    model = model_of("llama")
+    attach(model, Policy(model))
+    with pytest.raises(ValueError, match="positoin_ids"):
+        model.generate(input_ids=torch.tensor([[5, 6]]), positoin_ids=torch.tensor([[0, 1]]), max_new_tokens=1)
+
+
+def test_detach_gives_everything_back():
+    model = model_of("llama")
+    before = dict(vars(model))
+    attach(model, Policy(model))
+    assert accepts_rows(model)
+    detach(model)
+    assert vars(model) == before and not accepts_rows(model)
+
+
+def test_a_forward_of_the_instance_is_given_back():
+    """accelerate's hooks (device_map) stand there."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = add_hook_to_module(model_of("llama"), ModelHook())
+    hooked, expected = vars(model)["forward"], eager_logps(model)
+    torch.testing.assert_close(attach(model, Policy(model))(rows=ROWS), expected)
+    detach(model)
+    assert vars(model)["forward"] is hooked
+
+
+def test_copies_and_pickles_of_an_attached_model_ask_themselves():
+    model = model_of("llama")
+    attach(model, Policy(model))
+    copied, stored = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    attach(stored, Policy(stored))
+    with torch.no_grad():
+        for other in (copied, stored):
+            for p in other.parameters():
+                p.mul_(1.1)
+            other.tie_weights()
+    for other in (copied, stored):
+        torch.testing.assert_close(other(rows=ROWS), eager_logps(other))
+        assert (other(rows=ROWS) - model(rows=ROWS)).abs().max() > 1e-3
+        detach(other)
+        assert not accepts_rows(other)
+
+
+def test_attached_for_a_while_leaves_a_model_as_it_was():
+    model = model_of("llama")
+    with attached(model, Policy(model)) as inside:
+        torch.testing.assert_close(inside(rows=ROWS), eager_logps(model))
+    assert not accepts_rows(model)
+    own = Policy(model)
+    attach(model, own)  # a trainer is at work
+    with attached(model, Policy(model)):
+        pass
+    assert accepts_rows(model) and model._larpo_policy is own
