@@ -6,9 +6,9 @@ check against the model's own logits catches those that it does not know, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -133,19 +133,19 @@ def within_head(lm: PreTrainedModel, function: Callable[[Tensor], T], hidden: Te
             head.forward = own
 
 
-CHECKED_TOKENS = 16
-
-
 @torch.no_grad()
-def check(lm: PreTrainedModel, input_ids: Tensor, forward: Callable | None = None) -> str | None:
-    """Compares post(head(hidden)) with the model's own logits on the first tokens of input_ids [R, T].
-
-    forward: the model's own; by default lm.forward. Returns None where they agree to the rounding of the dtype, else the
+def check(
+    lm: PreTrainedModel, inputs: Mapping[str, Any], forward: Callable | None = None, at: Tensor | None = None
+) -> str | None:
+    """Compares post(head(hidden)) with the model's own logits: None where they agree to the rounding of the dtype, else the
     reason why they must not be exchanged.
+
+    inputs: keywords of the model and of its backbone. forward: the model's own; by default lm.forward.
+    at: places in hidden.flatten(0, 1) to compare, all by default.
     """
-    ids = input_ids[:1, :CHECKED_TOKENS]
     training = lm.training
     lm.eval()  # dropout would make two forwards differ
+    places = slice(None) if at is None else at
 
     def from_hidden(hidden: Tensor) -> tuple[Tensor, float]:
         hidden, weight, bias = head_inputs(lm, hidden)
@@ -157,13 +157,15 @@ def check(lm: PreTrainedModel, input_ids: Tensor, forward: Callable | None = Non
         return post_processing(lm.config)(ours.float()), max(torch.finfo(x.dtype).eps for x in (hidden, weight))
 
     try:
-        logits = (forward or lm.forward)(input_ids=ids, use_cache=False).logits[0]
-        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = (forward or lm.forward)(**inputs, use_cache=False).logits.flatten(0, 1)[places]
+        hidden = lm.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[places]
         ours, coarsest = within_head(lm, from_hidden, hidden)
     except (Unsupported, AttributeError, TypeError) as error:
         return str(error)
     finally:
         lm.train(training)
+    if not len(logits):
+        return None
     logits = logits.float()
     difference, size = (x.square().mean().sqrt().item() for x in (ours - logits, logits))
     coarsest = max(coarsest, torch.finfo(lm.get_input_embeddings().weight.dtype).eps)

@@ -6,6 +6,7 @@ sees an ordinary call, and gathered weights are whole when they are read.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import larpo_kernels as lk
 
-from . import lm_heads, row_layouts
+from . import lm_heads, row_checks, row_layouts
 from .router_loss import RouterLoss
 
 
@@ -34,7 +35,7 @@ class Policy:
         self, model: nn.Module, *, schedule: str = "auto", memory_budget: int | None = None, backend: str | None = None
     ):
         self.options = dict(schedule=schedule, memory_budget=memory_budget, backend=backend)
-        self.from_hidden: dict[lm_heads.AdapterState, bool] = {}  # known of a state of the head after its first batch
+        self.calls: dict[tuple[str, lm_heads.AdapterState], row_checks.Call] = {}  # known after a first batch
         self.wrapped: dict[str, Any] = {}  # while detached: what accelerate had made of the forward
         refuse(model)
 
@@ -43,14 +44,16 @@ class Policy:
         self, model: nn.Module, batch: Mapping[str, Tensor], router_loss: RouterLoss | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Sum of token log-probs of each candidate in `batch` (see larpo/modeling/row_layouts.py): [S] float32, nats; with
-        router_loss also that loss of the batch, []."""
+        router_loss also that loss of the batch, [].
+
+        Raises ValueError at the first batch of a model that computes something else in such rows than alone."""
         lm = lm_heads.causal_lm(model)
-        from_hidden = self._is_from_hidden(lm, batch)
-        inputs = _backbone_inputs(batch, lm.config, compute_dtype(lm))
-        if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        call = self._call(lm, batch)
+        inputs = _inputs_of(batch, lm.config, compute_dtype(lm), call.with_positions)
+        if "output_router_logits" in inputs:
             inputs["output_router_logits"] = router_loss is not None
         at, labels, cu_seqlens = batch["at"], batch["labels"], batch["cu_seqlens"]
-        if from_hidden:
+        if call.why_logits is None:
             out = lm.base_model(**inputs, use_cache=False)
             logps = self._head(lm, out.last_hidden_state.flatten(0, 1).index_select(0, at), labels, cu_seqlens)
         else:
@@ -73,21 +76,19 @@ class Policy:
         return lm_heads.within_head(lm, logps, hidden)
 
     @torch.compiler.disable
-    def _is_from_hidden(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
-        """Whether log-likelihoods come from hidden states: with an adapter on the head, each of its states is checked."""
-        state = lm_heads.adapter_state(lm)
-        if state not in self.from_hidden:
-            self.from_hidden[state] = self._choose(lm, batch)
-        return self.from_hidden[state]
-
-    def _choose(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> bool:
-        reason = _agreed(lm_heads.check(lm, batch["input_ids"], _own_forward(lm)), batch["input_ids"].device)
-        if reason is not None:
-            warnings.warn(
-                f"{type(lm).__name__} is trained from its logits, which takes more memory than hidden states: {reason}",
-                stacklevel=2,
-            )
-        return reason is None
+    def _call(self, lm: nn.Module, batch: Mapping[str, Tensor]) -> row_checks.Call:
+        """How `lm` is to be called: checked once for a layout of rows and for a state of an adapter on its head."""
+        known_by = row_layouts.layout_of(batch), lm_heads.adapter_state(lm)
+        if known_by not in self.calls:
+            agreed = functools.partial(_agreed, device=batch["input_ids"].device)
+            call = self.calls[known_by] = row_checks.choose(lm, batch, _own_forward(lm), compute_dtype(lm), agreed)
+            if call.why_logits is not None:
+                warnings.warn(
+                    f"{type(lm).__name__} is trained from its logits, which takes more memory than hidden states: "
+                    f"{call.why_logits}",
+                    stacklevel=2,
+                )
+        return self.calls[known_by]
 
 
 def attach(model: nn.Module, policy: Policy) -> nn.Module:
@@ -146,7 +147,7 @@ def _taken(model: nn.Module) -> dict[str, Any]:
     return {name: vars(model).pop(name) for name in FORWARD if name in vars(model)}
 
 
-_backbone_inputs = torch.compiler.disable(row_layouts.backbone_inputs)
+_inputs_of = torch.compiler.disable(row_checks.inputs_of)
 
 
 def _forward_like(own: Callable) -> Callable:
@@ -156,7 +157,6 @@ def _forward_like(own: Callable) -> Callable:
     one call themselves, and its name is one that pickle finds on every model.
     """
 
-    @torch.compiler.disable(recursive=False)
     def forward(self, *args, rows: Mapping[str, Tensor] | None = None, router_loss: RouterLoss | None = None, **kwargs):
         if rows is None:
             return self._larpo_forward(*args, **kwargs)
@@ -167,7 +167,7 @@ def _forward_like(own: Callable) -> Callable:
     first, _, *added, _ = inspect.signature(forward).parameters.values()
     first = first.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = inspect.Signature([first, *parameters[: len(parameters) - len(after)], *added, *after])
-    return forward
+    return torch.compiler.disable(forward, recursive=False)
 
 
 def _own_forward(lm: nn.Module) -> Callable:

@@ -22,7 +22,7 @@ Rows are made on the CPU, by a collator. A dict of tensors:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, compress, groupby, pairwise
 from typing import NamedTuple
 
@@ -149,6 +149,11 @@ def num_tokens(rows: dict[str, Tensor]) -> int:
     if "segments" in rows:
         return int((rows["segments"] >= 0).sum())
     return rows["input_ids"].numel()
+
+
+def layout_of(rows: Mapping[str, Tensor]) -> str:
+    """padded, packed or shared."""
+    return "shared" if "segments" in rows else "padded" if "attention_mask" in rows else "packed"
 
 
 def backbone_inputs(rows: dict[str, Tensor], model_config, dtype: torch.dtype) -> dict:

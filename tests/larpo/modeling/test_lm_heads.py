@@ -31,17 +31,21 @@ def ids(n=20):
     return torch.randint(3, tiny.VOCAB, (2, n), generator=torch.Generator().manual_seed(1))
 
 
+def inputs():
+    return {"input_ids": ids()}
+
+
 def test_the_table_gives_the_models_own_logits(model):
     hidden = model.base_model(input_ids=ids()).last_hidden_state
     x, weight, bias = lm_heads.head_inputs(model, hidden.flatten(0, 1))
     ours = lm_heads.post_processing(model.config)(torch.nn.functional.linear(x, weight, bias))
     torch.testing.assert_close(ours, model(input_ids=ids()).logits.flatten(0, 1))
-    assert lm_heads.check(model, ids()) is None
+    assert lm_heads.check(model, inputs()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_check_allows_for_rounding(model, dtype):
-    assert lm_heads.check(model.to(dtype), ids()) is None
+    assert lm_heads.check(model.to(dtype), inputs()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,7 +53,7 @@ def test_the_check_allows_for_rounding(model, dtype):
 def test_the_check_catches_a_factor_or_a_soft_cap_that_the_table_does_not_know(monkeypatch, wrong, dtype):
     model = tiny.causal_lm().to(dtype)
     monkeypatch.setattr(lm_heads, "post_processing", lambda config: wrong)
-    assert "is off its logits by" in lm_heads.check(model, ids())
+    assert "is off its logits by" in lm_heads.check(model, inputs())
 
 
 def test_the_check_catches_a_layer_before_the_head():
@@ -61,14 +65,14 @@ def test_the_check_catches_a_layer_before_the_head():
         out.logits = model.lm_head(model.base_model(**inputs).last_hidden_state * 1.5)
         return out
 
-    assert "is off its logits by" in lm_heads.check(model, ids(), forward)
+    assert "is off its logits by" in lm_heads.check(model, inputs(), forward)
 
 
 def test_hooks_of_the_head_are_run():
     """FSDP and DeepSpeed gather weights in them."""
     model = tiny.causal_lm()
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    assert lm_heads.check(model, ids()) is None
+    assert lm_heads.check(model, inputs()) is None
     assert "forward" not in vars(model.lm_head)
 
 
@@ -84,12 +88,12 @@ def test_the_check_reports_a_head_that_is_not_linear():
             return self.inner(x)
 
     model.lm_head = Head(model.lm_head)
-    assert "not a torch.nn.Linear" in lm_heads.check(model, ids())
+    assert "not a torch.nn.Linear" in lm_heads.check(model, inputs())
 
 
 def test_the_check_leaves_mode_and_gradients_alone():
     model = tiny.causal_lm().train()
-    assert lm_heads.check(model, ids()) is None
+    assert lm_heads.check(model, inputs()) is None
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
@@ -107,7 +111,7 @@ class TestAdapters:
     def test_lora_on_the_head_counts_and_is_trained(self):
         model = self.adapted(target_modules=["q_proj", "lm_head"])
         lm = lm_heads.causal_lm(model)
-        assert lm_heads.check(lm, ids()) is None
+        assert lm_heads.check(lm, inputs()) is None
         hidden = lm.base_model(input_ids=ids()).last_hidden_state.flatten(0, 1)
         x, weight, bias = lm_heads.head_inputs(lm, hidden)
         ours = torch.nn.functional.linear(x, weight, bias)
@@ -124,7 +128,7 @@ class TestAdapters:
         base = tiny.causal_lm()
         with model.disable_adapter():
             lm = lm_heads.causal_lm(model)
-            assert lm_heads.check(lm, ids()) is None
+            assert lm_heads.check(lm, inputs()) is None
             hidden = lm.base_model(input_ids=ids()).last_hidden_state.flatten(0, 1)
             ours = torch.nn.functional.linear(*lm_heads.head_inputs(lm, hidden))
         torch.testing.assert_close(ours, base(input_ids=ids()).logits.flatten(0, 1))
@@ -135,10 +139,10 @@ class TestAdapters:
         trained = lm.get_output_embeddings().modules_to_save["default"].weight
         with torch.no_grad():
             trained.mul_(1.3)
-        assert lm_heads.check(lm, ids()) is None
+        assert lm_heads.check(lm, inputs()) is None
         assert lm_heads.head_inputs(lm, torch.zeros(1, 32)).weight is trained
         with model.disable_adapter():
-            assert lm_heads.check(lm, ids()) is None
+            assert lm_heads.check(lm, inputs()) is None
             assert lm_heads.head_inputs(lm, torch.zeros(1, 32)).weight is not trained
 
     def test_two_adapters_at_once(self):
@@ -149,8 +153,8 @@ class TestAdapters:
         for name, parameter in model.named_parameters():
             if "lora_B.other" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        assert lm_heads.check(lm, ids()) is None
+        assert lm_heads.check(lm, inputs()) is None
 
     def test_a_variant_of_lora_on_the_head_goes_through_logits(self):
         model = self.adapted(target_modules=["lm_head"], use_dora=True)
-        assert "variant of LoRA" in lm_heads.check(lm_heads.causal_lm(model), ids())
+        assert "variant of LoRA" in lm_heads.check(lm_heads.causal_lm(model), inputs())

@@ -9,7 +9,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from larpo.modeling.policy import Policy, accepts_rows, attach, attached, detach
-from larpo.modeling.row_layouts import TokenizedCandidate, padded_rows
+from larpo.modeling.row_checks import _difference
+from larpo.modeling.row_layouts import TokenizedCandidate, packed_rows, padded_rows, shared_rows
 from tests.helpers import tiny
 
 GPT_BIGCODE = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)
@@ -116,3 +117,83 @@ def test_attached_for_a_while_leaves_a_model_as_it_was():
     with attached(model, Policy(model)):
         pass
     assert accepts_rows(model) and model._larpo_policy is own
+
+
+# --- the call that training makes, against each candidate alone
+
+COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl")
+CANDIDATES = [TokenizedCandidate([5, 6], [7, 8, 9, 20, 30, 31, 32]), TokenizedCandidate([5, 6], [11])]
+
+
+def alone(model, candidate):
+    ids = torch.tensor([[*candidate.prompt_ids, *candidate.completion_ids]])
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0].log_softmax(-1)
+    n = len(candidate.prompt_ids)
+    return sum(logps[n - 1 + i, token] for i, token in enumerate(candidate.completion_ids))
+
+
+@pytest.mark.parametrize("model_type", COUNTS_FROM_PADDING)
+def test_positions_that_the_model_counts_itself_are_left_to_it(model_type):
+    model = tiny.causal_lm(model_type, is_decoder=True, pad_token_id=1, bos_token_id=0)
+    for name, p in model.named_parameters():
+        if "position_embeddings" in name:
+            torch.nn.init.normal_(p)  # as trained: 0.02 moves no token
+    expected = torch.stack([alone(model, one) for one in CANDIDATES])
+    attach(model, Policy(model))
+    with pytest.warns(UserWarning, match="is trained from its logits"):  # a layer stands before the head
+        found = model(rows=padded_rows(CANDIDATES, pad_token_id=1))
+    torch.testing.assert_close(found, expected)
+
+
+def test_positions_stay_where_the_model_takes_them():
+    model = tiny.causal_lm("gpt2")
+    policy = Policy(model)
+    attach(model, policy)(rows=ROWS)
+    assert [call.with_positions for call in policy.calls.values()] == [True]
+
+
+def test_a_model_that_reads_padding_on_the_left_is_refused():
+    sizes = dict(dim_model=32, num_attention_heads=4, dim_head=8, dim_ff=32, prompt_length=4)
+    model = tiny.causal_lm("cpmant", **sizes)
+    attach(model, Policy(model))
+    with pytest.raises(ValueError, match="CpmAntForCausalLM gives tokens other probabilities in padded rows"):
+        model(rows=padded_rows(CANDIDATES, pad_token_id=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj", "gemma2", "bloom", "qwen2_moe"])
+def test_rounding_is_not_taken_for_another_model(model_type, dtype):
+    more = {"bloom": dict(n_layer=2, n_head=4)}.get(model_type, {})
+    model = tiny.causal_lm(model_type, dtype=dtype, **more)
+    attach(model, Policy(model))
+    assert model(rows=padded_rows(CANDIDATES, pad_token_id=0)).isfinite().all()
+
+
+def test_the_same_tokens_in_rows_that_share_a_prompt_or_lie_in_one_row_are_compared_too():
+    model = tiny.causal_lm("llama")
+    policy = Policy(model)
+    attach(model, policy)
+    expected = torch.stack([alone(model, one) for one in CANDIDATES])
+    for rows in (packed_rows(CANDIDATES), shared_rows(CANDIDATES, pad_token_id=0)):
+        torch.testing.assert_close(model(rows=rows), expected)
+    assert {layout for layout, _ in policy.calls} == {"packed", "shared"}
+
+
+def test_packed_rows_that_a_model_does_not_keep_apart_are_refused():
+    model = tiny.causal_lm("bloom", n_layer=2, n_head=4)  # its mask and positions know one sequence a row
+    attach(model, Policy(model))
+    with pytest.raises(ValueError, match="in packed rows of candidates"):
+        model(rows=packed_rows(CANDIDATES))
+
+
+def test_logits_that_hide_entries_of_the_vocabulary_or_are_nan_are_no_difference():
+    theirs = torch.randn(3, 5)
+    theirs[:, 1] = -torch.inf
+    theirs[:, 2] = torch.finfo(torch.float32).min
+    assert _difference(theirs + 4.0, theirs)[0] < 1e-5  # a constant beside a token's logits is nothing
+    assert _difference(theirs, torch.full_like(theirs, torch.nan))[0] == 0
+    assert _difference(torch.full_like(theirs, torch.nan), theirs)[0] == torch.inf
+    off = theirs.clone()
+    off[:, 0] += 3.0
+    assert _difference(off, theirs)[0] == pytest.approx(2**0.5)  # 3, 0, 0 less their mean 1: root of (4 + 1 + 1) / 3

@@ -40,4 +40,5 @@ def test_loss_and_gradient_are_eagers(tmp_path, head_too, share_prefix):
     loss, found = step(t, [t.train_dataset[i] for i in range(len(data))])
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-6)
     assert_same_gradients(found, gradients(t.model, expected))
-    assert all(t.model._larpo_policy.from_hidden.values()) is not head_too, "a head in four bits goes through logits"
+    calls = t.model._larpo_policy.calls.values()
+    assert all(call.why_logits is None for call in calls) is not head_too, "a head in four bits goes through logits"
