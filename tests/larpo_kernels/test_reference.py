@@ -10,8 +10,14 @@ from tests.helpers.batches import IGNORE, gradient, make_batch
 OPTIONS = [{}, {"logit_scale": 0.5, "softcap": 2.0}, {"length_normalized": True}]
 OBJECTIVES = [
     lk.Pairwise(),
+    lk.Pairwise(ties="skip"),
+    lk.Pairwise(ties="mean"),
     lk.Contrastive(),
+    lk.Contrastive(ties="skip"),
+    lk.Contrastive(ties="mean"),
     lk.ListMLE(),
+    lk.ListMLE(ties="skip"),
+    lk.ListMLE(ties="efron"),
     lk.LambdaRank(),
     lk.LambdaRank(weighting="dcg", k=2),
     lk.LambdaRank(weighting="dcg2"),
@@ -54,11 +60,11 @@ def test_sequence_logps(batch, options):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_listwise_loss(objective):
-    scores = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    relevance = torch.tensor([0.0, 2, 1, 3, 1, 1], dtype=torch.float64)
+    scores = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    relevance = torch.tensor([0.0, 2, 1, 3, 1, 1, 2, 0, 2, 1, 0], dtype=torch.float64)
     assert_same(
-        lambda x: lk.reference.listwise_loss(x, relevance, list_sizes=[3, 1, 2], objective=objective, reduction="none"),
-        lambda x: slow_loop.listwise_losses(x, relevance, [3, 1, 2], objective.name, **vars(objective)),
+        lambda x: lk.reference.listwise_loss(x, relevance, list_sizes=[3, 1, 2, 5], objective=objective, reduction="none"),
+        lambda x: slow_loop.listwise_losses(x, relevance, [3, 1, 2, 5], objective.name, **vars(objective)),
         scores,
     )
 
