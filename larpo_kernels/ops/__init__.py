@@ -8,10 +8,8 @@
 `sharded_token_logps` is `token_logps` of a vocabulary cut over ranks, a plain autograd function.
 
 The vocabulary side ends in l_t, one number per token; the list side starts there. Fused losses chain the two.
-torch's FLOP counter knows them by `flops.py`.
 """
 
-from . import flops
 from .linear import counted_tokens, linear_logps
 from .lists import candidate_logps, list_stage, reduce
 from .logits import token_logps

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import linear  # noqa: F401  torch.ops has its ops from here on
+COUNTER = "torch.utils.flop_counter"
 
 
-@register_flop_formula(torch.ops.larpo_kernels.linear_logps)
-def _linear_logps(hidden, weight, *args, out_shape, **options) -> int:
+def known_to_counters() -> None:
+    """Registers the formulas once there is a counter: importing its module imports Triton, which nobody may have asked for."""
+    if torch.compiler.is_compiling() or COUNTER not in sys.modules:
+        return
+    registry = sys.modules[COUNTER].flop_registry
+    if torch.ops.larpo_kernels.linear_logps in registry:
+        return
+    formulas = {
+        torch.ops.larpo_kernels.linear_logps: linear_logps_flops,
+        torch.ops.larpo_kernels.linear_logps_backward: linear_logps_backward_flops,
+    }
+    for op, formula in formulas.items():
+        sys.modules[COUNTER].register_flop_formula(op)(formula)
+    for mode in _get_current_dispatch_mode_stack():  # a counter copies the registry when it is made
+        if hasattr(mode, "counter"):
+            mode.counter.flop_registry.update({op: registry[op] for op in formulas})
+
+
+def linear_logps_flops(hidden, weight, *args, out_shape, **options) -> int:
     """Shapes instead of tensors. One GEMM, and E^T W where d hidden is summed up at once."""
     _, _, _, walked, _, _, unit_grad, _ = out_shape
     return (2 if unit_grad[0] else 1) * _gemm(walked, weight)
 
 
-@register_flop_formula(torch.ops.larpo_kernels.linear_logps_backward)
-def _linear_logps_backward(
+def linear_logps_backward_flops(
     grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held,
     ignore_index, logit_scale, softcap, compute, needs_hidden, needs_weight, *args, out_shape, **options,
 ) -> int:  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..linear import schedules, walk
 from ..linear.vocab_shard import ELSEWHERE
+from .flops import known_to_counters
 
 
 @torch.library.custom_op("larpo_kernels::linear_logps", mutates_args=())
@@ -195,6 +196,7 @@ def linear_logps(
 
     group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
     """
+    known_to_counters()
     compute = schedules.compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
     backend = backends.pick(backend, hidden, compute)
     stored = schedules.stored_dtype(compute, hidden.dtype)

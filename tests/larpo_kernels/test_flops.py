@@ -1,11 +1,16 @@
 """torch's FLOP counter counts the GEMMs of the linear ops, as it does those of the logits they replace."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import larpo_kernels as lk
+from tests.helpers import HANGS
 
 N, H, V = 32, 8, 50
 GEMM = 2 * N * H * V
@@ -85,3 +90,15 @@ def test_a_fused_loss_counts_its_head_only(device):
     logits = torch.randn(4, 8, V, device=device, requires_grad=True)
     given = logits, labels.view(4, 8), relevance
     assert flops(lambda: lk.fused_listwise_loss(*given, list_sizes=4).loss.backward()) == 0
+
+
+def test_the_first_call_of_a_process_counts():
+    code = """
+        from torch.utils.flop_counter import FlopCounterMode
+        import torch, larpo_kernels as lk
+        with FlopCounterMode(display=False) as counter:
+            lk.linear_token_logps(torch.randn(16, 4), torch.randn(10, 4), torch.zeros(16, dtype=torch.long))
+        print(counter.get_total_flops())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=HANGS)
+    assert done.stdout.strip() == str(2 * 16 * 4 * 10), done.stderr
