@@ -31,6 +31,7 @@ def candidate_logps(
     device: torch.device,
     autocast: AbstractContextManager | None = None,
     shard: tuple[int, int] = (0, 1),
+    collective: bool = False,
     description: str = "Scoring",
     progress: bool = True,
 ) -> dict[int, list[float]]:
@@ -38,23 +39,34 @@ def candidate_logps(
 
     Longest lists come first, so that batches hold lists of similar length and memory runs out at once if it does.
     shard (rank, ranks): only every ranks-th batch, from the rank-th on.
+    collective: forwards are, since parameters are sharded: all ranks run as many, some of them for nothing.
     """
     lengths = [
         len(p) * len(c) + sum(map(len, c)) for p, c in zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
     ]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)][shard[0] :: shard[1]]
+    batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)]
+    idle = -len(batches) % shard[1] if collective else 0
+    batches = [*batches, *batches[:1] * idle][shard[0] :: shard[1]]
     training = model.training
     model.eval()
     found: dict[int, list[float]] = {}
     with nullcontext() if autocast is None else autocast:
         for rows in tqdm(batches, desc=description, unit="batch", disable=not progress):
             batch = collator([tokenised[i] for i in rows])
-            parts = [model(rows=send_to_device(part, device)) for part in batch["rows"]]
-            each = torch.cat(parts).cpu().split(batch["list_sizes"].tolist())
+            rows_of_parts = batch["rows"]
+            most = _most_of_all(len(rows_of_parts), device) if collective else len(rows_of_parts)
+            parts = [model(rows=send_to_device(rows_of_parts[i % len(rows_of_parts)], device)) for i in range(most)]
+            each = torch.cat(parts[: len(rows_of_parts)]).cpu().split(batch["list_sizes"].tolist())
             found |= {i: logps.tolist() for i, logps in zip(rows, each, strict=True)}
     model.train(training)
     return found
+
+
+def _most_of_all(n: int, device: torch.device) -> int:
+    most = torch.tensor(n, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def score_lists(

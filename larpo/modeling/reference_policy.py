@@ -196,24 +196,36 @@ class ReferencePolicy:
         """The data with the column ref_logps, while the policy is still what it was when it was handed over."""
         if "ref_logps" in dataset.column_names or self.way is Way.NONE:
             return dataset
-        if is_sharded(accelerator):
-            raise ValueError("precompute_ref_log_probs does not work with sharded parameters: `larpo score` writes ref_logps")
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        with self._switched(policy):
+        sharded = is_sharded(accelerator)
+        scorer = self.model or (self._sharded_copy(policy, accelerator, args.device) if sharded else policy)
+        with self._switched(scorer):
             found = candidate_logps(
-                policy if self.model is None else self.model,
+                scorer,
                 dataset,
                 collator,
                 batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
                 device=args.device,
                 autocast=accelerator.autocast(),
                 shard=(rank, ranks),
+                collective=sharded,
                 description=f"Reference log-probs ({name})",
                 progress=not args.disable_tqdm and rank == 0,
             )
         if ranks > 1:
             found = {i: part for one in gather_object([found]) for i, part in one.items()}
         return dataset.add_column("ref_logps", [found[i] for i in range(len(dataset))])
+
+    def _sharded_copy(self, policy: nn.Module, accelerator: Accelerator, device: torch.device) -> nn.Module:
+        """The policy as it is, sharded to be scored: itself it is sharded when training begins."""
+        if not accelerator.is_fsdp2:
+            raise ValueError(
+                f"precompute_ref_log_probs does not work with parameters sharded by {_kind_of_sharding(accelerator)}: "
+                "`larpo score` writes ref_logps"
+            )
+        if any(hasattr(p, "full_tensor") for p in policy.parameters()):
+            raise ValueError("ref_logps of further data can't be had once parameters are sharded: hand it over as eval_dataset")
+        return _prepared(frozen_copy(policy, share_frozen=False), accelerator, device)
 
     @contextlib.contextmanager
     def _switched(self, policy: nn.Module) -> Iterator[None]:
@@ -222,12 +234,16 @@ class ReferencePolicy:
             yield
 
 
+def _kind_of_sharding(accelerator: Accelerator) -> str:
+    return "ZeRO-3" if on_deepspeed(accelerator) else "FSDP1"
+
+
 def _prepared(reference: nn.Module, accelerator: Accelerator, device: torch.device) -> nn.Module:
     if accelerator.is_fsdp2:
         return fsdp2_prepare_model(accelerator, reference)
     if is_sharded(accelerator):
         raise ValueError(
-            f"a reference model beside a policy sharded by {'ZeRO-3' if on_deepspeed(accelerator) else 'FSDP1'} is not "
+            f"a reference model beside a policy sharded by {_kind_of_sharding(accelerator)} is not "
             "supported: give the data ref_logps (`larpo score` writes them), or train an adapter with peft_config"
         )
     if on_deepspeed(accelerator):  # it casts the policy's parameters, not its buffers: rotary frequencies stay in float32

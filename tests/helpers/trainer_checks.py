@@ -122,6 +122,7 @@ EXPECTED = {  # by one process, on the same global batch
     "full": dict(evaluate=True),
     "other reference": dict(ref_model=other_reference),
     "adapter": dict(adapter=True),
+    "adapter, other reference": dict(adapter=True, ref_model=other_reference),
     "listmle": dict(objective="listmle", length_normalized=True),
     "tied": dict(model=lambda: tiny.causal_lm(**TIED)),
     "partly frozen": dict(model=partly_frozen),
@@ -369,6 +370,19 @@ def check_fsdp2_in_bf16_keeps_log_likelihoods_in_float32(rank, ranks):
     assert {p.dtype for p in t.model.parameters()} == {torch.float32}
 
 
-def check_fsdp2_refuses_to_precompute(rank, ranks):
-    with pytest.raises(ValueError, match="precompute_ref_log_probs does not work with sharded parameters"):
-        make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, fsdp=True, precompute_ref_log_probs=True)
+def check_fsdp2_with_an_adapter_beside_another_reference(rank, ranks):
+    assert_like_one_process("adapter, other reference", ranks, fsdp=True)
+
+
+def check_fsdp2_with_precomputed_reference_log_probs(rank, ranks):
+    """Scored by a sharded copy: forwards are collective, and ranks have batches and candidates of different numbers."""
+    for name in ("other reference", "adapter, other reference"):
+        assert_like_one_process(name, ranks, fsdp=True, precompute_ref_log_probs=True)
+    expected = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", 1, precompute_ref_log_probs=True).train_dataset[
+        "ref_logps"
+    ][:]
+    for options in (dict(), dict(adapter=True), dict(candidate_micro_batch_size=2, precompute_ref_batch_size=3)):
+        t = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, fsdp=True, precompute_ref_log_probs=True, **options)
+        for found, row in zip(t.train_dataset["ref_logps"][:], expected, strict=True):
+            assert found == pytest.approx(row, rel=1e-4), options
+        t.train()
