@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from .data import chat_template, prompt_boundary
+from .data import chat_template, endings, prompt_boundary
 from .data.text_tokenizer import text_tokenizer
 from .rewards import Text
 
@@ -27,9 +27,9 @@ Schedule = float | Sequence[float] | tuple[Literal["linear"], float, float]
 class Sampled:
     """One completion as it was sampled."""
 
-    text: str  # without special tokens
-    token_ids: tuple[int, ...]  # exactly as sampled: the end-of-sequence token is the last one if the model ended
-    finished: bool  # the model ended by itself; False: cut off at max_new_tokens
+    text: str  # without special tokens, and without a string that ended it
+    token_ids: tuple[int, ...]  # exactly as sampled, with the token that ended it, or those of the string
+    finished: bool  # the model ended by itself (see `larpo.data.endings`); False: cut off at max_new_tokens
     prompt_ids: tuple[int, ...]  # the tokens it was sampled behind
 
 
@@ -117,6 +117,8 @@ class TransformersSampler:
         top_p: float = 1.0,
         batch_size: int = 32,
         eos_token_ids: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        min_new_tokens: int = 0,
         progress: bool = False,
     ):
         """
@@ -125,17 +127,20 @@ class TransformersSampler:
             max_new_tokens: per completion, the end-of-sequence token included.
             top_k, top_p: 0 and 1.0 cut nothing off.
             batch_size: completions generated at a time; prompts are sorted by length, so that batches pad little.
-            eos_token_ids: what ends a completion; None for the model's, or else the tokenizer's. () never ends one.
+            eos_token_ids: tokens that end a completion; None for those that `larpo.data.endings` finds, () for none.
+            stop: strings that end one, too.
+            min_new_tokens: tokens before anything ends one; above 0, completions are no draws from the policy itself.
             progress: shows a bar.
         """
-        if max_new_tokens < 1 or batch_size < 1:
-            raise ValueError(f"expected max_new_tokens and batch_size >= 1, got {max_new_tokens} and {batch_size}")
-        if top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"expected top_k >= 0 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}")
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+        _check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         tokenizer = text_tokenizer(tokenizer)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.top_k, self.top_p, self.batch_size, self.progress = top_k, top_p, batch_size, progress
-        self.eos_token_ids = _eos_token_ids(model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
+        self.min_new_tokens = min_new_tokens
+        given = None if eos_token_ids is None else endings.Ending(tuple(eos_token_ids), tuple(stop))
+        self.ending = given or endings.ending_of(tokenizer, model.generation_config, stop)
 
     def __call__(
         self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
@@ -163,7 +168,7 @@ class TransformersSampler:
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start : start + self.batch_size]
                 for row, generated in zip(batch, self._generate([ids[row] for row in batch]), strict=True):
-                    lists[row].append(self._sampled(generated, ids[row]))
+                    lists[row].append(self._sampled(*generated, ids[row]))
                 bar.update(len(batch))
         return lists
 
@@ -173,11 +178,12 @@ class TransformersSampler:
         greedy = temperature == 0
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens or None,
             do_sample=not greedy,
             temperature=None if greedy else temperature,
             top_k=None if greedy else self.top_k,
             top_p=None if greedy else self.top_p,
-            eos_token_id=list(self.eos_token_ids) or None,
+            eos_token_id=list(self.ending.token_ids) or None,
             pad_token_id=self._pad(),
             use_cache=True,  # training may have turned it off
         )
@@ -185,10 +191,11 @@ class TransformersSampler:
     def _pad(self) -> int:
         """What fills rows; which token it is does not matter, padding is masked and cut off."""
         pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else next(iter(self.eos_token_ids), 0)
+        return pad if pad is not None else next(iter(self.ending.token_ids), 0)
 
-    def _generate(self, ids: list[tuple[int, ...]]) -> list[list[int]]:
-        """The new tokens of every row, with whatever follows the end of a row that ended early."""
+    def _generate(self, ids: list[tuple[int, ...]]) -> list[tuple[list[int], int | None]]:
+        """The new tokens of every row, with whatever follows the end of a row that ended early; and how many of them there are
+        up to the end of a string that ends one."""
         import torch
 
         width = max(map(len, ids))
@@ -198,18 +205,49 @@ class TransformersSampler:
             inputs[row, width - len(one) :] = torch.tensor(one)
             mask[row, width - len(one) :] = 1
         model = self.model
+        at_strings = _StringEnds(self, width)
         ids_and_new = model.generate(
             input_ids=inputs.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=model.generation_config,  # given, or old settings in model.config would be an error
+            stopping_criteria=[at_strings] if self.ending.strings else None,
         )
-        return ids_and_new[:, width:].tolist()
+        return [(new, at_strings.ends.get(row)) for row, new in enumerate(ids_and_new[:, width:].tolist())]
 
-    def _sampled(self, generated: list[int], prompt_ids: tuple[int, ...]) -> Sampled:
-        end = next((i for i, token in enumerate(generated) if token in self.eos_token_ids), None)
-        token_ids = tuple(generated if end is None else generated[: end + 1])
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _sampled(self, generated: list[int], string_end: int | None, prompt_ids: tuple[int, ...]) -> Sampled:
+        token_end = next((i + 1 for i, token in enumerate(generated) if token in self.ending.token_ids), None)
+        end = min((one for one in (token_end, string_end) if one is not None), default=None)
+        token_ids = tuple(generated[:end])
+        text = self.text_of(token_ids)
+        if end is not None and end == string_end:
+            text = text[: self.ending.string_starts(self.text_of(token_ids[:-1]), text)]
         return Sampled(text=text, token_ids=token_ids, finished=end is not None, prompt_ids=prompt_ids)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _StringEnds:
+    """Ends the rows in whose new tokens a string is complete that ends them, as a stopping criterion of `generate`.
+
+    Not transformers' own: that one also looks into the prompt, where a string may have begun.
+    """
+
+    def __init__(self, sampler: TransformersSampler, width: int):
+        self.sampler, self.width = sampler, width
+        self.ends: dict[int, int] = {}  # row -> its new tokens at its end
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs) -> Any:
+        import torch
+
+        count = input_ids.shape[1] - self.width
+        if count > self.sampler.min_new_tokens:
+            for row, last in enumerate(input_ids[:, self.width :][:, -self.sampler.ending.window :].tolist()):
+                if row not in self.ends:
+                    before, text = self.sampler.text_of(last[:-1]), self.sampler.text_of(last)
+                    if self.sampler.ending.string_starts(before, text) is not None:
+                        self.ends[row] = count
+        return torch.tensor([row in self.ends for row in range(len(input_ids))], device=input_ids.device)
 
 
 @contextmanager
@@ -231,13 +269,6 @@ def _as_it_was(model: PreTrainedModel, generation_config) -> Iterator[None]:
             module.training = training
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
-
-
 # --- vLLM --------------------------------------------------------------------------------------------------
 
 
@@ -255,23 +286,28 @@ class VLLMSampler:
         *,
         top_k: int = 0,
         top_p: float = 1.0,
+        eos_token_ids: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        min_new_tokens: int = 0,
         progress: bool = False,
         **engine,
     ):
         """
         Args:
             model: a name or folder that `vllm.LLM(model=..., **engine)` loads, or a `vllm.LLM`.
-            max_new_tokens, top_k, top_p, progress: as in `TransformersSampler`.
+            max_new_tokens, top_k, top_p, eos_token_ids, stop, min_new_tokens, progress: as in `TransformersSampler`.
             engine: keywords of `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization, max_model_len, ...
 
         Raises ImportError where vLLM is not installed.
         """
+        _check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         try:
             import vllm
         except ImportError as error:
             raise ImportError("VLLMSampler needs vLLM; install it with: pip install vllm") from error
         self.llm = vllm.LLM(model=model, **engine) if isinstance(model, str) else model
         self.max_new_tokens, self.top_k, self.top_p, self.progress = max_new_tokens, top_k, top_p, progress
+        self.eos_token_ids, self.stop, self.min_new_tokens = eos_token_ids, tuple(stop), min_new_tokens
 
     def __call__(
         self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
@@ -282,6 +318,9 @@ class VLLMSampler:
         _check(k, temperature)
         tokenizer = self.llm.get_tokenizer()
         ids = _all_prompt_tokens(tokenizer, prompts, template)
+        given = self.eos_token_ids is not None
+        # The engine itself ends at what the model's settings name, unless it is told to ignore that.
+        end_tokens = tuple(self.eos_token_ids) if given else endings.ending_of(tokenizer).token_ids
         # vLLM seeds the n completions of a request with seed, seed + 1, ...: far apart for every prompt.
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
         parameters = [
@@ -291,6 +330,10 @@ class VLLMSampler:
                 top_k=self.top_k or -1,  # -1 cuts nothing off
                 top_p=self.top_p,
                 max_tokens=self.max_new_tokens,
+                min_tokens=self.min_new_tokens,
+                stop=list(self.stop),
+                stop_token_ids=list(end_tokens),
+                ignore_eos=given,
                 seed=one,
             )
             for one in seeds
@@ -337,6 +380,17 @@ class Distinct:
                 for completion in completions:
                     found[row].setdefault(completion.token_ids, completion)
         return [list(completions.values()) for completions in found]
+
+
+def _check_settings(max_new_tokens: int, top_k: int, top_p: float, stop: Sequence[str], min_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"expected max_new_tokens >= 1, got {max_new_tokens}")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens must be from 0 to max_new_tokens={max_new_tokens}, got {min_new_tokens}")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"expected top_k >= 0 and 0 < top_p <= 1, got top_k={top_k}, top_p={top_p}")
+    if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
+        raise ValueError(f"stop must be strings that are not empty, got {stop!r}")
 
 
 def _check(k: int, temperature: float) -> None:

@@ -74,6 +74,15 @@ class AlignConfig:
     k: int = _arg(10, "Completions sampled per prompt and iteration (paper: 10).")
     temperatures: Any = _arg(1.0, "A number, one per iteration, or [linear, start, end] (paper: 0.8 to 1.2).")
     max_new_tokens: int = _arg(256, "Most tokens of a completion.")
+    min_new_tokens: int | None = _arg(None, "Fewest tokens of a completion that is trained on (None: it may end at once).")
+    eos_token: str | list[str] | None = _arg(
+        None,
+        "The token, or tokens, that end a completion (None: those of the model's generation settings, the tokenizer's "
+        "eos_token and the one that closes a turn in the chat template).",
+    )
+    stop: str | list[str] | None = _arg(
+        None, "A text, or several, that end a completion where they are written; rewards don't read them."
+    )
     top_k: int = _arg(0, "Sample from the top_k likeliest tokens only (0: all).")
     top_p: float = _arg(1.0, "Sample from the likeliest tokens that hold this probability only.")
     distinct: bool = _arg(False, "Sample again until the k completions of a prompt differ (4 tries).")
@@ -125,6 +134,7 @@ class AlignConfig:
             self.eval_prompts = _rows("eval_prompts", self.eval_prompts)
         for name in ("iterations", "k", "max_new_tokens", "sample_batch_size", "chunk_size", "eval_k"):
             self._at_least_one(name)
+        self._check_ending()
         for name in ("prompts_per_iteration", "trained_layers"):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
@@ -173,6 +183,22 @@ class AlignConfig:
         for name, value in given_again(settings).items():
             setattr(self, name, value)
 
+    def _check_ending(self) -> None:
+        least = self.min_new_tokens
+        if least is not None and (
+            not isinstance(least, int) or isinstance(least, bool) or not 0 <= least <= self.max_new_tokens
+        ):
+            raise ValueError(
+                f"min_new_tokens must be a whole number from 0 to max_new_tokens={self.max_new_tokens}, got {least!r}"
+            )
+        for name in ("eos_token", "stop"):
+            value = getattr(self, name)
+            texts = [value] if isinstance(value, str) else value
+            if value is not None and not (isinstance(texts, list | tuple) and all(isinstance(x, str) and x for x in texts)):
+                raise ValueError(f"{name} must be a text or a list of texts, none of them empty; got {value!r}")
+            if value is not None and not texts:
+                raise ValueError(f"{name} must hold at least one text; got {value!r}")
+
     def _check_training_names(self) -> None:
         from ..config import LarPOConfig
 
@@ -218,6 +244,9 @@ class AlignConfig:
         ):
             raise ValueError(f"subset must be 'all', 'paper' or [top, bottom] with at least 2 together, got {pair!r}")
         return tuple(pair)
+
+    def stop_strings(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def temperature(self, iteration: int) -> float:
         """Of an iteration, counted from 1."""

@@ -75,6 +75,12 @@ class Models:
             self._tokenizer = load_tokenizer(self.initial(), self.config.model_init_kwargs)
         return self._tokenizer
 
+    def eos_token_ids(self) -> tuple[int, ...] | None:
+        """Of the tokens that end a completion, where the settings name them. Raises ValueError for one that is none."""
+        from ..data.endings import token_ids_of
+
+        return None if self.config.eos_token is None else token_ids_of(self.tokenizer, self.config.eos_token)
+
     def _load(self, name: str) -> PreTrainedModel:
         from ..modeling.loading import adapter_config, load_causal_lm
 
@@ -83,9 +89,10 @@ class Models:
         return load_causal_lm(name, self.config.model_init_kwargs, base=base).to(self.device).eval()
 
     def check(self) -> None:
-        """Refuses an adapter or `trained_layers` that does not fit the model, before anything is sampled: on a model without
-        weights. Raises ValueError."""
+        """Refuses an `eos_token` that is none, and an adapter or `trained_layers` that does not fit the model, before anything
+        is sampled: on a model without weights. Raises ValueError."""
         config = self.config
+        self.eos_token_ids()
         if config.peft is None and config.trained_layers is None:
             return
         from ..modeling.adapters import lora_config, with_adapter

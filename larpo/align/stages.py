@@ -95,8 +95,8 @@ def draw(
 ) -> Rows:
     """Rows of k completions per prompt with their tokens, and `finished` (ended by themselves).
 
-    to_train_on: with the run's top_k, top_p and distinct. Without, they are independent draws from the policy itself, which
-    is what means, KL and Recall@N are defined on.
+    to_train_on: with the run's top_k, top_p, min_new_tokens and distinct. Without, they are independent draws from the policy
+    itself, which is what means, KL and Recall@N are defined on.
     """
 
     sampler = functools.cache(lambda: _sampler(run, policy, to_train_on))  # not loaded where no chunk is missing
@@ -142,13 +142,15 @@ def _sampler(run: Run, policy: str, to_train_on: bool) -> Callable:
     from ..sampling import Distinct, TransformersSampler, VLLMSampler
 
     config = run.config
-    cut: dict[str, Any] = {"top_k": config.top_k, "top_p": config.top_p} if to_train_on else {}
-    cut["progress"] = run.progress
+    options: dict[str, Any] = {"eos_token_ids": run.models.eos_token_ids(), "stop": config.stop_strings()}
+    options["progress"] = run.progress
+    if to_train_on:
+        options |= {"top_k": config.top_k, "top_p": config.top_p, "min_new_tokens": config.min_new_tokens or 0}
     if config.sampler == "vllm":
-        sampler = VLLMSampler(policy, config.max_new_tokens, **cut, **config.sampler_options)
+        sampler = VLLMSampler(policy, config.max_new_tokens, **options, **config.sampler_options)
     else:
         sampler = TransformersSampler(
-            run.models.load(policy), run.models.tokenizer, config.max_new_tokens, batch_size=config.sample_batch_size, **cut
+            run.models.load(policy), run.models.tokenizer, config.max_new_tokens, batch_size=config.sample_batch_size, **options
         )
     return Distinct(sampler) if to_train_on and config.distinct else sampler
 

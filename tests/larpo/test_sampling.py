@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from larpo.data import endings
 from larpo.sampling import Distinct, Sampled, TransformersSampler, VLLMSampler, prompt_tokens, temperature_at
 
 transformers = pytest.importorskip("transformers")
@@ -100,9 +101,90 @@ def test_what_ends_a_completion_can_be_chosen(eos_token_ids):
 def test_several_end_tokens_of_the_model_are_all_heeded():
     model = tiny_model()
     model.generation_config.eos_token_id = [EOS, 7]
-    assert sampler(model=model).eos_token_ids == (EOS, 7)
+    assert sampler(model=model).ending.token_ids == (EOS, 7)
     model.generation_config.eos_token_id = None
-    assert sampler(model=model).eos_token_ids == (EOS,)  # the tokenizer's
+    assert sampler(model=model).ending.token_ids == (EOS,)  # the tokenizer's
+
+
+def closing_with(token, eos="<eos>"):
+    """A tokenizer whose chat template closes turns with another special token than EOS."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = eos
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", token)
+    return tokenizer
+
+
+def test_a_completion_ends_where_the_chat_template_closes_the_turn():
+    a, b, f = (WORDS.index(word) for word in "abf")
+    sample = TransformersSampler(forced_model([a, b, f, a]), closing_with("f"), 4)  # of which the model's settings know nothing
+    ((one,),) = sample([[{"role": "user", "content": "a"}]], 1, 1.0, seed=0)
+    assert one.token_ids == (a, b, f) and one.finished and one.text == "a b"
+
+
+def test_training_and_sampling_know_one_end():
+    from larpo.data.tokenization import tokenize_row
+
+    row = {"prompt": [{"role": "user", "content": "a"}], "completions": ["b c", "d"], "scores": [1.0, 0.0]}
+    tokenizers = [closing_with("f"), closing_with("<bos>"), tiny_tokenizer()]
+    no_end = tiny_tokenizer()
+    no_end.chat_template = no_end.chat_template.replace(" <eos>", "")  # EOS is appended
+    for tokenizer in (*tokenizers, no_end):
+        ending = endings.ending_of(tokenizer)
+        for row_of in (row, {**row, "prompt": "a"}):
+            for ids in tokenize_row(row_of, tokenizer)["completion_ids"]:
+                assert ids[-1] in ending.token_ids and not set(ids[:-1]) & set(ending.token_ids)
+
+
+def test_a_template_that_refuses_short_conversations_ends_nothing():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    assert endings.ending_of(tokenizer).token_ids == (EOS,)
+
+
+# --- strings that end a completion
+
+
+def test_a_string_ends_a_completion_in_the_token_that_completes_it():
+    a, b, c = (WORDS.index(word) for word in "abc")
+    ((one,),) = sampler(5, forced_model([c, a, b, a, a]), stop=["a b"])(["d"], 1, 1.0, seed=0)
+    assert one.token_ids == (c, a, b) and one.finished and one.text == "c "
+
+
+def test_a_string_that_began_in_the_prompt_ends_nothing():
+    b = WORDS.index("b")
+    ((one,),) = sampler(2, forced_model([b, b]), stop=["a b"])(["a"], 1, 1.0, seed=0)
+    assert one.token_ids == (b, b) and not one.finished
+
+
+def test_rows_of_a_batch_end_by_themselves_at_tokens_or_strings():
+    model = tiny_model(spread=0.3)
+    plain = sampler(8, model)(PROMPTS, 3, 1.0, seed=2)
+    stopped = sampler(8, model, stop=["good", "film"])(PROMPTS, 3, 1.0, seed=2)
+    ends = {EOS, WORDS.index("good"), WORDS.index("film")}
+    lengths = set()
+    for one in (one for found in stopped for one in found):
+        at = next((i for i, token in enumerate(one.token_ids) if token in ends), None)
+        assert one.finished is (at is not None) and (at is None or at == len(one.token_ids) - 1)
+        assert "good" not in one.text and "film" not in one.text
+        lengths.add(len(one.token_ids))
+    assert len(lengths) > 2
+    assert plain != stopped
+
+
+def test_nothing_ends_before_the_fewest_tokens_that_are_asked_for():
+    a, b = WORDS.index("a"), WORDS.index("b")
+    ((one,),) = sampler(5, forced_model([a, b, a, b, a]), stop=["a b"], min_new_tokens=2)(["d"], 1, 1.0, seed=0)
+    assert one.token_ids == (a, b, a, b) and one.text == "a b "
+    drawn = sampler(6, min_new_tokens=3)(PROMPTS, 20, 1.0, seed=0)
+    lengths = [len(one.token_ids) for found in drawn for one in found]
+    assert min(lengths) >= 4 and any(one.token_ids[-1] == EOS for found in drawn for one in found)
+
+
+def test_tokens_are_named_and_must_be_there():
+    assert endings.token_ids_of(tiny_tokenizer(), ["<eos>", "f"]) == (EOS, WORDS.index("f"))
+    with pytest.raises(ValueError, match=r"eos_token: the tokenizer has no token '<\|im_end\|>'"):
+        endings.token_ids_of(tiny_tokenizer(), "<|im_end|>")
 
 
 def test_prompt_tokens_are_the_prompts_own_with_special_tokens_or_the_template():
@@ -224,6 +306,9 @@ def test_a_model_with_adapters_samples_from_the_adapted_policy_and_keeps_its_set
         (lambda: sampler(batch_size=0), "batch_size"),
         (lambda: sampler(top_p=0), "top_p"),
         (lambda: sampler(top_k=-1), "top_k"),
+        (lambda: sampler(4, min_new_tokens=5), "min_new_tokens must be from 0 to max_new_tokens=4, got 5"),
+        (lambda: sampler(stop="a"), "stop must be strings that are not empty, got 'a'"),
+        (lambda: sampler(stop=[""]), "stop must be strings"),
         (lambda: sampler()(["a"], 0, 1.0, seed=0), "k must be at least 1, got 0"),
         (lambda: sampler()(["a"], 1, -0.1, seed=0), "temperature must be at least 0, got -0.1"),
         (lambda: sampler()(["a"], 2, 0, seed=0), "temperature 0 is greedy.*expected k = 1"),
@@ -294,6 +379,26 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch):
         VLLMSampler("model", 4)
 
 
+@pytest.mark.parametrize("given", [None, (7,)])
+def test_vllm_ends_completions_where_the_other_sampler_does(monkeypatch, given):
+    class Engine:
+        def get_tokenizer(self):
+            return closing_with("f")
+
+        def generate(self, prompts, sampling_params, use_tqdm):
+            seen.extend(sampling_params)
+            return [types.SimpleNamespace(outputs=[]) for _ in prompts]
+
+    seen = []
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=lambda **parameters: parameters))
+    VLLMSampler(Engine(), 8, eos_token_ids=given, stop=["\n\n"], min_new_tokens=2)(["a"], 1, 1.0, seed=0)
+    (parameters,) = seen
+    # without names of one's own the engine adds what the model's settings say; with them it must not
+    assert parameters["stop_token_ids"] == ([EOS, WORDS.index("f")] if given is None else [7])
+    assert parameters["ignore_eos"] is (given is not None)
+    assert (parameters["stop"], parameters["min_tokens"], parameters["max_tokens"]) == (["\n\n"], 2, 8)
+
+
 def test_the_vllm_sampler_hands_over_tokens_and_a_seed_per_prompt(monkeypatch):
     seen = {}
 
@@ -318,5 +423,6 @@ def test_the_vllm_sampler_hands_over_tokens_and_a_seed_per_prompt(monkeypatch):
     assert seen["prompts"] == [{"prompt_token_ids": [1, 6]}, {"prompt_token_ids": [1, 7]}]
     first, second = seen["parameters"]
     assert abs(first.pop("seed") - second.pop("seed")) > 2  # vLLM counts up from it for the n completions
-    assert first == second == {"n": 2, "temperature": 0.7, "top_k": -1, "top_p": 0.9, "max_tokens": 8}
+    ending = {"min_tokens": 0, "stop": [], "stop_token_ids": [EOS], "ignore_eos": False}
+    assert first == second == {"n": 2, "temperature": 0.7, "top_k": -1, "top_p": 0.9, "max_tokens": 8, **ending}
     assert lists[1] == [Sampled("a", (6, EOS), True, (1, 7)), Sampled("a b", (6, 7), False, (1, 7))]

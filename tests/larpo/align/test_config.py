@@ -38,6 +38,11 @@ def config(**changes):
         (dict(trained_layers=1, peft={}), "exclude each other"),
         (dict(sampler="vllm", peft={}), "reads a whole model"),
         (dict(sampler_options={"x": 1}), "need sampler vllm"),
+        (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens must be a whole number from 0 to max_new_tokens=8, got 9"),
+        (dict(min_new_tokens=True), "min_new_tokens must be a whole number"),
+        (dict(stop=["\n\n", ""]), "stop must be a text or a list of texts, none of them empty"),
+        (dict(stop=[]), "stop must hold at least one text"),
+        (dict(eos_token=2), "eos_token must be a text or a list of texts, none of them empty; got 2"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(changes, message):
@@ -65,6 +70,10 @@ def test_what_is_trained_with():
     assert config(training={"learning_rate": 1e-3}).training_settings()["learning_rate"] == 1e-3
     assert config(baseline="dpo").objective == "pairwise"
     assert not config(training={"reference_free": True}).training_settings()["precompute_ref_log_probs"]
+
+
+def test_one_text_that_ends_completions_is_a_list_of_it():
+    assert [config(stop=stop).stop_strings() for stop in (None, "\n\n", ["a", "b"])] == [(), ("\n\n",), ("a", "b")]
 
 
 def test_temperatures_by_iteration():

@@ -17,7 +17,7 @@ from larpo.align.run_folder import RunFolder
 from larpo.align.stages import Run
 from larpo.runs.files import read_json, read_rows, write_rows
 from larpo.runs.lock import locked
-from tests.helpers import align_runs
+from tests.helpers import align_runs, tiny
 from tests.helpers.align_runs import align, config
 
 
@@ -195,6 +195,7 @@ def test_only_the_last_layers_are_trained(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(eos_token="<|im_end|>"), r"eos_token: the tokenizer has no token '<\|im_end\|>'"),
         (dict(trained_layers=3), "trained_layers=3, but LlamaForCausalLM has 2 layers"),
         (dict(peft={"rr": 2}), "peft: .*unexpected keyword argument 'rr'"),
         (dict(peft={"target_modules": ["nope"]}), "peft: Target modules .*nope.* not found"),
@@ -205,6 +206,20 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_sampled(tmp_p
     with pytest.raises(ValueError, match=message):
         align(tmp_path, iterations=1, **changes)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_completions_end_where_the_settings_say(tmp_path):
+    """The fewest tokens are for what is trained on: evaluation draws from the policy itself."""
+    align(tmp_path, iterations=1, eos_token=["e", "</s>"], stop="o", min_new_tokens=2, max_new_tokens=20, temperatures=1.5)
+    tokenizer = tiny.tokenizer()
+    ends = {tokenizer.convert_tokens_to_ids(name) for name in ("e", "</s>")}
+    for row in read_rows(tmp_path / "start" / "evaluation.parquet"):
+        for ids, text, finished in zip(row["completion_ids"], row["completions"], row["finished"], strict=True):
+            written = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:-1], ids)]
+            assert finished is (ids[-1] in ends or "o" in written[1])
+            assert not ends & set(ids[:-1]) and "o" not in written[0] and "o" not in text
+    sampled = [ids for row in read_rows(tmp_path / "iteration-01" / "sampled.parquet") for ids in row["completion_ids"]]
+    assert min(map(len, sampled)) == 3  # two, and one that may end it
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -605,10 +620,10 @@ def test_a_vllm_engine_is_made_of_every_iterations_policy_and_only_where_somethi
 
     engines = []
 
-    def engine(model, max_new_tokens, *, top_k=0, top_p=1.0, progress, **options):
-        engines.append((model, top_k, options))
+    def engine(model, max_new_tokens, *, max_model_len, **settings):
+        engines.append((model, settings.get("top_k", 0), {"max_model_len": max_model_len}))
         own = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(align_runs.model_folder())
-        return larpo.sampling.TransformersSampler(*own, max_new_tokens, top_k=top_k, top_p=top_p)
+        return larpo.sampling.TransformersSampler(*own, max_new_tokens, **settings)
 
     monkeypatch.setattr(larpo.sampling, "VLLMSampler", engine)
     for _ in range(2):
