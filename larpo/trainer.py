@@ -38,7 +38,7 @@ from .modeling.policy import Policy, attach, compute_dtype, detach
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
 from .modeling.router_loss import RouterLoss
-from .modeling.sharding import is_sharded, on_deepspeed
+from .modeling.sharding import is_sharded, on_deepspeed, will_replace_parameters
 from .nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
 from .predictions import PredictionLog
 from .refused_settings import refuse_arguments
@@ -142,6 +142,8 @@ class LarPOTrainer(Trainer):
             check_tokens(data, lm_config, name)
         ids, start = adapter_start.sample(tokenised.values()), None
         if peft_config is not None:
+            if not (will_replace_parameters(args) or hasattr(model, "hf_device_map")):
+                model.to(args.device)  # where transformers.Trainer takes it: it is called before that
             model, start = adapters.with_new_adapter(model, peft_config, ids)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()

@@ -99,6 +99,7 @@ def refuse_untrainable(model: PeftModel, ids: Sequence[int]) -> None:
     with _in_eval_mode(model), torch.enable_grad():
         ours, of_peft = (_gradients(_token_logps(called, ids), trained.values()) for called in (causal_lm(model), model))
     idle = all(g is None or not g.any() for g in ours)
+    idle &= not all("trainable_tokens" in name for name in trained)  # which these tokens need not be
     if _of_first_process(idle or _differ(ours, of_peft)):
         raise ValueError(
             f"the adapter {_kinds(model)} is not trained as PEFT means it{': its gradient is zero' if idle else ''}. It needs "

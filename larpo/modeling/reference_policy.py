@@ -243,8 +243,8 @@ def _prepared(reference: nn.Module, accelerator: Accelerator, device: torch.devi
         return fsdp2_prepare_model(accelerator, reference)
     if is_sharded(accelerator):
         raise ValueError(
-            f"a reference model beside a policy sharded by {_kind_of_sharding(accelerator)} is not "
-            "supported: give the data ref_logps (`larpo score` writes them), or train an adapter with peft_config"
+            f"a reference model beside a policy sharded by {_kind_of_sharding(accelerator)} is not supported: give the data "
+            "ref_logps (`larpo score` writes them), or train an adapter with peft_config, without biases"
         )
     if on_deepspeed(accelerator):  # it casts the policy's parameters, not its buffers: rotary frequencies stay in float32
         dtype = DEEPSPEED_DTYPES.get(accelerator.mixed_precision)

@@ -35,7 +35,13 @@ def ref_logps(t):
     """What the reference says now of each row, by the trainer's own path."""
     t.model.train()
     inputs = t._prepare_inputs(t.data_collator(list(t.train_dataset)))
-    return t._ref_logps(t.model, inputs)
+    with t._attached():
+        return t._ref_logps(t.model, inputs)
+
+
+def policy_logps(t):
+    with t._attached():
+        return t._logps(t.model, t._prepare_inputs(t.data_collator(list(t.train_dataset)))).detach()
 
 
 def eager(model, data):
@@ -63,7 +69,7 @@ def test_the_reference_is_the_policy_handed_over_and_stays_so(tmp_path, data, op
     torch.testing.assert_close(ref_logps(t), expected, rtol=1e-5, atol=1e-3)
     t.train()
     torch.testing.assert_close(ref_logps(t), expected, rtol=1e-5, atol=1e-3)
-    policy = t._logps(t.model, t._prepare_inputs(t.data_collator(list(t.train_dataset))))
+    policy = policy_logps(t)
     assert (policy - expected).abs().max() > 0.05, "nothing was learned"
 
 
@@ -136,6 +142,11 @@ def test_an_adapter_that_gets_no_gradient_is_refused(tmp_path, data, monkeypatch
         trainer(tmp_path, Dataset.from_list([row]), peft_config=lora(alora_invocation_tokens=[12, 7]))
 
 
+def test_tokens_may_be_trained_that_the_first_list_does_not_have(tmp_path, data):
+    config = peft.TrainableTokensConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"], token_indices=[93, 94])
+    assert trainer(tmp_path, data, peft_config=config).reference.way is Way.ADAPTER_OFF
+
+
 def test_what_cannot_be_read_back_is_refused(tmp_path, data):
     with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4' takes a random approximation"):
         trainer(tmp_path, data, peft_config=lora(init_lora_weights="pissa_niter_4"))
@@ -158,6 +169,7 @@ def other_kinds():
         "RandLora": dict(r=4),
         "Road": dict(group_size=4),
         "Shira": dict(r=2),
+        "TrainableTokens": dict(target_modules=["embed_tokens"], token_indices=[80, 81, *range(20, 60)]),
         "VBLoRA": dict(num_vectors=8, vector_length=4),
         "Vera": dict(r=4),
         "WaveFT": dict(n_frequency=20),
@@ -220,7 +232,7 @@ def test_a_new_adapter_goes_on_top_of_the_one_in_the_folder(tmp_path, data, adap
     assert t.state.log_history[0]["loss"] == pytest.approx(math.log(3), abs=1e-3)
     t.save_model(str(tmp_path / "saved"))
     read_back = load_causal_lm(str(tmp_path / "saved")).eval()
-    policy = t._logps(t.model, t._prepare_inputs(t.data_collator(list(t.train_dataset)))).detach()
+    policy = policy_logps(t)
     torch.testing.assert_close(eager(read_back, data), policy, rtol=1e-4, atol=1e-3)
     assert (policy - expected).abs().max() > 0.05
 

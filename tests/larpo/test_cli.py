@@ -236,6 +236,28 @@ def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
         assert row["logps"] == pytest.approx(eager_logps(adapted.merge_and_unload(), row).tolist(), rel=1e-4)
 
 
+def test_an_adapter_is_trained_on_top_of_the_one_in_a_folder_and_read_back(tmp_path, folder):
+    peft = pytest.importorskip("peft")
+    from larpo.modeling.loading import load_causal_lm
+    from tests.larpo.test_trainer import eager_logps
+
+    base = tiny.causal_lm()
+    base.name_or_path = str(folder / "model")
+    sft = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    sft.save_pretrained(tmp_path / "sft")
+    changes = dict(model=str(tmp_path / "sft"), peft={"r": 2, "target_modules": ["q_proj"]}, max_steps=2, learning_rate=0.1)
+    trainer = commands.train(*commands.train_settings(config(tmp_path, folder, **changes), []))
+    first = trainer.state.log_history[0]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4), "the reference is the policy at the start"
+    row = tiny.lists(1)[0]
+    whole = trainer.model.merge_and_unload().eval()
+    read_back = load_causal_lm(trainer.args.output_dir).eval()
+    assert eager_logps(read_back, row).tolist() == pytest.approx(eager_logps(whole, row).tolist(), rel=1e-4)
+    assert eager_logps(read_back, row).tolist() != pytest.approx(eager_logps(sft.merge_and_unload(), row).tolist(), rel=1e-3)
+
+
 def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_scored_on(tmp_path, folder, monkeypatch, capsys):
     model, out = str(folder / "model"), tmp_path / "scored.parquet"
     limits = ["--max-length", 14, "--max-prompt-length", 6, "--truncation-mode", "keep_start", "--no-append-eos"]
