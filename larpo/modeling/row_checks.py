@@ -52,9 +52,10 @@ def choose(lm: PreTrainedModel, rows: Mapping[str, Tensor], forward: Callable, d
     reasons = []
     try:
         alone = [] if "segments" in few else [_alone(forward, one, few["at"].device) for one in candidates]
+        rounding = _rounding(lm, dtype, *(one.dtype for one in alone))
         for with_positions in (True, False) if "attention_mask" in few else (True,):
             inputs = inputs_of(few, lm.config, dtype, with_positions)
-            reasons.append(agreed(_compare(forward, inputs, few["at"], alone, _rounding(lm, dtype)) if alone else None))
+            reasons.append(agreed(_compare(forward, inputs, few["at"], alone, rounding) if alone else None))
             if reasons[-1] is None:
                 return Call(with_positions, agreed(lm_heads.check(lm, inputs, forward, few["at"])))
     finally:
@@ -142,11 +143,15 @@ def _difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return spread.nan_to_num(nan=torch.inf).median().item(), mean(theirs.square()).mean().sqrt().item()
 
 
-def _rounding(lm: PreTrainedModel, dtype: torch.dtype) -> float:
-    """Of the coarsest numbers that the model computes with."""
+def _rounding(lm: PreTrainedModel, *dtypes: torch.dtype) -> float:
+    """Of the coarsest numbers that the model computes with. dtypes: of its attention and its logits."""
     if getattr(lm, "is_quantized", False):  # some quantise activations, by what stands beside them in the batch
         return 2.0**-7
-    found = [torch.finfo(dtype).eps, torch.finfo(lm.get_input_embeddings().weight.dtype).eps]
+    if any(
+        hasattr(p, "full_tensor") for p in lm.parameters()
+    ):  # FSDP2 may compute in bf16 with shards that it holds in float32
+        return torch.finfo(torch.bfloat16).eps
+    found = [torch.finfo(x).eps for x in (*dtypes, lm.get_input_embeddings().weight.dtype)]
     if lm.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         found.append(2.0**-10)
     return max(found)
