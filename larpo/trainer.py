@@ -431,8 +431,7 @@ class LarPOTrainer(Trainer):
                 list_sizes=inputs["list_sizes"],
                 slice_size=self._slice,
                 num_slices=self._num_slices(inputs),
-                ref_logps=ref_logps,
-                loss=lambda logps, ref_logps: self._loss_of_lists(logps, ref_logps, inputs),
+                loss=lambda logps, _: self._loss_of_lists(logps, ref_logps, inputs),
                 backward=self._backward,
                 no_sync=lambda: self._more_to_come(model),
             )
@@ -525,7 +524,10 @@ class LarPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now = time.monotonic()
-            logs = {**logs, **self._seen["train"].pop(self.accelerator.num_processes)}
+            seen = self._seen["train"].pop(self.accelerator.num_processes)
+            if self._finite.skipped and "loss" not in seen and type(self).compute_loss is LarPOTrainer.compute_loss:
+                seen["loss"] = float("nan")  # all was left out: the 0 of transformers would be the loss of nothing
+            logs = {**logs, **seen}
             if self.args.on_nonfinite == "skip":
                 logs["skipped_batches"] = self._finite.skipped
             logs["tokens_per_second"] = round(self._tokens_since_log / max(now - self._time_of_log, 1e-9), 1)

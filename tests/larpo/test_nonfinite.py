@@ -1,6 +1,7 @@
 """A loss or weights that are not finite: training stops before an update, and nothing is written."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -107,12 +108,26 @@ def test_a_skipped_batch_adds_nothing_and_is_counted(tmp_path, data, policy, mic
     assert logged["loss"] == pytest.approx(rest.item(), rel=1e-4) and logged["skipped_batches"] == 1
 
 
+@pytest.mark.parametrize("micro", [None, 2])
+def test_ref_logps_that_are_not_finite_are_named_or_skipped_in_slices_too(tmp_path, data, policy, micro):
+    t = make(tmp_path, data, policy, LarPOTrainer, candidate_micro_batch_size=micro)
+    t._ref_logps = lambda model, inputs: torch.full_like(inputs["relevance"], torch.nan).float()
+    with pytest.raises(NonFiniteError, match="3 of 3 ref_logps are not finite, in rows 0"):
+        t.train()
+    t._finite.on_nonfinite = "skip"
+    with pytest.warns(UserWarning, match="a batch is left out"):
+        t.train()
+    assert same_weights(t.model, policy) and t._finite.skipped == 4
+
+
 def test_an_update_of_skipped_batches_changes_no_weight(tmp_path, data, policy):
     t = make(tmp_path, data.select([BAD]), policy, on_nonfinite="skip", optim="adamw_torch", weight_decay=0.1)
     t.list_loss = lambda logps, ref_logps, inputs: (logps.sum() * torch.nan, logps)
     with pytest.warns(UserWarning, match="a batch is left out"):
         t.train()
     assert same_weights(t.model, policy) and t.state.global_step == 1
+    logged = t.state.log_history[0]
+    assert math.isnan(logged["loss"]) and logged["skipped_batches"] == 1  # 0 would be the loss of nothing
 
 
 @pytest.mark.parametrize("action", ["raise", "skip"])
