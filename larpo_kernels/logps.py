@@ -230,7 +230,7 @@ class LinearTokens:
             self.labels = shard.local_labels(self.labels, ignore_index)
             self.options |= dict(ignore_index=IGNORED, group=shard.name)
         num_tokens = (self.labels if self.keep is None else self.keep).shape[0]
-        self.plan = schedules.plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget)
+        self.plan = schedules.plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, sharded=shard is not None)
 
     def token_logps(self, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
         """logps, entropy, top1 over the flat token axis."""

@@ -100,6 +100,9 @@ def make_plan(
     return Plan("recompute", reason, 2 + wanted - share, tile + part * num_tokens * stored.itemsize, part)
 
 
+PACKED_BYTES = 1 << 20  # oneDNN packs an operand of a bf16 product for AMX: 0.2 to 0.9 MB were seen, below the tile's own size
+
+
 def working_bytes(
     num_tokens: int,
     hidden_size: int,
@@ -118,6 +121,7 @@ def working_bytes(
     both += dtype.itemsize * slab * (weight != dtype)
     if dtype == torch.bfloat16:
         both += dtype.itemsize * tokens * -(-vocab_size // seen_step(vocab_size))
+        both += min(dtype.itemsize * tokens * rows, PACKED_BYTES)
     product = dtype.itemsize * block * (sums != dtype)  # of a tile, on its way into a sum
     backward = 0
     if needs.hidden and needs.parameters:
@@ -133,15 +137,15 @@ def working_bytes(
     return both + backward + product
 
 
-def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget) -> Plan:
-    """`make_plan` for the tensors of a call, num_tokens of which count."""
+def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, *, sharded: bool = False) -> Plan:
+    """`make_plan` for the tensors of a call, num_tokens of which count. sharded: weight is this rank's part of one."""
     enabled = torch.is_grad_enabled()
     wants = lambda x: enabled and x is not None and x.requires_grad  # noqa: E731
     needs = Needs(wants(hidden), wants(weight), wants(bias))
     if torch.compiler.is_compiling() and schedule == "auto":
         # free memory and the number of tokens belong to a run, not to a compiled graph
         schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
-    compute = compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
+    compute = dtype_of_tiles(hidden, weight, sharded)
     return make_plan(
         walked_tokens(num_tokens), hidden.shape[-1], weight.shape[0], needs, (hidden.dtype, weight.dtype), compute,
         stored_dtype(compute, hidden.dtype), hidden.device, schedule, memory_budget,
@@ -180,22 +184,32 @@ def _cpu_has_bf16() -> bool:
 CPU_HAS_BF16 = _cpu_has_bf16()  # once: the question can't be traced
 
 
-def native_bf16(device_type: str) -> bool:
-    """Whether bf16 GEMMs run on bf16 hardware. Elsewhere they are many times slower than float32 ones."""
-    return CPU_HAS_BF16 if device_type == "cpu" else True
+SMALL_HEAD = 1 << 18  # elements of a weight below which a CPU's float32 GEMMs cost nothing that is noticed
 
 
-def compute_dtype(hidden: torch.dtype, weight: torch.dtype, device_type: str) -> torch.dtype:
+def native_bf16(device_type: str, head_size: int = SMALL_HEAD) -> bool:
+    """Whether bf16 GEMMs are worth their rounding: they run on bf16 hardware (elsewhere they are many times slower than
+    float32 ones), and a CPU has more to do than for a head of few elements."""
+    return CPU_HAS_BF16 and head_size >= SMALL_HEAD if device_type == "cpu" else True
+
+
+def compute_dtype(hidden: torch.dtype, weight: torch.dtype, device_type: str, head_size: int = SMALL_HEAD) -> torch.dtype:
     """Dtype of the GEMM operands and tiles: bfloat16 where asked for and native, float64 where given, else float32.
 
-    Tiles of the weight are brought to it one at a time. float16 computes in float32: E spans more than its range.
+    head_size: elements of the weight; of one that is cut over ranks left out, since all ranks need one answer. Tiles of
+    the weight are brought to this dtype one at a time. float16 computes in float32: E spans more than its range.
     """
     if torch.float64 in (hidden, weight):
         return torch.float64
     asked = {hidden, weight}
     if torch.is_autocast_enabled(device_type):
         asked.add(torch.get_autocast_dtype(device_type))
-    return torch.bfloat16 if torch.bfloat16 in asked and native_bf16(device_type) else torch.float32
+    return torch.bfloat16 if torch.bfloat16 in asked and native_bf16(device_type, head_size) else torch.float32
+
+
+def dtype_of_tiles(hidden: torch.Tensor, weight: torch.Tensor, sharded: bool) -> torch.dtype:
+    """`compute_dtype` for the tensors of a call."""
+    return compute_dtype(hidden.dtype, weight.dtype, hidden.device.type, SMALL_HEAD if sharded else weight.numel())
 
 
 def stored_dtype(compute: torch.dtype, hidden: torch.dtype) -> torch.dtype:

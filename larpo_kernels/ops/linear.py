@@ -197,7 +197,7 @@ def linear_logps(
     group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
     """
     known_to_counters()
-    compute = schedules.compute_dtype(hidden.dtype, weight.dtype, hidden.device.type)
+    compute = schedules.dtype_of_tiles(hidden, weight, sharded=bool(group))
     backend = backends.pick(backend, hidden, compute)
     stored = schedules.stored_dtype(compute, hidden.dtype)
     one_pass = plan.schedule == "frozen_head"

@@ -31,7 +31,7 @@ def small_tiles(monkeypatch):
 
 def bf16_tiles(monkeypatch):
     """As where bfloat16 GEMMs are native: tiles are rounded to bfloat16 once they are centred."""
-    monkeypatch.setattr(schedules, "native_bf16", lambda device_type: True)
+    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
 
 
 @pytest.fixture(params=["float16", "bfloat16", "bfloat16_tiles"])
@@ -53,7 +53,7 @@ def test_any_logits_in_float32(backend, device, regime, schedule):
 def test_any_logits_in_half_precision(fast_backend, device, regime, schedule, half):
     head = make_head(VOCABULARY, 64, (16,), half, device, regime)
     wanted, options = scheduled(schedule, head)
-    in_tiles = schedules.compute_dtype(half, half, device) == torch.bfloat16
+    in_tiles = schedules.compute_dtype(half, half, device, head.weight.numel()) == torch.bfloat16
     # logits of -200 make a weight whose rows nearly cancel in d hidden: each tile's product is rounded before they do
     linear_heads.assert_matches_float64(head, fast_backend, wanted, times=2.5 if in_tiles else None, **options)
 

@@ -18,14 +18,14 @@ TRAINING = [name for name in WALKS if name != "score_only"]
 @pytest.fixture(params=["default", "bf16_tiles"])
 def compute(request, monkeypatch):
     if request.param == "bf16_tiles":
-        monkeypatch.setattr(schedules, "native_bf16", lambda device_type: True)
+        monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
         assert schedules.compute_dtype(torch.bfloat16, torch.bfloat16, "cpu") == torch.bfloat16
     monkeypatch.setattr(schedules, "CPU_TILE_BYTES", 1 << 18)
 
 
 @pytest.fixture
 def bf16_tiles(monkeypatch):
-    monkeypatch.setattr(schedules, "native_bf16", lambda device_type: True)
+    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
     linear_heads.use_small_tiles(monkeypatch)
 
 
@@ -120,3 +120,13 @@ def test_autocast_rounds_float32_inputs(device, fast_backend, bf16_tiles):
         rounded = ours(head, fast_backend)(head.hidden, head.weight, None)
     error = rms(rounded - plain)
     assert 1e-5 < error < 1e-2
+
+
+def test_a_small_head_is_computed_in_float32_on_a_cpu_where_that_costs_nothing(monkeypatch):
+    monkeypatch.setattr(schedules, "CPU_HAS_BF16", True)
+    most = schedules.SMALL_HEAD
+    answers = [schedules.compute_dtype(torch.bfloat16, torch.bfloat16, "cpu", size) for size in (most - 1, most)]
+    assert answers == [torch.float32, torch.bfloat16]
+    assert schedules.compute_dtype(torch.bfloat16, torch.bfloat16, "cuda", 1) == torch.bfloat16
+    part = torch.zeros(1, 1, dtype=torch.bfloat16)
+    assert schedules.dtype_of_tiles(part, part, sharded=True) == torch.bfloat16  # whatever part a rank has

@@ -160,7 +160,7 @@ def test_memory_is_what_the_plan_says(schedule, dtype, weight_dtype, native, til
     if native:
         if dtype == torch.float32:
             pytest.skip("float32 tiles either way")
-        monkeypatch.setattr(schedules, "native_bf16", lambda device_type: True)
+        monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
     head = a_head(dtype, weight_dtype)
     run, gradients, plan = step(head, schedule)
     run()  # what a first call leaves behind is not the schedule's
@@ -191,7 +191,7 @@ def test_logits_of_all_tokens_exist_only_where_they_are_held(schedule, tiles):
 def test_a_frozen_weight_gets_no_buffer_and_no_float32_copy(native, monkeypatch):
     """A head far larger than all else: 5000 x 256."""
     monkeypatch.setattr(schedules, "CPU_TILE_BYTES", TILE_BYTES)
-    monkeypatch.setattr(schedules, "native_bf16", lambda device_type: native)
+    monkeypatch.setattr(schedules, "native_bf16", lambda *_: native)
     head = make_head(5000, 256, (12,), torch.bfloat16)
     for wanted in ((), ("hidden",), ("weight",)):
         x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in head.given}
@@ -241,7 +241,7 @@ def test_half_the_tokens_masked_halves_the_work(schedule):
 
 @on_cpu
 def test_the_plan_counts_held_entries_in_the_dtype_they_are_held_in(tiles, monkeypatch):
-    monkeypatch.setattr(schedules, "native_bf16", lambda device_type: False)
+    monkeypatch.setattr(schedules, "native_bf16", lambda *_: False)
     held = {}
     for dtype in (torch.float32, torch.bfloat16):
         _, _, plan = step(a_head(dtype), "list_hold")
