@@ -19,7 +19,7 @@ from .row_layouts import TokenizedCandidate
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-TOKENS = 16  # of the longer candidate that is compared
+TOKENS, LEAST_TOKENS = 16, 4  # of the longer candidate that is compared
 # How many roundings two orders of the same sums may be apart after all layers, and what is allowed where these are fine.
 # Positions that are off by one are off by far more in a model that reads them.
 ROUNDINGS, LEAST = 8, 1e-4
@@ -86,6 +86,8 @@ def _few_rows(rows: Mapping[str, Tensor], config: PretrainedConfig) -> tuple[dic
     else:
         ids = ids[: int(rows["cu_seqlens_q"][1])]
     ids = ids[:TOKENS].tolist()
+    if len(ids) < LEAST_TOKENS:  # nothing would be compared, and the answer holds for all batches
+        ids = (ids * LEAST_TOKENS)[:LEAST_TOKENS]
     prompt, half = ids[: -(-len(ids) // 4)], len(ids) * 5 // 8
     candidates = [TokenizedCandidate(prompt, ids[len(prompt) :]), TokenizedCandidate(prompt, ids[len(prompt) : half])]
     if row_layouts.layout_of(rows) == "packed":

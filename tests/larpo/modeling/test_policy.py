@@ -146,6 +146,17 @@ def test_positions_that_the_model_counts_itself_are_left_to_it(model_type):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("first", [TokenizedCandidate([5], []), TokenizedCandidate([5], [7])], ids=["nothing", "one token"])
+def test_a_first_row_with_nothing_to_compare_settles_nothing_for_the_rows_after_it(first):
+    model = tiny.causal_lm("roberta", is_decoder=True, pad_token_id=1, bos_token_id=0)
+    torch.nn.init.normal_(model.base_model.embeddings.position_embeddings.weight)
+    expected = torch.stack([alone(model, one) for one in CANDIDATES])
+    attach(model, Policy(model))
+    with pytest.warns(UserWarning, match="is trained from its logits"):
+        model(rows=padded_rows([first], pad_token_id=1))
+    torch.testing.assert_close(model(rows=padded_rows(CANDIDATES, pad_token_id=1)), expected)
+
+
 def test_positions_stay_where_the_model_takes_them():
     model = tiny.causal_lm("gpt2")
     policy = Policy(model)
