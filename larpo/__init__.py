@@ -14,7 +14,7 @@ _WHERE = {
     "from_candidate_lists": "data",
     "load_lists": "data",
     "tokenize_lists": "tokenization",
-    "list_metrics": "metrics",
+    "list_metrics": "training.metrics",
     "score_lists": "scoring",
     "Candidate": "candidates",
     "PromptList": "candidates",

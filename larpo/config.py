@@ -13,11 +13,11 @@ from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import Objective
 
 from .data.tokenization import PROMPT_LENGTH, prompt_limit
-from .losses import ListLoss, objective_of
-from .nonfinite import ON_NONFINITE
-from .refused_settings import refuse_settings
 from .runs.secrets import given_again, is_secret, masked, without_secrets
 from .runs.yaml_config import as_meant
+from .training.losses import ListLoss, objective_of
+from .training.nonfinite import ON_NONFINITE
+from .training.refused_settings import refuse_settings
 
 
 def _arg(default: Any, text: str) -> Any:

@@ -23,14 +23,10 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, Predictio
 
 import larpo_kernels as lk
 
-from . import model_card
 from .config import LarPOConfig
 from .data.collator import ListCollator
 from .data.preprocessing import is_tokenised, training_lists
 from .data.text_tokenizer import text_tokenizer
-from .list_log import ListLog
-from .list_weights import batches_of_window, lists_of_window, without_repeats
-from .losses import ListLoss, mean_over_lists, refuse_unapplied
 from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
 from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision
 from .modeling.loading import load_causal_lm, load_tokenizer
@@ -39,10 +35,14 @@ from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
 from .modeling.router_loss import RouterLoss
 from .modeling.sharding import is_sharded, on_deepspeed, will_replace_parameters
-from .nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
-from .predictions import PredictionLog
-from .refused_settings import refuse_arguments
 from .runs.checkpoints import checkpoint_to_go_on_from, refuse_incomplete
+from .training import model_card
+from .training.list_log import ListLog
+from .training.list_weights import batches_of_window, lists_of_window, without_repeats
+from .training.losses import ListLoss, mean_over_lists, refuse_unapplied
+from .training.nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
+from .training.predictions import PredictionLog
+from .training.refused_settings import refuse_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -364,7 +364,7 @@ class LarPOTrainer(Trainer):
     # --- the loss -------------------------------------------------------------------------------------------
 
     def list_loss(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of `larpo.losses` over implicit rewards: (mean over the batch's lists, scores [S]).
+        """The loss of `larpo.training.losses` over implicit rewards: (mean over the batch's lists, scores [S]).
 
         logps, ref_logps: [S] per candidate, sums or (length_normalized) means over its tokens. Override it for another
         loss of the same numbers. Without a call to this one ties, margin, label_smoothing, sft_weight and the data's `weight`
@@ -549,7 +549,7 @@ class LarPOTrainer(Trainer):
         return output._replace(predictions=predictions, label_ids=relevance)
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
-        """As transformers.Trainer.predict: predictions are `larpo.predictions.ListPredictions` (scores, logps), label_ids the
+        """As transformers.Trainer.predict: predictions are `ListPredictions` (scores, logps), label_ids the
         relevance; arrays of a row for each list in the order of the data, filled up with NaN to the largest."""
         return super().predict(*args, **kwargs)
 

@@ -85,7 +85,7 @@ def report(model: Path) -> dict[str, Any]:
 
 def _write(folder: Path, model: Any, tokenizer: Any, trainer: Any = None) -> None:
     """The policy's folder, whole; weights that are not finite are refused."""
-    from ..nonfinite import refuse_nonfinite_weights
+    from ..training.nonfinite import refuse_nonfinite_weights
 
     def save(unfinished: Path) -> None:
         model.save_pretrained(unfinished)

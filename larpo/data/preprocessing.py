@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..candidates import top_bottom_indices
-from ..losses import is_settled
+from ..training.losses import is_settled
 from .loading import as_lists
 from .schemas import IMPLICIT
 from .scored_tokens import TOKEN_HASHES

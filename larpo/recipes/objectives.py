@@ -171,10 +171,10 @@ def run(
 
 def measure(model, loss, *, start, tokenizer, held_out, drawn_per_prompt: int, seed: int) -> dict[str, float]:
     """What a run's table shows, of one policy: see `run`."""
-    from larpo.metrics import list_metrics
     from larpo.modeling.policy import detach
     from larpo.retrieval import kl_estimate
     from larpo.sampling import TransformersSampler
+    from larpo.training.metrics import list_metrics
 
     from .harness.trainer import logps_of
     from .tasks import naming

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..nonfinite import NonFiniteError
+from ..training.nonfinite import NonFiniteError
 from .files import read_json, remove, write_json
 from .identity import changed
 

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 
 from larpo.config import LarPOConfig
-from larpo.nonfinite import NonFiniteError
 from larpo.trainer import LarPOTrainer
+from larpo.training.nonfinite import NonFiniteError
 from tests.helpers import tiny
 
 LISTS = 4  # of a step, over all ranks

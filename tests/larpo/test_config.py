@@ -12,7 +12,7 @@ from larpo import commands
 from larpo.align import AlignConfig
 from larpo.align.training import arguments
 from larpo.config import LarPOConfig
-from larpo.refused_settings import refuse_settings
+from larpo.training.refused_settings import refuse_settings
 
 
 def config(folder, **options):

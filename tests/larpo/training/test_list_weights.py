@@ -9,8 +9,8 @@ for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from datasets import Dataset
 
-from larpo.list_weights import without_repeats
 from larpo.trainer import LarPOTrainer
+from larpo.training.list_weights import without_repeats
 from tests.helpers import tiny
 from tests.larpo.test_trainer import config, eager_loss, gradients, moved, own_precision, trainer  # noqa: F401
 
@@ -84,7 +84,7 @@ def test_the_loss_of_evaluation_is_the_mean_over_lists(tmp_path, data, policy):
 
 
 def test_more_batches_than_are_kept_are_all_in_the_means(monkeypatch):
-    from larpo import list_log
+    from larpo.training import list_log
 
     monkeypatch.setattr(list_log, "BATCHES", 2)
     log = list_log.ListLog()

@@ -12,7 +12,7 @@ BATCHES = 1000  # kept on the device; then they become sums, in one wait for it
 
 
 class ListLog:
-    """Means over lists: the loss, and the metrics of `larpo.metrics`. No step waits for the device."""
+    """Means over lists: the loss, and the metrics of `larpo.training.metrics`. No step waits for the device."""
 
     def __init__(self, ndcg_k: int | None = None):
         self.ndcg_k = ndcg_k

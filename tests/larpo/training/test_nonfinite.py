@@ -10,9 +10,9 @@ for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from datasets import Dataset
 
-from larpo import nonfinite
-from larpo.nonfinite import NonFiniteError, nonfinite_parameters
 from larpo.trainer import LarPOTrainer
+from larpo.training import nonfinite
+from larpo.training.nonfinite import NonFiniteError, nonfinite_parameters
 from tests.helpers import tiny
 from tests.larpo.test_trainer import config, eager_loss, gradients, moved, own_precision, trainer  # noqa: F401
 

@@ -39,7 +39,7 @@ import larpo_kernels as lk
 from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
 
 if TYPE_CHECKING:
-    from .config import LarPOConfig
+    from ..config import LarPOConfig
 
 TIES = {"pairwise": "mean", "contrastive": "mean", "listmle": "efron"}  # where nothing else is asked for
 UNIFORM = ("contrastive", "listnet")  # objectives with a distribution for a target

@@ -13,8 +13,8 @@ from datasets import Dataset
 import larpo_kernels as lk
 from larpo.data.collator import ListCollator
 from larpo.data.preprocessing import training_lists
-from larpo.losses import ListLoss, mean_over_lists
 from larpo.trainer import LarPOTrainer
+from larpo.training.losses import ListLoss, mean_over_lists
 from tests.helpers import tiny
 from tests.larpo.test_trainer import config, eager_logps, step, trainer
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .data.collator import first_lists
+from ..data.collator import first_lists
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -6,7 +6,7 @@ from math import log2
 import pytest
 import torch
 
-from larpo.metrics import MetricMeans, list_metric_sums, list_metrics
+from larpo.training.metrics import MetricMeans, list_metric_sums, list_metrics
 from tests.helpers.optional_hypothesis import given, st
 
 
