@@ -105,7 +105,7 @@ class LarPOConfig(TrainingArguments):
         super().__post_init__()
         self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
         validation.positive("beta", self.beta)
-        ListLoss.of(self)  # refused here, not after the model is loaded
+        self.resolved_loss()  # refused here, not after the model is loaded
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         for name in ("max_length", "max_prompt_length", "candidate_micro_batch_size", "precompute_ref_batch_size", "ndcg_k"):
             _count(name, getattr(self, name), at_least=1)
@@ -150,6 +150,18 @@ class LarPOConfig(TrainingArguments):
     def resolved_objective(self) -> Objective:
         """The objective with its options."""
         return objective_of(self.objective, self.ties, self.objective_options)
+
+    def resolved_loss(self) -> ListLoss:
+        """What a list costs: the objective with the settings of the loss."""
+        return ListLoss(
+            self.resolved_objective(),
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            margin=self.margin,
+            sft_weight=self.sft_weight,
+            length_normalized=self.length_normalized,
+            backend=self.kernel_backend,
+        )
 
 
 def _json(name: str, text: str) -> Any:

@@ -39,10 +39,10 @@ from .runs.checkpoints import checkpoint_to_go_on_from, refuse_incomplete
 from .training import model_card
 from .training.list_log import ListLog
 from .training.list_weights import batches_of_window, lists_of_window, without_repeats
-from .training.losses import ListLoss, mean_over_lists, refuse_unapplied
+from .training.losses import mean_over_lists
 from .training.nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
 from .training.predictions import PredictionLog
-from .training.refused_settings import refuse_arguments
+from .training.refused_settings import refuse_arguments, refuse_unapplied
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,7 +128,7 @@ class LarPOTrainer(Trainer):
         adapters.check_adapter(model, peft_config)
         if train_dataset is not None and peft_config is None:
             refuse_frozen(model)
-        self._list_losses = ListLoss.of(args)
+        self._list_losses = args.resolved_loss()
         self.objective = self._list_losses.objective
         self._applies_settings = False  # known once a loss has been computed: list_loss may be overridden
         self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), args)

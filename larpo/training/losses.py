@@ -30,16 +30,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import larpo_kernels as lk
 from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
-
-if TYPE_CHECKING:
-    from ..config import LarPOConfig
 
 TIES = {"pairwise": "mean", "contrastive": "mean", "listmle": "efron"}  # where nothing else is asked for
 UNIFORM = ("contrastive", "listnet")  # objectives with a distribution for a target
@@ -84,18 +81,6 @@ class ListLoss:
     sft_weight: float = 0.0
     length_normalized: bool = False
     backend: str | None = None
-
-    @classmethod
-    def of(cls, args: LarPOConfig) -> ListLoss:
-        return cls(
-            args.resolved_objective(),
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            margin=args.margin,
-            sft_weight=args.sft_weight,
-            length_normalized=args.length_normalized,
-            backend=args.kernel_backend,
-        )
 
     def __post_init__(self):
         for name, below in (("label_smoothing", 0.5), ("margin", math.inf), ("sft_weight", math.inf)):
@@ -160,18 +145,6 @@ class ListLoss:
 def mean_over_lists(losses: Tensor, inputs: dict[str, Any]) -> Tensor:
     """[L] -> the mean over a batch's lists, each times its weight where the data has weights."""
     return (losses * inputs["weight"] if "weight" in inputs else losses).mean()
-
-
-def refuse_unapplied(args: LarPOConfig, inputs: dict[str, Any]) -> None:
-    """Raises ValueError for settings that nothing has applied, since another loss has taken the place of this one."""
-    unapplied = [name for name in ("margin", "label_smoothing", "sft_weight", "ties") if getattr(args, name)]
-    if "weight" in inputs:
-        unapplied.append("the data's column weight")
-    if unapplied:
-        raise ValueError(
-            f"{', '.join(unapplied)} would do nothing: list_loss or compute_loss is overridden and does not call that of "
-            "LarPOTrainer, which applies them. Leave them out, or call it"
-        )
 
 
 class _Lists:

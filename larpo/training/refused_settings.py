@@ -111,3 +111,15 @@ def _refuse_with_micro_batches(args: TrainingArguments) -> None:
         )
     if args.torch_empty_cache_steps is not None:
         raise ValueError("torch_empty_cache_steps must be None with candidate_micro_batch_size: its steps do not read it")
+
+
+def refuse_unapplied(args: TrainingArguments, inputs: dict[str, Any]) -> None:
+    """Raises ValueError for settings that nothing has applied, since another loss has taken the place of the trainer's."""
+    unapplied = [name for name in ("margin", "label_smoothing", "sft_weight", "ties") if getattr(args, name)]
+    if "weight" in inputs:
+        unapplied.append("the data's column weight")
+    if unapplied:
+        raise ValueError(
+            f"{', '.join(unapplied)} would do nothing: list_loss or compute_loss is overridden and does not call that of "
+            "LarPOTrainer, which applies them. Leave them out, or call it"
+        )
