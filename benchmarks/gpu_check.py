@@ -34,7 +34,7 @@ STEPS = {
     "graphs": ("correct", 60, "no waiting for the device; CUDA graphs, forward and backward"),
     "rows": ("speed", 60, "from logits, against copying as many bytes"),
     "linear": ("speed", 75, "from hidden and weight, against the GEMMs alone"),
-    "determinism": ("correct", 60, "the same numbers in 100 runs, and in any company"),
+    "determinism": ("correct", 60, "the same numbers in 100 runs, and in any batch"),
     "profile": ("speed", 40, "kernels by time"),
     "suites": ("speed", 240, "against eager, torch.compile and installed libraries"),
     "prefix": ("speed", 60, "a prompt that runs once for its candidates, against separate rows"),

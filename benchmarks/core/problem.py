@@ -1,4 +1,4 @@
-"""One thing to measure: the tensors of a case, from which side they are entered, and who wants a gradient."""
+"""One thing to measure: the tensors of a case, from which side they are entered, and which of them require grad."""
 
 from __future__ import annotations
 

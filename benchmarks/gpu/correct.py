@@ -32,7 +32,7 @@ TESTS = (  # of the kernels, by importance
     "compile",
     "compile_linear",
 )
-TRAINING = {  # schedule -> what wants a gradient
+TRAINING = {  # schedule -> which inputs require grad
     "frozen_head": ("hidden",),
     "list_hold": ("hidden", "weight"),
     "recompute": ("hidden", "weight"),

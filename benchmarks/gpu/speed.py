@@ -22,7 +22,7 @@ VOCABULARIES = (128256, 32000, 262144, 151936)
 TOKENS = (8192, 1024, 4096, 16384)
 HEAD = {"H": 4096, "V": 128256}
 HEAD_TOKENS = (4096, 8192, 16384)
-SCHEDULES = {  # schedule -> what wants a gradient, GEMMs
+SCHEDULES = {  # schedule -> which inputs require grad, GEMMs
     "score_only": ((), 1),
     "frozen_head": (("hidden",), 2),
     "list_hold": (("hidden", "weight"), 3),

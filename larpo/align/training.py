@@ -50,7 +50,7 @@ def train(
         peft_config=_peft_config(config, own),
     )
     if settings["precompute_ref_log_probs"]:
-        trainer.reference.release()  # has said what it had to
+        trainer.reference.release()  # its log-probs are in the data now
         models.forget()
     _quiet(trainer, progress)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints, trainer.args))

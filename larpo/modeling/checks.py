@@ -1,4 +1,4 @@
-"""What is said of a model before it is trained, rather than found in its weights after."""
+"""Checks and warnings before training."""
 
 from __future__ import annotations
 

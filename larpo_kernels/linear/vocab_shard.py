@@ -65,7 +65,7 @@ class VocabShard:
         return torch.where(labels == ignore_index, IGNORED, local)
 
     def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        """A label that no rank owns: where labels can be read it was refused at the door."""
+        """A label that no rank owns: where labels can be read, validation has refused it."""
         if validation.readable(labels):
             return logps
         return logps.masked_fill((labels != ignore_index) & ((labels < 0) | (labels >= self.size)), torch.nan)

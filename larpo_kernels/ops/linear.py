@@ -161,7 +161,7 @@ def _linear_setup(ctx, inputs, output):
     hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, *_, backend, group = inputs
     logps, _, _, *kept = output
     unit_grad = kept[3]
-    if unit_grad.shape[0]:  # then the backward reads their shapes only, and they may go
+    if unit_grad.shape[0]:  # then the backward reads only their shapes: the tensors can be freed
         hidden, weight = (x.new_empty(()).expand(x.shape) for x in (hidden, weight))
     ctx.options = (ignore_index, logit_scale, softcap, compute)
     ctx.where = (backend, group)

@@ -112,7 +112,7 @@ def the_rows_and_lists():
 
 
 def the_api():
-    """From the user's line to the ops: what is checked at the door must not read a tensor."""
+    """From the user's line to the ops: validation must not read a tensor."""
     y, relevance, ref_logps = labels(S, T), randn(S), randn(S)
     for list_sizes in (4, torch.tensor([3, 5], device="cuda")):
         options = {"list_sizes": list_sizes, "ref_logps": ref_logps, "length_normalized": True, "return_stats": True}

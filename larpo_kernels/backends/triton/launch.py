@@ -18,8 +18,8 @@ from triton.runtime import driver
 class Launch:
     row_block: int  # columns per step of the row kernels
     row_warps: int
-    split_columns: int  # longer rows are shared by several programs, whatever the number of rows: a row's sum must
-    # not depend on its company
+    split_columns: int  # longer rows are shared by several programs. Split by row length only, so that results do
+    # not depend on the batch
     tile_span: int  # vocabulary rows per program of the tile kernel
     tile_rows: int  # of them per step
     tile_tokens: int  # tokens per program of the tile kernel

@@ -2,8 +2,8 @@
 
 A program walks a span of rows for a block of tokens. Tokens are on the contiguous axis and padded by whoever allocates
 the tile, so loads are wide at any vocabulary size. k is the target's logit; the targets themselves were set to -inf.
-Where some z - k exceeds ROOM (a target far below the largest logit) the program leaves -(z - k), which no E is, walks
-its span once more, and raises its own k by a `shift`. `merge_spans` brings all spans of a token to one level,
+Where some z - k exceeds ROOM (a target far below the largest logit) the program stores the negative marker -(z - k), which exp
+never is, walks its span once more, and raises its own k by a `shift`. `merge_spans` brings all spans of a token to one level,
 `level_spans` and `scale_rows` bring what was written before to it. Both return at once where nothing was raised, so
 nobody has to ask the device whether that happened.
 """
