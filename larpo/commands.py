@@ -17,7 +17,7 @@ from .runs.identity import changed, content
 from .runs.intact import Damaged
 from .runs.lock import locked
 from .runs.secrets import masked, without_secrets
-from .runs.yaml_config import as_meant, load_yaml, nearest
+from .runs.yaml_config import as_meant, json_object, load_yaml, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +95,7 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
     found = _parse(parser, [*as_flags, *flags]) | as_they_are
     job, args = (kind(**{f.name: found[f.name] for f in fields(kind) if f.init}) for kind in kinds)
     if isinstance(job.peft, str):
-        job.peft = _json_object("peft", job.peft)
+        job.peft = json_object("peft", job.peft)
     _refuse_what_scripts_read(job, args)
     return job, args
 
@@ -134,16 +134,6 @@ def _or_empty(read: Any, hint: Any) -> Any:
     """A reader of a flag's text that also knows None and [], where the setting takes them."""
     empty = {text: value for text, value in (("None", None), ("null", None), ("[]", [])) if _takes(hint, value)}
     return read if not empty else lambda text: empty[text] if text in empty else read(text)
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be JSON of an object, got {masked(text)!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be JSON of an object, got {masked(text)!r}")
-    return value
 
 
 def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:

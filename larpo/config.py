@@ -14,7 +14,7 @@ from larpo_kernels.objectives import Objective
 
 from .data.tokenization import PROMPT_LENGTH, prompt_limit
 from .runs.secrets import given_again, is_secret, masked, without_secrets
-from .runs.yaml_config import as_meant
+from .runs.yaml_config import as_meant, json_object
 from .training.losses import ListLoss, objective_of
 from .training.nonfinite import ON_NONFINITE
 from .training.refused_settings import refuse_settings
@@ -98,7 +98,7 @@ class LarPOConfig(TrainingArguments):
         for name in ("objective_options", "model_init_kwargs"):
             value = getattr(self, name)
             if isinstance(value, str):
-                setattr(self, name, _json(name, value))
+                setattr(self, name, json_object(name, value))
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, given_again(getattr(self, name), f"{name}."))
         self.hub_token = given_again({"hub_token": self.hub_token}).get("hub_token")
@@ -162,18 +162,6 @@ class LarPOConfig(TrainingArguments):
             length_normalized=self.length_normalized,
             backend=self.kernel_backend,
         )
-
-
-def _json(name: str, text: str) -> Any:
-    import json
-
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}")
-    return value
 
 
 def _count(name: str, value: Any, at_least: int) -> None:

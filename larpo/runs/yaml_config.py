@@ -1,9 +1,10 @@
-"""A YAML file of settings as a dict, refused with line and field where it is wrong."""
+"""Settings as they are written: a YAML file or JSON text as a dict, refused with line and field where it is wrong."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import re
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from .files import read_text
+from .secrets import masked
 
 
 def load_yaml(path: str | Path, known: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
@@ -155,4 +157,15 @@ def number(value: Any) -> Any:
         return {key: number(item) for key, item in value.items()}
     if isinstance(value, list):
         return [number(item) for item in value]
+    return value
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """A setting that was given as JSON text; ValueError, without secrets, where that is no object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}")
     return value

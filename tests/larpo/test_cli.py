@@ -316,7 +316,7 @@ def test_a_commit_is_no_number(tmp_path):
         (["--objective", "dpo"], "objective must be one of"),
         (["--max_steps", "many"], "max_steps"),
         (["more"], "expected flags, got 'more'"),
-        (["--peft", "{r: 8}"], "peft must be JSON of an object"),
+        (["--peft", "{r: 8}"], "peft must be a dict or JSON text of one"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--peft", '{"rank": 8}'], "peft: "),
     ],

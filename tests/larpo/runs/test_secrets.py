@@ -170,7 +170,7 @@ def test_errors_that_show_a_setting_do_not_show_its_secret(tmp_path, capsys, mon
     with pytest.raises(ValueError, match="model_init_kwargs must be a dict or JSON") as caught:
         LarPOConfig(output_dir="x", model_init_kwargs=text)
     assert SECRET not in str(caught.value)
-    with pytest.raises(ValueError, match="peft must be JSON") as caught:
+    with pytest.raises(ValueError, match="peft must be a dict or JSON") as caught:
         commands.train_settings(None, ["--model=m", "--train_data=d", "--output_dir=o", "--peft", text])
     assert SECRET not in str(caught.value)
     with pytest.raises(ValueError, match="model_init_kwargs must hold") as caught:
