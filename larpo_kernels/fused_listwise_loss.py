@@ -83,7 +83,7 @@ def fused_listwise_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    mean_over = counted(tokens.labels, ignore_index, length_normalized)
+    mean_over = counted(labels, ignore_index, length_normalized)
     return lists.loss(token_outputs, mean_over, labels.shape, return_stats, backend)
 
 
@@ -137,7 +137,7 @@ def fused_linear_listwise_loss(
     )
     lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
     token_outputs = head.token_logps(return_stats)
-    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
+    mean_over = counted(labels, ignore_index, length_normalized)
     return lists.loss(token_outputs, mean_over, labels.shape, return_stats, backend)
 
 
@@ -149,17 +149,18 @@ class Lists:
         n = tokens.num_candidates
         self.objective, self.beta, self.reduction = resolve(objective), beta, reduction
         self.cu_tokens = tokens.cu_tokens
-        self.cu_lists = validation.lists(list_sizes, n, tokens.values.device)
+        self.cu_lists, self.list_size = validation.lists(list_sizes, n, tokens.values.device)
         self.relevance = checked_relevance(relevance, self.objective, self.cu_lists, tokens.values, n)
         self.ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
 
     def loss(self, token_outputs, counted, shape, return_stats, backend) -> ListwiseLossOutput:
         token_logps, entropy, top1 = token_outputs
         loss, logps, scores = ops.list_stage(
-            token_logps,
-            counted,
+            token_logps.view(shape),
+            None if counted is None else counted.view(shape),
             self.cu_tokens,
             self.cu_lists,
+            self.list_size,
             self.relevance,
             self.ref_logps,
             self.objective,

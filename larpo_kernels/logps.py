@@ -108,7 +108,8 @@ def sequence_logps(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return ops.candidate_logps(logps, counted(tokens.labels, ignore_index, length_normalized), tokens.cu_tokens, backend)
+    mean_over = counted(labels, ignore_index, length_normalized)
+    return ops.candidate_logps(logps.view(labels.shape), mean_over, tokens.cu_tokens, backend)
 
 
 def linear_token_logps(
@@ -180,8 +181,8 @@ def linear_sequence_logps(
     head = LinearTokens(
         hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
     )  # fmt: skip
-    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
-    return ops.candidate_logps(head.token_logps(False)[0], mean_over, head.tokens.cu_tokens, backend)
+    mean_over = counted(labels, ignore_index, length_normalized)
+    return ops.candidate_logps(head.token_logps(False)[0].view(labels.shape), mean_over, head.tokens.cu_tokens, backend)
 
 
 def plan(
@@ -242,5 +243,5 @@ class LinearTokens:
 
 
 def counted(labels: Tensor, ignore_index: int, length_normalized: bool) -> Tensor | None:
-    """Which tokens a mean runs over, [N] bool; None for a sum."""
-    return (labels != ignore_index).reshape(-1) if length_normalized else None
+    """Which tokens a mean runs over; None for a sum."""
+    return labels != ignore_index if length_normalized else None

@@ -152,7 +152,9 @@ def resolve(objective: str | Objective) -> Objective:
     raise ValueError(f"objective must be one of {sorted(OBJECTIVES)} or an objective object, got {objective!r}")
 
 
-def checked_relevance(x, objective: Objective, cu_lists: torch.Tensor, like: torch.Tensor, num_candidates: int) -> torch.Tensor:
+def checked_relevance(
+    x, objective: Objective, cu_lists: torch.Tensor | None, like: torch.Tensor, num_candidates: int
+) -> torch.Tensor:
     """The caller's relevance as `ops.list_stage` takes it for this objective."""
     gains = isinstance(objective, LambdaRank) and objective.weighting is not None
     x = validation.relevance(x, cu_lists, like, num_candidates, by_value=gains or isinstance(objective, ListNet))
@@ -206,7 +208,7 @@ def listwise_loss(
     objective = resolve(objective)
     validation.check_scores(scores)
     validation.check_options(reduction=reduction)
-    lists = validation.lists(list_sizes, scores.shape[0], scores.device)
-    relevance = checked_relevance(relevance, objective, lists, scores, scores.shape[0])
-    loss, _, _ = ops.list_stage(scores, None, None, lists, relevance, None, objective, beta=1.0, backend=backend)
+    cu_lists, list_size = validation.lists(list_sizes, scores.shape[0], scores.device)
+    relevance = checked_relevance(relevance, objective, cu_lists, scores, scores.shape[0])
+    loss, _, _ = ops.list_stage(scores, None, None, cu_lists, list_size, relevance, None, objective, beta=1.0, backend=backend)
     return ops.reduce(loss, reduction)

@@ -105,7 +105,7 @@ def linear_sequence_logps(
     head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap,
                  backend)  # fmt: skip
     mean_over = counted(labels, ignore_index, length_normalized)
-    return ops.candidate_logps(head.token_logps(False)[0], mean_over, head.tokens.cu_tokens, backend)
+    return ops.candidate_logps(head.token_logps(False)[0].view(labels.shape), mean_over, head.tokens.cu_tokens, backend)
 
 
 def fused_linear_listwise_loss(
@@ -181,7 +181,8 @@ def sequence_logps(
     """`larpo_kernels.sequence_logps` of logits whose vocabulary axis is cut over ranks: [S]; see `token_logps` here."""
     tokens = _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap)
     logps = _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend)
-    return ops.candidate_logps(logps, counted(labels, ignore_index, length_normalized), tokens.cu_tokens, backend)
+    mean_over = counted(labels, ignore_index, length_normalized)
+    return ops.candidate_logps(logps.view(labels.shape), mean_over, tokens.cu_tokens, backend)
 
 
 def fused_listwise_loss(

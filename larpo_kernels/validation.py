@@ -1,9 +1,9 @@
 """Tokens -> candidates -> lists: what the caller handed over, validated once, in the public functions, and brought to one form.
 
-Two borders describe every layout, padded or packed, equal or ragged:
+Two borders describe a ragged layout. What is equal needs none: there is nothing to build, to check or to read then.
 
-    cu_tokens [S+1]   candidate s owns the tokens cu_tokens[s] : cu_tokens[s+1] of the flat token axis
-    cu_lists  [L+1]   list l owns the candidates cu_lists[l] : cu_lists[l+1]
+    cu_tokens [S+1]   candidate s owns the tokens cu_tokens[s] : cu_tokens[s+1] of the flat token axis; None: padded, [S, T]
+    cu_lists  [L+1]   list l owns the candidates cu_lists[l] : cu_lists[l+1]; None: every list has list_size candidates
 
 Checks of shape and dtype cost nothing and always run. Checks of values (labels in range, borders in order, no NaN in
 relevance) read the tensors: they run where that is free, on a CPU outside torch.compile. On a GPU they would stop the
@@ -28,11 +28,11 @@ class Tokens(NamedTuple):
 
     values: torch.Tensor  # [S, T, V or H]; packed input has S = 1 here
     labels: torch.Tensor  # [S, T], int32 or int64
-    cu_tokens: torch.Tensor | None  # [candidates + 1], None if nothing was said about candidates (token_logps)
+    cu_tokens: torch.Tensor | None  # [candidates + 1] of packed ones; None if padded, or nothing was said of candidates
 
     @property
     def num_candidates(self) -> int:
-        return self.cu_tokens.shape[0] - 1
+        return self.values.shape[0] if self.cu_tokens is None else self.cu_tokens.shape[0] - 1
 
 
 def shape(x: torch.Tensor) -> str:
@@ -109,9 +109,7 @@ def tokens(
     if values.dim() == 3:
         if cu_seqlens is not None:
             raise ValueError(f"cu_seqlens belongs to packed {name} [N, {last}]; got it with padded {name} {shape(values)}")
-        s, t = labels.shape
-        cu = torch.arange(s + 1, device=values.device) * t if need_candidates else None
-        return Tokens(values, labels, cu)
+        return Tokens(values, labels, None)
     if need_candidates:
         cu_seqlens = _borders(cu_seqlens, values.shape[0], name, values)
     return Tokens(values[None], labels[None], cu_seqlens)
@@ -169,8 +167,13 @@ def _borders(cu_seqlens: Any, n: int, name: str, values: torch.Tensor) -> torch.
     return cu_seqlens.long()
 
 
-def lists(list_sizes: int | Sequence[int] | torch.Tensor, num_candidates: int, device: torch.device) -> torch.Tensor:
-    """Borders of the lists on the candidate axis, [L+1] int64, from an int, a sequence or a tensor of sizes."""
+def lists(
+    list_sizes: int | Sequence[int] | torch.Tensor, num_candidates: int, device: torch.device
+) -> tuple[torch.Tensor | None, int]:
+    """Borders of the lists on the candidate axis, [L+1] int64, and the size of every list.
+
+    The host knows that all have one size, or borders tell their sizes: borders are None then, or the size is 0.
+    """
     if isinstance(list_sizes, bool) or not isinstance(list_sizes, int | Sequence | torch.Tensor) or isinstance(list_sizes, str):
         raise TypeError(f"list_sizes must be an int, a sequence of ints or an int tensor, got {type(list_sizes).__name__}")
     if isinstance(list_sizes, int):
@@ -178,21 +181,26 @@ def lists(list_sizes: int | Sequence[int] | torch.Tensor, num_candidates: int, d
             raise ValueError(f"list_sizes must be >= 1, got {list_sizes}")
         if num_candidates % list_sizes:
             raise ValueError(f"list_sizes={list_sizes} must divide the number of candidates, which is {num_candidates}")
-        return torch.arange(num_candidates // list_sizes + 1, device=device) * list_sizes
+        return None, list_sizes
     if isinstance(list_sizes, torch.Tensor):
         if not is_integer(list_sizes):
             raise TypeError(f"list_sizes must have an integer dtype, got {list_sizes.dtype}")
         if list_sizes.dim() != 1:
             raise ValueError(f"list_sizes must be an int or [lists], got shape {shape(list_sizes)}")
         if readable(list_sizes):
-            _check_sizes(list_sizes.tolist(), num_candidates)
+            known = list_sizes.tolist()
+            _check_sizes(known, num_candidates)
+            if _are_equal(known):
+                return None, known[0]
         sizes = _to_device(list_sizes.long(), device)
     else:
         if not all(isinstance(m, int) and not isinstance(m, bool) for m in list_sizes):
             raise TypeError(f"list_sizes must hold ints, got {list(list_sizes)!r}")
         _check_sizes(list_sizes, num_candidates)
+        if _are_equal(list_sizes):
+            return None, list_sizes[0]
         sizes = _to_device(torch.tensor(list(list_sizes), dtype=torch.int64), device)
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)), 0
 
 
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -212,6 +220,10 @@ def _check_sizes(sizes: Sequence[int], num_candidates: int) -> None:
         raise ValueError(f"list_sizes must all be >= 1, got {min(sizes)}")
     if sum(sizes) != num_candidates:
         raise ValueError(f"list_sizes must sum to the number of candidates, {num_candidates}; they sum to {sum(sizes)}")
+
+
+def _are_equal(sizes: Sequence[int]) -> bool:
+    return len(sizes) > 0 and all(m == sizes[0] for m in sizes)
 
 
 def check_scores(scores: torch.Tensor) -> None:
@@ -237,7 +249,7 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 def relevance(
-    x: Any, cu_lists: torch.Tensor, like: torch.Tensor, num_candidates: int, *, by_value: bool = False
+    x: Any, cu_lists: torch.Tensor | None, like: torch.Tensor, num_candidates: int, *, by_value: bool = False
 ) -> torch.Tensor:
     """Relevance [S], wide, so that close rewards keep their order; NaN where only the device can know that the lists do
     not cover the candidates.
@@ -259,7 +271,7 @@ def relevance(
                 f"relevance must lie between -{exact} and {exact} where the objective reads its value, or its order is lost; "
                 f"got {int(x[at])} at position {at}"
             )
-    if not readable(cu_lists):
+    if cu_lists is not None and not readable(cu_lists):
         covered = (cu_lists[-1] == num_candidates) & (cu_lists.diff() >= 1).all()
         number = torch.where(covered, number, torch.nan)
     return number

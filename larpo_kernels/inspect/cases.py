@@ -50,7 +50,7 @@ def list_stage(dtype, aligned, objective, weighting="none", ties="order", of_tok
     cu_tokens = empty(65, dtype=torch.int64) if of_tokens else None
     n, ref = (4096, empty(64)) if of_tokens else (64, None)
     cu_lists, relevance = empty(9, dtype=torch.int64), empty(64, dtype=torch.float64)
-    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, relevance, ref, 0.1, objective, weighting, 0, 1.0, ties)
+    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, 0, relevance, ref, 0.1, objective, weighting, 0, 1.0, ties)
 
 
 def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for_grad=True, step=None):

@@ -100,6 +100,7 @@ def the_rows_and_lists():
         None,
         borders,
         torch.arange(3, device="cuda") * 4,
+        0,
         randn(S),
         randn(S),
         0.1,

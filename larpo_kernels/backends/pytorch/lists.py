@@ -18,7 +18,7 @@ from ...validation import wide
 FINITE = 1e300  # what infinite relevance counts as: its difference from another's is a number
 
 
-def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
+def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     if wide(logps.device) != torch.float64:
         args = (x if x is None else x.cpu() for x in (logps, counted, cu_tokens))
         return tuple(x.to(logps.device) for x in candidate_logps(*args))
@@ -28,6 +28,10 @@ def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) ->
 
 def _candidates(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> L [S] and dL/dl of each candidate's tokens [S], float64."""
+    if logps.dim() == 2:
+        total = logps.sum(1, dtype=torch.float64)
+        share = torch.ones_like(total) if counted is None else 1 / counted.sum(1, dtype=torch.float64).clamp_(min=1)
+        return total * share, share
     if cu_tokens is None:
         return logps.to(torch.float64, copy=True), torch.ones_like(logps, dtype=torch.float64)  # an op may not return its input
     n = logps.shape[0]
@@ -60,7 +64,8 @@ def list_stage(
     logps: Tensor,
     counted: Tensor | None,
     cu_tokens: Tensor | None,
-    cu_lists: Tensor,
+    cu_lists: Tensor | None,
+    list_size: int,
     relevance: Tensor,
     ref_logps: Tensor | None,
     beta: float,
@@ -71,10 +76,13 @@ def list_stage(
     ties: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if wide(logps.device) != torch.float64:  # a few numbers: compute them where float64 exists
-        args = (x if x is None else x.cpu() for x in (logps, counted, cu_tokens, cu_lists, relevance, ref_logps))
+        args = [x if x is None else x.cpu() for x in (logps, counted, cu_tokens, cu_lists, relevance, ref_logps)]
+        args[4:4] = [list_size]
         return tuple(x.to(logps.device) for x in list_stage(*args, beta, objective, weighting, k, temperature, ties))
     total, share = _candidates(logps, counted, cu_tokens)
     scores = beta * (total if ref_logps is None else total - ref_logps)
+    if cu_lists is None:
+        cu_lists = torch.arange(0, scores.shape[0] + 1, list_size, device=logps.device)
     loss = torch.zeros(cu_lists.shape[0] - 1, dtype=torch.float64, device=logps.device)
     c = torch.zeros_like(scores)
     if cu_tokens is not None:

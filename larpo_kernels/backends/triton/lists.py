@@ -12,14 +12,15 @@ TOKENS = 1024  # token log-probs per step: 4 KB, one load per thread and vector 
 PAIRS, PAIR_WARPS = 16, 8  # a tile of 16 x 16 pairs, one a thread: most lists are one tile
 
 
-def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
+def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    cu_tokens = _borders(cu_tokens, logps)
     logps, cu_tokens = logps.contiguous(), cu_tokens.contiguous()
     s = cu_tokens.shape[0] - 1
     out, share = logps.new_empty(s), logps.new_empty(s)
     if s:
         with on_device(logps):
             lists.candidate_logps[(s,)](
-                logps, _int8(counted, logps), cu_tokens, out, share, logps.shape[0], MEAN=counted is not None, TOKENS=TOKENS,
+                logps, _int8(counted, logps), cu_tokens, out, share, logps.numel(), MEAN=counted is not None, TOKENS=TOKENS,
                 **options(logps),
             )  # fmt: skip
     return out, share
@@ -29,7 +30,8 @@ def list_stage(
     logps: Tensor,
     counted: Tensor | None,
     cu_tokens: Tensor | None,
-    cu_lists: Tensor,
+    cu_lists: Tensor | None,
+    list_size: int,
     relevance: Tensor,
     ref_logps: Tensor | None,
     beta: float,
@@ -39,6 +41,10 @@ def list_stage(
     temperature: float,
     ties: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if cu_lists is None:
+        cu_lists = torch.arange(0, relevance.shape[0] + 1, list_size, device=logps.device)
+    if logps.dim() == 2:
+        cu_tokens = _borders(cu_tokens, logps)
     logps, cu_lists, relevance = logps.float().contiguous(), cu_lists.contiguous(), relevance.contiguous()
     cu_tokens, ref_logps = (None if x is None else x.contiguous() for x in (cu_tokens, ref_logps))
     num_lists, s = cu_lists.shape[0] - 1, relevance.shape[0]
@@ -50,12 +56,19 @@ def list_stage(
             lists.list_stage[(num_lists,)](
                 logps, _int8(counted, logps), cu_lists if cu_tokens is None else cu_tokens, cu_lists, relevance,
                 relevance if ref_logps is None else ref_logps, loss, candidates, scores, c, work,
-                logps.shape[0], s, beta, temperature, k,
+                logps.numel(), s, beta, temperature, k,
                 TOKEN_IS_CANDIDATE=cu_tokens is None, MEAN=counted is not None, HAS_REF=ref_logps is not None,
                 OBJECTIVE=objective, WEIGHTING=weighting, TIES=ties, TOKENS=TOKENS, M=PAIRS,
                 **options(logps, PAIR_WARPS, registers=255),
             )  # fmt: skip
     return loss, candidates, scores, c
+
+
+def _borders(cu_tokens: Tensor | None, logps: Tensor) -> Tensor:
+    if cu_tokens is not None:
+        return cu_tokens
+    s, t = logps.shape
+    return torch.arange(s + 1, device=logps.device) * t
 
 
 def _int8(counted: Tensor | None, like: Tensor) -> Tensor:
