@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import larpo_kernels as lk
+from larpo_kernels.backends.pytorch import list_losses
 from tests.helpers import slow_loop
 from tests.helpers.optional_hypothesis import given, st
 
@@ -399,6 +400,13 @@ def test_the_same_list_gives_the_same_bits_in_any_company(backend, device, name)
             assert torch.equal(grad, together[i][1])
 
 
+@pytest.mark.parametrize("objective", ["pairwise", "lambdarank"])
+def test_a_wrong_pair_keeps_what_float64_knows_of_it(objective):
+    scores = torch.tensor([0.0, 25.0], dtype=torch.float64)  # log(1 + e^25) is 1.4e-11 more than 25
+    loss = lk.listwise_loss(scores, torch.tensor([1.0, 0.0]), list_sizes=2, objective=objective)
+    assert loss.item() - 25 == pytest.approx(exp(-25), rel=1e-3)
+
+
 def test_default_objective_is_contrastive_and_default_reduction_mean(device):
     scores, relevance = (x.float().to(device) for x in graded_lists([3, 2]))
     default = lk.listwise_loss(scores, relevance, list_sizes=[3, 2])
@@ -426,6 +434,7 @@ TIES = {
     "listmle_skip": lk.ListMLE(ties="skip"),
     "listmle_efron": lk.ListMLE(ties="efron"),
 }
+EVERY = {**OBJECTIVES, **TIES}
 TIED = [2.0, 1.0, 1.0, 0.0, 2.0], [0.3, -0.8, 1.2, 0.1, -0.4]  # relevance and scores: two best, one worst
 
 
@@ -560,6 +569,39 @@ def test_a_tie_rule_changes_nothing_without_ties(loss_of, gradient_of, tie_rule)
 @pytest.mark.parametrize("objective", [lk.Contrastive(ties="mean"), lk.Pairwise(ties="mean"), lk.ListMLE(ties="efron")])
 def test_lists_of_nothing_but_ties_teach_no_order_at_equal_scores(gradient_of, objective):
     assert gradient_of([0.7] * 4, [1.0] * 4, objective) == pytest.approx([0] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_pairs_formed_in_blocks_are_the_pairs_formed_at_once(name, monkeypatch):
+    scores, relevance = graded_lists([7] * 5)
+
+    def loss_and_gradient(pairs, lists=slice(None)):
+        monkeypatch.setattr(list_losses, "PAIRS", pairs)
+        g, r = (x.view(5, 7)[lists].reshape(-1).clone() for x in (scores, relevance))
+        g.requires_grad_()
+        loss = lk.listwise_loss(g, r, list_sizes=7, objective=EVERY[name], reduction="none", backend="torch")
+        return loss.detach(), torch.autograd.grad(loss.sum(), g)[0]
+
+    at_once = loss_and_gradient(7 * 7 * 5)
+    for pairs in (7 * 7 * 2, 7 * 3, 1):  # lists two at a time; columns of a list three at a time; one pair at a time
+        torch.testing.assert_close(loss_and_gradient(pairs), at_once, rtol=1e-13, atol=1e-14)
+    alone = [loss_and_gradient(7 * 7 * 2, slice(i, i + 1)) for i in range(5)]
+    together = loss_and_gradient(7 * 7 * 2)
+    assert all(torch.equal(torch.cat(x), y) for x, y in zip(zip(*alone, strict=True), together, strict=True))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_lost_answer_leaves_the_bits_of_other_lists_alone(backend, device, name):
+    scores, relevance = (x.float().to(device) for x in graded_lists([4, 4, 4], seed=1))
+
+    def loss_and_gradient(g):
+        g = g.clone().requires_grad_()
+        loss = lk.listwise_loss(g, relevance, list_sizes=4, objective=EVERY[name], reduction="none", backend=backend)
+        return loss.detach()[[0, 2]], torch.autograd.grad(loss.sum(), g)[0].view(3, 4)[[0, 2]]
+
+    lost = scores.clone()
+    lost[4:6] = -inf
+    assert all(torch.equal(x, y) for x, y in zip(loss_and_gradient(scores), loss_and_gradient(lost), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -716,9 +758,9 @@ def test_gradient_of_two_answers_without_probability(gradient_of):
     assert gradient_of([1.0, 0.5, -inf, -inf], [3.0, 2.0, 1.0, 0.0], "listmle") == pytest.approx([-s, s, 0, 0])
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, *TIES])
+@pytest.mark.parametrize("name", EVERY)
 def test_every_objective_stays_a_number_beside_lost_answers(loss_of, gradient_of, name):
-    objective = {**OBJECTIVES, **TIES}[name]
+    objective = EVERY[name]
     for scores in LOST.values():
         for relevance in ([3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]):
             loss = loss_of(scores, relevance, objective)
