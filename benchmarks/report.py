@@ -4,7 +4,7 @@
 
 A marker pair `<!-- bench:NAME -->` ... `<!-- /bench:NAME -->` takes every recorded table NAME stands for:
     NAME = DEVICE/SIDE-MODE[/CASE[/DTYPE]]    cpu/logits-train, cuda/linear-frozen/T8192-H4096-V128256-m8, ...
-With `*` for CASE all of them go into one table, a case a row.
+With `*` for CASE all of them go into one table, a case a row. cpu/small stands for the suite of small calls.
 Where none was recorded, the providers are listed and their cells say so.
 """
 
@@ -25,7 +25,7 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.reporting.by_shape import by_shape
+from benchmarks.reporting.by_shape import by_shape, first_calls
 from benchmarks.reporting.tables import cells, columns, heading, machine_line, remarks, shown
 
 UNMEASURED = "not yet measured"
@@ -60,7 +60,7 @@ def markdown_table(table: dict) -> str:
     names = [n for n in columns(table) if n not in ("spread", "GEMMs")]
     rows = [row for row in shown(table) if _could_run(row)]
     body = [[_cell(row, cells(table, row), name) for name in names] for row in rows]
-    return "\n".join(_line(r) for r in [names, ["---"] * len(names), *body])
+    return _lines([names, *body])
 
 
 def _could_run(row: dict) -> bool:
@@ -83,12 +83,15 @@ def unmeasured_table(name: str) -> str:
     """The providers that would be measured, their cells saying that they were not."""
     from benchmarks.core.measure import all_providers
 
-    device, side, mode, *_ = re.split("[/-]", name)
+    device, kind, *_ = name.split("/")
+    if kind == "small":
+        return UNMEASURED
+    side, mode = kind.split("-")
     listed = [p for p in all_providers(side, mode) if device in p.devices and not p.floor]
     titles = dict.fromkeys(p.group or p.name for p in listed)
     names = ["provider", "time", "peak", "logps"]
     rows = [[title] + [UNMEASURED] * (len(names) - 1) for title in titles]
-    return "\n".join(_line(r) for r in [names, ["---"] * len(names), *rows])
+    return _lines([names, *rows])
 
 
 def matching(name: str, results: list[dict]) -> list[tuple[dict, dict]]:
@@ -100,7 +103,7 @@ def matching(name: str, results: list[dict]) -> list[tuple[dict, dict]]:
         for result in results
         for table in result["tables"]
         if table["device"] == device
-        and f"{table['side']}-{table['mode']}" == kind
+        and kind == ("small" if table.get("small") else f"{table['side']}-{table['mode']}")
         and all(value in ("*", table[key]) for key, value in wanted.items())
     ]
 
@@ -109,7 +112,7 @@ def markdown(name: str, results: list[dict]) -> str:
     pairs = matching(name, results)
     if not pairs:
         return unmeasured_table(name) + "\n"
-    if "*" in name or all(t["side"] == "prefix" for _, t in pairs):
+    if "*" in name or all(t["side"] == "prefix" or t.get("small") for _, t in pairs):
         grouped = ((result, [t for r, t in pairs if r is result]) for result in results)
         return "\n".join(_one_table(result, found) for result, found in grouped if found)
     blocks = [f"**{heading(t)}**\n\n{markdown_table(t)}\n\n{machine_line(r)}\n" for r, t in pairs]
@@ -118,11 +121,17 @@ def markdown(name: str, results: list[dict]) -> str:
 
 def _one_table(result: dict, found: list[dict]) -> str:
     """Side by side, a shape a row."""
-    names, *body = by_shape(found)
-    drawn = "\n".join(_line(r) for r in [names, ["---"] * len(names), *body])
-    first = found[0]
+    first, drawn = found[0], _lines(by_shape(found))
     about = first["note"] if first["side"] == "prefix" else f"{first['side']}, {first['mode']}"
+    if first.get("small"):
+        about = "forward and backward to all inputs"
+        drawn += "\n\n" + _lines(first_calls(result.get("first_calls", [])))
     return f"**{first['dtype']}; {about}**\n\n{drawn}\n\n{machine_line(result)}\n"
+
+
+def _lines(rows: list[list[str]]) -> str:
+    names, *body = rows
+    return "\n".join(_line(r) for r in [names, ["---"] * len(names), *body])
 
 
 def fill_markers(text: str, results: list[dict]) -> str:

@@ -3,6 +3,7 @@
 python benchmarks/run.py                      the real case, both sides, a few minutes on two cores
 python benchmarks/run.py --suite linear       the head from hidden and weight, all CPU shapes
 python benchmarks/run.py --suite full         the GPU shapes
+python benchmarks/run.py --suite small        small calls, where the host's work shows, on one thread; and first calls
 python benchmarks/run.py --suite prefix       a model's training step, the prompt of a list run once or for each candidate
 python benchmarks/run.py --shape T2048-H896-V32000-m8 --dtype float32 --provider "ours*" --provider eager
 """
@@ -29,17 +30,19 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from benchmarks.core import cases, machine, suites
+from benchmarks.core import cases, first_call, machine, suites
 from benchmarks.core.measure import Settings, all_providers, measure
 from benchmarks.core.problem import SIDES, Problem
 from benchmarks.core.truth import COMPUTES, Truth
 from benchmarks.providers.prefix import ModelStep, SeparateRows
 from benchmarks.reporting import tables
-from benchmarks.reporting.by_shape import by_shape
+from benchmarks.reporting.by_shape import by_shape, first_calls
 
 QUICK = Settings()
 PATIENT = Settings(budget_s=90, guard_s=20, memory_guard_s=120)
+SMALL = Settings(rounds=60, budget_s=15, sample_s=0.01, memory_from=2**22)
 STEPS = Settings(rounds=3, budget_s=8, guard_s=20)  # nine tables of whole models
+SETTINGS = {"quick": QUICK, "small": SMALL, "prefix": STEPS}
 QUICK_LIMIT_S = 210  # what is under way then still ends: five minutes in all on two slow cores
 HERE = Path(__file__).resolve().parent
 console = Console(width=None if sys.stdout.isatty() else 190)
@@ -68,6 +71,8 @@ def main(
     todo = suites.jobs(suite, device, shape, dtype)
     if list_:
         return _list(todo, device, provider)
+    if suite == "small":
+        torch.set_num_threads(1)
     header = machine.header(device)
     folder = out or HERE / ("results/" + machine.slug(header["machine"]) if record else "out")
     result = {**header, "command": " ".join(sys.argv[1:]), "tables": []}
@@ -78,13 +83,18 @@ def main(
     file = folder / f"{suite if not shape else 'shapes'}.json"
     asked = {"rounds": rounds, "budget_s": budget, "guard_s": guard, "memory": memory}
     settings = replace(
-        {"quick": QUICK, "prefix": STEPS}.get(suite, PATIENT), **{k: v for k, v in asked.items() if v is not None}
+        {"quick": QUICK, "small": SMALL, "prefix": STEPS}.get(suite, PATIENT),
+        **{k: v for k, v in asked.items() if v is not None},
     )
     limit = limit or (QUICK_LIMIT_S if suite == "quick" and not shape else None)
-    for table in _tables(todo, device, provider, settings, limit):
+    for table in _tables(todo, device, provider, settings, limit, small=suite == "small"):
         result["tables"].append(table)
         file.write_text(json.dumps(result, indent=1) + "\n")  # after every table: a long run may be cut short
         console.print(report.rich_table(table))
+    if suite == "small" and not shape:
+        result["first_calls"] = first_call.measured(device)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(tables.aligned(first_calls(result["first_calls"])))
     steps = [table for table in result["tables"] if table["side"] == ModelStep.side]
     if steps:
         console.print(tables.aligned(by_shape(steps)))
@@ -99,7 +109,7 @@ def main(
         raise typer.Exit(1)
 
 
-def _tables(todo, device, globs, settings, limit):
+def _tables(todo, device, globs, settings, limit, *, small):
     """Measured tables, one after another; a case is built once and its truth shared by its modes.
 
     limit: seconds for all tables; each may use what those before it left of equal shares.
@@ -119,7 +129,7 @@ def _tables(todo, device, globs, settings, limit):
                     problem = case if job.side == ModelStep.side else Problem.from_case(case, job.side, mode)
                     bar.update(tables, description=f"{job.side} {mode} {name} {dtype}: float64")
                     truth = truth or (SeparateRows if job.side == ModelStep.side else Truth)(problem)
-                    chosen = all_providers(job.side, mode, globs)
+                    chosen = all_providers(job.side, mode, globs, small=small)
                     say = lambda step, mode=mode, job=job: bar.update(  # noqa: E731
                         tables, description=f"{job.side} {mode} {job.case} {job.dtype}: {step}"
                     )
@@ -127,7 +137,7 @@ def _tables(todo, device, globs, settings, limit):
                     share = None if limit is None else start + limit * done / count
                     table = measure(problem, chosen, truth, replace(settings, deadline=share), say)
                     bar.advance(tables)
-                    yield {**table, "plan": _plan(problem)}
+                    yield {**table, "plan": _plan(problem), "small": small}
             del case
             gc.collect()
 

@@ -7,6 +7,7 @@
 | smollm2-sampled | SmolLM2-135M on 24 answers it sampled itself: 6 lists of 4, logits as in training |
 | T2048-H896-V32000-m4 | made up: tokens, hidden, vocabulary, list size; logits of std 1, random labels |
 | T2048-H896-V32000-m4-peaked | the same with logits of std 20 and labels drawn from their softmax |
+| T2048-H896-V32000-m4-length16 | the same with candidates of 16 tokens, where 64 are usual |
 | ...-masked0.5 | either, with the first half of each row masked as a prompt |
 
 The real cases need the packages named in larpo/offline.py the first time; what was scored stays in its cache.
@@ -29,7 +30,7 @@ IGNORED = -100
 OPENBOOKQA = ("smollm2-openbookqa", "smollm2-openbookqa-prompt")
 SAMPLED = "smollm2-sampled"
 REAL = (*OPENBOOKQA, SAMPLED)
-MADE_UP = re.compile(r"T(\d+)-H(\d+)-V(\d+)-m(\d+)(-peaked)?(?:-masked(0\.\d+))?")
+MADE_UP = re.compile(r"T(\d+)-H(\d+)-V(\d+)-m(\d+)(?:-length(\d+))?(-peaked)?(?:-masked(0\.\d+))?")
 
 OPENBOOKQA_LISTS = 16
 SAMPLED_PROMPTS = 6
@@ -94,7 +95,7 @@ def build(
         return _made_up(name, match, dtype, device, seed)
     raise ValueError(
         f"name is {name!r}; expected one of {', '.join(REAL)} or T<tokens>-H<hidden>-V<vocabulary>"
-        "-m<candidates>[-peaked][-masked<fraction>], such as T2048-H896-V32000-m4-peaked-masked0.5"
+        "-m<candidates>[-length<tokens>][-peaked][-masked<fraction>], such as T2048-H896-V32000-m4-peaked-masked0.5"
     )
 
 
@@ -264,10 +265,12 @@ def _sequence_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def _made_up(name: str, sizes: re.Match, dtype: torch.dtype, device: str | torch.device, seed: int) -> Case:
     tokens, width, vocabulary, m = map(int, sizes.groups()[:4])
-    peaked, prompt_share = bool(sizes[5]), float(sizes[6] or 0)
+    peaked, prompt_share = bool(sizes[6]), float(sizes[7] or 0)
     if not (tokens and width and vocabulary and m) or tokens % m:
         raise ValueError(f"name is {name!r}; expected sizes of at least 1, and tokens T to be a multiple of m")
-    length = _nearest_divisor(tokens // m, ANSWER_TOKENS)
+    length = int(sizes[5] or _nearest_divisor(tokens // m, ANSWER_TOKENS))
+    if not length or tokens % (m * length):
+        raise ValueError(f"name is {name!r}; expected tokens T to be a multiple of m times the candidates' length {length}")
     candidates = tokens // length
     prompt = round(prompt_share * length)
     if prompt == length:

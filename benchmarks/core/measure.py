@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +28,9 @@ class Settings:
     rounds: int = 7  # timed runs of each provider at most
     budget_s: float = 20.0  # time for the rounds of one table
     guard_s: float = 5.0  # a provider whose run takes longer is timed once
+    sample_s: float = 0.0  # calls that are queued for one sample: as many as take so long; 0: one call
     memory: bool = True
+    memory_from: int = 0  # bytes of gradients below which peak memory is pages and no figure
     memory_guard_s: float = 30.0  # a provider whose run takes longer is not run again for its memory
     deadline: float | None = None  # time.monotonic() after which only what matters most is run, once
 
@@ -45,13 +47,37 @@ def run_once(provider: Provider, problem: Problem, *, ready: bool = False, upstr
         upstream = torch.ones_like(problem.labels, dtype=torch.float32)
     _wait(problem)
     start = time.perf_counter()
+    out = _call(provider, problem, upstream)
+    _wait(problem)
+    seconds = time.perf_counter() - start
+    return seconds, out, problem.gradients()
+
+
+def run_queued(provider: Provider, problem: Problem, calls: int, upstream) -> float:
+    """Seconds of one of `calls` calls, forward and backward, none of which waits for the device."""
+    inputs = [problem.fresh(copy=provider.overwrites_input) for _ in range(calls)]
+    _wait(problem)
+    start = time.perf_counter()
+    while inputs:
+        _call(provider, inputs.pop(), upstream)
+    _wait(problem)
+    return (time.perf_counter() - start) / calls
+
+
+def _call(provider: Provider, problem: Problem, upstream) -> Output:
     with torch.set_grad_enabled(problem.mode != "score"):
         out = provider.forward(problem)
     if problem.mode != "score" and not provider.floor:
         out.value.backward(upstream.to(out.value.dtype) if provider.computes == "token logps" else None)
-    _wait(problem)
-    seconds = time.perf_counter() - start
-    return seconds, out, problem.gradients()
+    return out
+
+
+def kernel_seconds(run: Callable[[], object]) -> float:
+    """The sum over the kernels of run()."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
 
 
 def _wait(problem: Problem) -> None:
@@ -70,9 +96,13 @@ def measure(
     entries = [Entry(p, problem, truth) for p in providers]
     _check(entries, settings, progress)
     _time(entries, settings, progress, range(1))
+    settings = replace(settings, memory=settings.memory and problem.describe()["gradient_bytes"] >= settings.memory_from)
     if settings.memory:  # before the other rounds: a figure that is missing says less than one more sample
         _peaks(entries, problem, settings, progress)
     _time(entries, settings, progress, range(1, settings.rounds))
+    if settings.sample_s and problem.device.type == "cuda":
+        for entry in entries:
+            entry.time_kernels()
     if settings.memory and not settings.late:  # of a group whose fastest is another one by now
         _peaks(entries, problem, settings, progress)
     torch._dynamo.reset()  # the next problem has other shapes
@@ -95,6 +125,7 @@ class Entry:
             "status": "ok",
             "message": "",
             "seconds": [],
+            "kernel_seconds": None,
             "one_run": False,
             "errors": {},
             "peak_bytes": None,
@@ -111,8 +142,28 @@ class Entry:
         return self.row["status"] == "ok"
 
     def run(self) -> tuple[float, Output, dict] | None:
+        return self._guarded(lambda: run_once(self.provider, self.problem, upstream=self.upstream))
+
+    def sample(self, settings: Settings) -> float | None:
+        """Seconds of a call. How many make a sample is told by the first, which is one call."""
+        first = self.row["seconds"][:1]
+        calls = min(MOST_QUEUED, int(settings.sample_s / first[0])) if first else 1
+        if calls <= 1:
+            done = self.run()
+            return done and done[0]
+        return self._guarded(lambda: run_queued(self.provider, self.problem, calls, self.upstream))
+
+    def time_kernels(self) -> None:
+        """Their own time on a GPU, however long the host takes to launch them."""
+        if self.alive:
+            inputs = self.problem.fresh(copy=self.provider.overwrites_input)
+            self.row["kernel_seconds"] = self._guarded(
+                lambda: kernel_seconds(lambda: _call(self.provider, inputs, self.upstream))
+            )
+
+    def _guarded(self, measured: Callable):
         try:
-            return run_once(self.provider, self.problem, upstream=self.upstream)
+            return measured()
         except torch.OutOfMemoryError:
             self.row.update(status="out of memory")
         except Exception as error:  # a peer's failure is a result, not the end of the run
@@ -140,6 +191,7 @@ class Entry:
             self.row.update(status="WRONG", message=said)
 
 
+MOST_QUEUED = 100
 LATE = "the time limit of this run was reached"
 
 
@@ -175,12 +227,11 @@ def _time(entries: list[Entry], settings: Settings, progress, rounds: range) -> 
         for entry in entries:
             if not entry.alive or entry.row["one_run"]:
                 continue
-            done = entry.run()
-            if done is None:
+            seconds = entry.sample(settings)
+            if seconds is None:
                 continue
-            entry.row["seconds"].append(done[0])
-            entry.row["one_run"] = done[0] > settings.guard_s
-            del done
+            entry.row["seconds"].append(round(seconds, 8))
+            entry.row["one_run"] = seconds > settings.guard_s
 
 
 def _peaks(entries: list[Entry], problem: Problem, settings: Settings, progress) -> None:

@@ -51,7 +51,7 @@ def _child(problem_file: str, name: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     saved = torch.load(problem_file)
     problem = Problem(**saved) if "labels" in saved else ModelStep.build(**saved)
-    provider = next(p for p in all_providers(problem.side, problem.mode) if p.name == name)
+    provider = next(p for p in all_providers(problem.side, problem.mode, small=True) if p.name == name)
     problem = provider.prepare(problem)
     run_once(provider, problem if provider.compiles else provider.prepare(problem.first_list()))
     inputs = problem.fresh(copy=provider.overwrites_input)

@@ -26,6 +26,7 @@ class Job:
 
 REAL, SAMPLED = "smollm2-openbookqa", "smollm2-sampled"
 TRAINING = ("frozen", "trainable")
+SMALL = ((4, 5, 100), (16, 16, 100), (64, 32, 1000), (512, 64, 1000))  # candidates, tokens of each, vocabulary
 HEADS = ("T2048-H896-V32000-m8", "T2048-H896-V151936-m8", "T2048-H2048-V128256-m8", "T4096-H512-V128256-m8")
 VOCABULARIES = (32000, 128256, 151936, 262144)
 LIST_SIZES = (2, 4, 8, 16)
@@ -82,7 +83,22 @@ def prefix_long() -> list[Job]:
     return [Job(f"P{p}-R{r}-m{m}", "prefix", SIDES["prefix"], "bfloat16") for p, r in shapes for m in (4, 8, 16)]
 
 
-SUITES = {"quick": quick, "logits": logits, "linear": linear, "full": full, "prefix": prefix, "prefix-long": prefix_long}
+def small() -> list[Job]:
+    """What a call costs beside its arithmetic, up to where arithmetic is all."""
+    sides = (("logits", ("train",)), ("linear", ("trainable",)))
+    cases = [f"T{s * t}-H64-V{v}-m4-length{t}" for s, t, v in SMALL]
+    return [Job(case, side, modes, "float32") for case in cases for side, modes in sides]
+
+
+SUITES = {
+    "quick": quick,
+    "logits": logits,
+    "linear": linear,
+    "full": full,
+    "small": small,
+    "prefix": prefix,
+    "prefix-long": prefix_long,
+}
 
 
 def jobs(suite: str, device: str, shapes: list[str] | None = None, dtypes: list[str] | None = None) -> list[Job]:

@@ -40,6 +40,7 @@ class Provider:
     compiles: bool = False  # the first call builds code, whose memory is not the call's
     overwrites_input: bool = False  # each run gets its own copy of the input
     floor: bool = False  # no provider, but what the machine could do at best
+    small: bool = False  # measured in the suite of small calls only
     pairs_only: bool = False
     prepare: Callable[[Problem], Problem] = lambda problem: problem  # once, outside all measuring
 
@@ -72,10 +73,10 @@ def provider(name: str, side: str, **options):
     return register
 
 
-def select(side: str, mode: str, globs: list[str] | None = None) -> list[Provider]:
-    """Entries of one side and mode; globs match a name or its group, case ignored."""
+def select(side: str, mode: str, globs: list[str] | None = None, *, small: bool = False) -> list[Provider]:
+    """Entries of one side and mode; globs match a name or its group, case ignored. small: also those for small calls."""
     patterns = [g.lower() for g in globs or ["*"]]
-    found = [p for p in REGISTRY if p.side == side and mode in p.modes]
+    found = [p for p in REGISTRY if p.side == side and mode in p.modes and (small or not p.small)]
     return [p for p in found if any(fnmatch(n.lower(), g) for n in (p.name, p.group or p.name) for g in patterns)]
 
 
@@ -90,8 +91,16 @@ def list_loss(token_logps: torch.Tensor, problem: Problem) -> Output:
     """The eager list stage on [S, T] (or [S * T]) differentiable token log-probs, 0 where ignored."""
     logps = token_logps.view_as(problem.labels).float().sum(-1)
     scores = BETA * (logps - problem.ref_logps)
-    loss = lk.reference.listwise_loss(scores, problem.relevance, list_sizes=problem.list_sizes, objective=OBJECTIVE)
-    return Output(loss, logps.detach())
+    return Output(_contrastive(scores, problem), logps.detach())
+
+
+def _contrastive(scores: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """All lists of one size at once, as anybody would write it; the specification, a list at a time, for others."""
+    if len(set(problem.list_sizes)) != 1:
+        return lk.reference.listwise_loss(scores, problem.relevance, list_sizes=problem.list_sizes, objective=OBJECTIVE)
+    scores = scores.view(-1, problem.list_sizes[0])
+    best = problem.relevance.view_as(scores).argmax(-1, keepdim=True)
+    return (scores.logsumexp(-1) - scores.gather(-1, best)[:, 0]).mean()
 
 
 def token_output(token_logps: torch.Tensor, problem: Problem) -> Output:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.reporting.tables import cells, duration, exponent, floor_seconds, ratio, seconds, shown, size
+from statistics import median
+
+from benchmarks.reporting.tables import best, cells, duration, exponent, floor_seconds, ratio, seconds, shown, size
 
 
 def by_shape(tables: list[dict]) -> list[list[str]]:
-    """Of one side and mode."""
+    """Of one side and mode, or of small calls."""
+    if tables[0].get("small"):
+        return small_calls(tables)
     return prefix(tables) if tables[0]["side"] == "prefix" else heads(tables)
 
 
@@ -47,6 +51,53 @@ def heads(tables: list[dict]) -> list[list[str]]:
                 + [beyond(t, x) for x in (row, compiled, rows.get("eager"))]
                 + [exponent(x, name) if x else "" for name in ("logps", "d_hidden") for x in (row, compiled)]
             )
+    return found
+
+
+def small_calls(tables: list[dict]) -> list[list[str]]:
+    """Best of many and median of what a user calls, of eager and of a plain Function; ratios are of the best."""
+    on_gpu = tables[0]["device"] == "cuda"
+    times = [x for name in ("ours", "eager", "plain Function") for x in (f"{name}, best", "median")]
+    names = ["candidates x tokens x V", "from", *times, "ours / eager", "ours / plain Function"]
+    names += ["kernels, ours", "eager's"] if on_gpu else []
+    found = [[*names, "logps", "eager's", "gradient", "eager's", "peak", "eager's"]]
+    for t in tables:
+        rows = {row["provider"]: row for row in t["rows"] if row["status"] == "ok" and row["seconds"]}
+        kernels = "triton" if on_gpu else "torch"
+        ours = rows.get(f"ours {t['plan'].split(',')[0]} ({kernels})" if t["plan"] else f"ours ({kernels})")
+        eager, plain = rows.get("eager"), rows.get("plain Function")
+        if ours and eager:
+            found.append(
+                [f"{t['candidates']} x {t['T'] // t['candidates']} x {t['V']}", "hidden" if t["plan"] else "logits"]
+                + [f(row) for row in (ours, eager, plain) for f in (_best, _median)]
+                + [ratio(other and best(ours) / best(other)) for other in (eager, plain)]
+                + [duration(row["kernel_seconds"]) for row in (ours, eager) if on_gpu]
+                + [exponent(row, "logps") for row in (ours, eager)]
+                + [_worst_gradient(row) for row in (ours, eager)]
+                + [size(row["peak_bytes"]) for row in (ours, eager)]
+            )
+    return found
+
+
+def _best(row: dict | None) -> str:
+    return duration(row and best(row))
+
+
+def _median(row: dict | None) -> str:
+    return duration(row and seconds(row))
+
+
+def _worst_gradient(row: dict) -> str:
+    worst = max((name for name in row["errors"] if name.startswith("d_")), key=lambda name: row["errors"][name] or float("inf"))
+    return exponent(row, worst)
+
+
+def first_calls(rows: list[dict]) -> list[list[str]]:
+    """Medians over fresh processes."""
+    found = [["first call of a process", "import", "first call", "second call", "imports torch._dynamo"]]
+    for row in rows:
+        times = [duration(median(row[name])) for name in ("import_s", "first_s", "second_s")]
+        found.append([row["call"], *times, "yes" if row["dynamo"] else "no"])
     return found
 
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
-from benchmarks.reporting.tables import duration, seconds, shown, size, title_of
+from benchmarks.reporting.tables import best, duration, seconds, shown, size, title_of
 
 SWEEPS = {"V": "vocabulary", "m": "candidates per list", "T": "tokens", "masked": "share of tokens masked"}
 SHAPE = ("case_kind", "side", "mode", "dtype", "device", "T", "H", "V", "m", "masked")
@@ -22,10 +22,13 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
     """Every picture the results have data for -> the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = [table for result in results for table in result["tables"] if table["side"] != "prefix"]  # two bars are a table
+    small = [table for table in tables if table.get("small")]
+    tables = [table for table in tables if table not in small]
     drawn = [error_against_time(table, folder) for table in tables]
     drawn += [cost_bars(table, folder) for table in tables]
     for field in SWEEPS:
         drawn += [sweep(field, points, folder) for points in _sweeps(tables, field)]
+    drawn += [small_calls(small, folder)] if small else []
     return [path for path in drawn if path is not None]
 
 
@@ -155,6 +158,26 @@ def sweep(field: str, points: list[dict], folder: Path) -> Path:
     name = f"{first['device']}-{first['side']}-{first['mode']}-{first['dtype']}-against-{field}"
     others = "-".join(f"{k}{first[k]}" for k in ("T", "H", "V", "m") if k != field and first[k])
     return _save(figure, folder / f"{name}-{others}.png")
+
+
+def small_calls(tables: list[dict], folder: Path) -> Path:
+    """Time per call against the number of logits, a panel for each side; dashed: plain PyTorch."""
+    sides = list(dict.fromkeys(t["side"] for t in tables))
+    groups = list(dict.fromkeys(r["group"] or r["provider"] for t in tables for r in _measured(t)))
+    figure, axes = plt.subplots(1, len(sides), figsize=(5.5 * len(sides), 4), sharey=True, squeeze=False)
+    for side, axis in zip(sides, axes[0], strict=True):
+        for name in groups:
+            rows = [(t["T"] * t["V"], r) for t in tables if t["side"] == side for r in _measured(t)]
+            points = sorted((x, best(r)) for x, r in rows if name in (r["group"], r["provider"]))
+            style = "--" if name in ("eager", "plain Function") else "-"
+            axis.plot(*zip(*points, strict=True), label=name, ls=style, **_look(name, groups)) if points else None
+        axis.set(xscale="log", yscale="log", xlabel="logits", title=f"from {'logits' if side == 'logits' else 'hidden states'}")
+        axis.grid(alpha=0.3)
+    _plain_ticks(axes[0][0].yaxis, [y for axis in axes[0] for line in axis.get_lines() for y in line.get_ydata()], duration)
+    figure.suptitle(f"Time of a call, forward and backward, best of many; {tables[0]['dtype']} on {tables[0]['device']}")
+    handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
+    return _save(figure, folder / f"{tables[0]['device']}-small-calls.png")
 
 
 def _plain_ticks(axis, values: list[float], text) -> None:

@@ -32,6 +32,10 @@ def seconds(row: dict) -> float | None:
     return median(row["seconds"]) if row["seconds"] else None
 
 
+def best(row: dict) -> float | None:
+    return min(row["seconds"], default=None)
+
+
 def spread(row: dict) -> float | None:
     """Half the distance between the quartiles, relative to the median."""
     if len(row["seconds"]) < 3:
@@ -86,7 +90,10 @@ def columns(table: dict) -> list[str]:
     if table["side"] == "prefix":
         return ["provider", "time", "spread", "speed-up", "bound", "share of the bound", "peak", "logps", "d weights"]
     names = ["provider", "computes", "time", "spread", "time, eager = 1"]
-    if table["side"] == "linear":
+    if table.get("small"):
+        names = ["provider", "computes", "best", "time", "best, eager = 1"]
+        names += ["kernels"] if table["device"] == "cuda" else []
+    elif table["side"] == "linear":
         names += ["GEMMs", "GFLOP/s", "GEMMs alone / time"]
     else:
         names += ["GB/s"]
@@ -115,6 +122,9 @@ def cells(table: dict, row: dict) -> dict[str, str]:
         "computes": "" if row["floor"] else row["computes"],
         "time": duration(time),
         "spread": "1 run" if row["one_run"] else "" if spread(row) is None else f"± {spread(row):.0%}",
+        "best": duration(best(row)),
+        "best, eager = 1": ratio(best(row) / best(eager) if time and eager else None),
+        "kernels": duration(row.get("kernel_seconds")),
         "time, eager = 1": ratio(time / eager_time if time and eager_time else None),
         "GEMMs": str(row["gemms"] or ""),
         "GFLOP/s": "" if gflops is None else f"{gflops:.0f}",

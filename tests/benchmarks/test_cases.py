@@ -59,6 +59,12 @@ def test_made_up_cases_are_what_their_name_says(name, dtype):
     assert case.hidden.dtype == dtype
 
 
+def test_a_name_may_say_how_long_candidates_are():
+    assert cases.build("T48-H8-V31-m2-length6-masked0.5").labels.shape == (8, 6)
+    with pytest.raises(ValueError, match="multiple of m times the candidates' length 5"):
+        cases.build("T48-H8-V31-m2-length5")
+
+
 def test_masked_tokens_are_a_prompt():
     labels = cases.build("T512-H8-V31-m4-masked0.25").labels
     prompt = labels.shape[1] // 4
