@@ -11,6 +11,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .data import reading
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -139,6 +141,12 @@ def score(
     split: Annotated[str, typer.Option(help="Split of the data, where it has splits.")] = "train",
     dtype: Annotated[Optional[str], typer.Option(help="Dtype of the weights; float32, as in training, if not given.")] = None,  # noqa: UP045
     trust_remote_code: Annotated[bool, typer.Option(help="Let a model from the hub run its own code.")] = False,
+    columns: Annotated[Optional[str], typer.Option(help=reading.COLUMNS)] = None,  # noqa: UP045
+    form: Annotated[Optional[str], typer.Option(help=reading.FORM)] = None,  # noqa: UP045
+    score_of: Annotated[Optional[str], typer.Option("--score", help=reading.SCORE)] = None,  # noqa: UP045
+    group_by: Annotated[Optional[str], typer.Option(help=reading.GROUP_BY)] = None,  # noqa: UP045
+    as_messages: Annotated[Optional[bool], typer.Option(help=reading.AS_MESSAGES)] = None,  # noqa: UP045
+    bad_rows: Annotated[str, typer.Option(help=reading.BAD_ROWS)] = "raise",
 ) -> None:
     """Write the log-likelihood and implicit reward of every candidate in a file of lists.
 
@@ -147,10 +155,14 @@ def score(
     from . import commands
     from .data.tokenization import PROMPT_LENGTH
 
+    how = reading.Reading(
+        columns=columns, form=form, score=score_of, group_by=group_by, as_messages=as_messages, bad_rows=bad_rows
+    )
     scored = commands.score(
         model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
         max_length=max_length, max_prompt_length=PROMPT_LENGTH if max_prompt_length is None else max_prompt_length,
         truncation_mode=truncation_mode, append_eos=append_eos, split=split, dtype=dtype, trust_remote_code=trust_remote_code,
+        reading=how,
     )  # fmt: skip
     typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
 

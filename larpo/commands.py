@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from .data.reading import Reading
 from .data.tokenization import PROMPT_LENGTH
 from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
 from .runs.files import read_json, write_json, write_whole
@@ -40,7 +41,7 @@ WHAT = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulati
 
 
 @dataclass
-class TrainJob:
+class TrainJob(Reading):
     """The settings of `larpo train` that are not in LarPOConfig."""
 
     model: str = field(metadata={"help": "Name or folder of a causal LM."})
@@ -154,8 +155,8 @@ def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     from .trainer import LarPOTrainer
 
     adapter = None if job.peft is None else lora_config(job.peft)
-    data = load_lists(job.train_data, split=job.train_split)
-    held_out = None if job.eval_data is None else load_lists(job.eval_data, split=job.eval_split)
+    data = load_lists(job.train_data, split=job.train_split, **job.reading())
+    held_out = None if job.eval_data is None else load_lists(job.eval_data, split=job.eval_split, **job.reading())
     folder, identity = Path(args.output_dir), _identity(job, args, data)
     _claim(folder, identity, write=args.should_save)
     checkpoint = checkpoint_to_go_on_from(args.output_dir, args) if job.resume else None
@@ -227,6 +228,7 @@ def score(
     split: str = "train",
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    reading: Reading | None = None,
 ) -> Any:
     """Scores the lists in `data`, with or without scores, and writes them with the new columns to `out`, .parquet or .jsonl;
     see `score_lists`."""
@@ -239,7 +241,7 @@ def score(
     out = Path(os.path.abspath(Path(out).expanduser()))
     if out.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"out must end in .parquet or .jsonl, got {str(out)!r}")
-    lists = load_lists(data, split=split, scored=False)
+    lists = load_lists(data, split=split, scored=False, **(reading or Reading()).reading())
     out.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ref_model = (None if name is None else os.path.expanduser(name) for name in (model, ref_model))

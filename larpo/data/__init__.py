@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-_LOADING = ("as_lists", "check_row", "from_candidate_lists", "load_lists")
+_LOADING = ("Reading", "as_lists", "check_row", "from_candidate_lists", "load_lists", "read_lists")
 
 
 def __getattr__(name: str):

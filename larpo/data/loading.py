@@ -12,12 +12,15 @@ Lists may differ in size. Other columns are kept. Tool calls, `tools` and `chat_
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import json_text
-from .schemas import IMPLICIT, KNOWN, Schema, recognise
+from .forms import Form, recognise
+from .reader import IMPLICIT, LeftOut, Reader, Row, key_of
+from .reading import Reading
 from .validation import check_row
 
 if TYPE_CHECKING:
@@ -25,53 +28,57 @@ if TYPE_CHECKING:
 
     from ..offline import CandidateList
 
-__all__ = ["as_lists", "check_row", "from_candidate_lists", "load_lists"]
+__all__ = ["Reading", "as_lists", "check_row", "from_candidate_lists", "load_lists", "read_lists"]
+
+logger = logging.getLogger(__name__)
 
 FILES = (".jsonl", ".json", ".parquet")
 
 
-def load_lists(source: Any, *, split: str = "train", scored: bool = True) -> Dataset:
+class Read(NamedTuple):
+    """Lists, and the reader that they went through: what form they had, and what was left out."""
+
+    lists: Dataset
+    reader: Reader
+
+    @property
+    def form(self) -> Form:
+        return self.reader.form
+
+    @property
+    def left_out(self) -> LeftOut:
+        return self.reader.left_out
+
+
+def load_lists(source: Any, *, split: str = "train", scored: bool = True, **how: Any) -> Dataset:
     """Reads candidate lists, in any form that `as_lists` knows, and checks every row.
 
     Args:
         source: a .jsonl, .json (an array of objects, or lines) or .parquet file; a folder written by `save_to_disk`;
             the name of a dataset on the hub; a Dataset, a DatasetDict or a list of dicts.
         split: of a DatasetDict, saved or not, or of a dataset on the hub. A file, a Dataset and a list have no splits.
-        scored: False takes {prompt, completions} too, and leaves them without scores.
+        scored, how: as in `as_lists`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file, its line (from 1) or row (from 0, as `dataset[0]`), the field, what it holds and what is
             expected; columns of no known form; a split that is not there.
     """
-    if not isinstance(source, str | Path):
-        return as_lists(_pick_split(source, split, "source"), scored=scored)
-    import datasets
-
-    path = Path(source).expanduser()
-    if path.suffix in FILES and not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-        if path.suffix == ".parquet":
-            return _convert_dataset(read_parquet(path), str(path), scored)
-        return _convert_rows(*read_json(path), str(path), scored)
-    if path.is_file():
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(FILES)}")
-    if not path.is_dir():
-        return _convert_dataset(datasets.load_dataset(str(source), split=split), str(source), scored)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _convert_dataset(_pick_split(_load_from_disk(path), split, str(path)), str(path), scored)
-    raise ValueError(f"{path}: expected a folder written by Dataset.save_to_disk; it has no state.json or dataset_dict.json")
+    return _said(read_lists(source, Reading(**how), split=split, scored=scored))
 
 
-def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = True) -> Dataset:
+def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = True, **how: Any) -> Dataset:
     """Candidate lists in the form of this module, from a Dataset or a list of dicts; every row is checked.
 
-    The form is told by the columns (see `larpo.data.schemas`): {prompt, completions, scores} as they are;
-    {prompt, responses, rewards}; {prompt, all_generated_responses, all_rm_scores}; pairs {chosen, rejected} with the
-    prompt given or found as what both share at their start, and with scores 1 and 0 where no score columns are.
-    Completions of messages that repeat the prompt's messages lose them. Other columns are kept. scored=False takes
-    {prompt, completions} without scores too, and leaves them so.
+    The form is told by the columns: docs/data.md has a table of those that are known. Other columns are kept.
+
+    Args:
+        scored: False takes {prompt, completions} without scores too, and leaves them so.
+        how: settings of `larpo.data.reading.Reading`: `columns` says where prompt, answers and scores are in data of no known
+            form; `score` which of several scores is meant, or their weights; `group_by` which rows are one list;
+            `as_messages` whether prompts are turns or text; `bad_rows="drop"` leaves out rows that make no list; `form`.
+
+    Rows and answers that are left out are counted by reason, and the counts logged as a warning.
 
     Raises:
         ValueError: columns of no known form; a bad row, naming it (from 0), the field, what it holds and what is expected.
@@ -79,14 +86,50 @@ def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = T
     >>> rows = as_lists([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "level": "easy"}])
     >>> rows[0]
     {'prompt': '2 + 2 =', 'completions': [' 4', ' 5'], 'scores': [1.0, 0.0], 'level': 'easy'}
+    >>> posts = [{"question": "2 + 2", "answers": [{"text": "4", "votes": 7}, {"text": "5", "votes": -1}]}]
+    >>> as_lists(posts, columns={"prompt": "question", "completions": "answers[].text", "scores": "answers[].votes"})[0]
+    {'prompt': '2 + 2', 'completions': ['4', '5'], 'scores': [7.0, -1.0]}
     """
+    return _said(_convert(dataset, Reading(**how), scored))
+
+
+def read_lists(source: Any, reading: Reading, *, split: str = "train", scored: bool = True) -> Read:
+    """What `load_lists` loads, with the form of the data and what was left out."""
+    if not isinstance(source, str | Path):
+        return _convert(_pick_split(source, split, "source"), reading, scored)
+    import datasets
+
+    path = Path(source).expanduser()
+    if path.suffix in FILES and not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        if path.suffix == ".parquet":
+            return _convert_dataset(read_parquet(path), str(path), reading, scored)
+        return _convert_rows(*read_json(path), str(path), reading, scored)
+    if path.is_file():
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(FILES)}")
+    if not path.is_dir():
+        return _convert_dataset(datasets.load_dataset(str(source), split=split), str(source), reading, scored)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _convert_dataset(_pick_split(_load_from_disk(path), split, str(path)), str(path), reading, scored)
+    raise ValueError(f"{path}: expected a folder written by Dataset.save_to_disk; it has no state.json or dataset_dict.json")
+
+
+def _convert(dataset: Any, reading: Reading, scored: bool) -> Read:
     import datasets
 
     if isinstance(dataset, datasets.Dataset):
-        return _convert_dataset(dataset, "dataset", scored)
+        return _convert_dataset(dataset, "dataset", reading, scored)
     if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        return _convert_rows([_plain(row) for row in dataset], lambda i: f"row {i}", "the list of rows", scored)
+        return _convert_rows([_plain(row) for row in dataset], lambda i: f"row {i}", "the list of rows", reading, scored)
     raise TypeError(f"dataset must be a datasets.Dataset or a list of dicts, got {type(dataset).__name__}{_advice(dataset)}")
+
+
+def _said(read: Read) -> Dataset:
+    """The lists, with a warning of what was left out."""
+    if read.left_out:
+        logger.warning("%s", read.left_out)
+    return read.lists
 
 
 def from_candidate_lists(lists: Iterable[CandidateList]) -> Dataset:
@@ -179,7 +222,7 @@ def _pick_split(source: Any, split: str, name: str) -> Any:
 # --- converting --------------------------------------------------------------------------------------------
 
 
-def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, scored: bool = True) -> Dataset:
+def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, reading: Reading, scored: bool) -> Read:
     """Rows of Python objects, each checked at its place, before Arrow sees them."""
     import datasets
     import pyarrow
@@ -190,11 +233,13 @@ def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, s
         if not isinstance(row, Mapping):
             raise ValueError(f"{place(i)}: holds {type(row).__name__}; expected an object with named fields")
     columns = dict.fromkeys(column for row in rows for column in row)
-    if not scored and _has_no_scores(columns):
-        return _convert_rows([_with_zeros(row) for row in rows], place, name).remove_columns("scores")
-    schema = _recognise(columns, name)
-    lists = [json_text.write_row(_list_of(schema, row, place(i))) for i, row in enumerate(rows)]
-    _check_same_kind(lists, place)
+    reader = _reader(columns, name, reading, scored, rows[0])
+    read = [(i, one) for i, row in enumerate(rows) if (one := reader.try_read(row, place(i))) is not None]
+    if reader.group_by is not None:
+        read = _merged_rows(read, rows, place, reader)
+    _refuse_none(read, name, reader)
+    lists, places = [json_text.write_row(one) for _, one in read], [place(i) for i, _ in read]
+    _check_same_kind(lists, places)
     columns = dict.fromkeys(column for row in lists for column in row)
     table = {column: [row.get(column) for row in lists] for column in columns}
     for column, values in table.items():
@@ -202,35 +247,92 @@ def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, s
             pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             raise ValueError(f"{name}: field {column!r} holds values of different types: {error}") from None
-    return datasets.Dataset.from_dict(table)
+    return Read(datasets.Dataset.from_dict(table), reader)
 
 
-def _convert_dataset(dataset: Dataset, name: str, scored: bool = True) -> Dataset:
+def _merged_rows(read: Sequence[tuple[int, Row]], rows: Sequence[Row], place: Callable[[int], str], reader: Reader) -> list:
+    """The lists of rows that are equal in the column to group by, in the order of their first rows."""
+    groups: dict[str, list[tuple[int, Row]]] = {}
+    for i, one in read:
+        groups.setdefault(key_of(rows[i], reader.group_by, place(i)), []).append((i, one))
+    merging = {group[0][0]: [one for _, one in group] for group in groups.values()}
+    found = ((i, reader.try_merge(group, place(i))) for i, group in merging.items())
+    return [(i, one) for i, one in found if one is not None]
+
+
+def _convert_dataset(dataset: Dataset, name: str, reading: Reading, scored: bool) -> Read:
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"{name} must be a datasets.Dataset with all its rows, got {type(dataset).__name__}")
     if not len(dataset):
         raise ValueError(f"{name}: holds no rows")
-    if not scored and _has_no_scores(dataset.column_names):
-        zeros = [_with_zeros(row)["scores"] for row in dataset.select_columns("completions")]
-        with_scores = dataset.add_column("scores", zeros)
-        return _convert_dataset(with_scores, name).remove_columns("scores")
-    schema = _recognise(dataset.column_names, name)
+    reader = _reader(dataset.column_names, name, reading, scored, dataset.with_format(None)[0])
     dataset = json_text.write_dataset(dataset.with_format(None), name)
     one_source = getattr(dataset.features.get("source"), "dtype", None) in ("string", "large_string")
-    if schema.native and not one_source:
+    if reader.changes_nothing and not one_source:
         for i, row in enumerate(dataset):
-            check_row(row, f"{name}, row {i}")
-        return dataset
-    prompts = dataset["prompt"][:] if schema.candidates is None and "prompt" in dataset.column_names else []
-    every = {IMPLICIT: False} if None in prompts else {}  # Arrow wants every row to have every column
-    return dataset.map(
-        lambda row, i: every | _list_of(schema, row, f"{name}, row {i}"),
+            reader.read(row, f"{name}, row {i}")
+        return Read(dataset, reader)
+    if reader.group_by is not None:
+        return _merged_dataset(dataset, name, reader)
+    optional = reader.form.prompt in reader.form.also and reader.form.prompt in dataset.column_names
+    every = (
+        {IMPLICIT: False} if optional and None in dataset[reader.form.prompt][:] else {}
+    )  # Arrow wants each column in each row
+
+    def convert(batch: Mapping[str, list], places: list[int]) -> dict[str, list]:
+        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        read = (reader.try_read(row, f"{name}, row {i}") for row, i in zip(rows, places, strict=True))
+        return _columns([every | row for row in read if row is not None])
+
+    lists = dataset.map(
+        convert,
+        batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
+        load_from_cache_file=False,  # the counts are of rows that were read
+        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
         desc="candidate lists",
     )
+    _refuse_none(lists, name, reader)
+    return Read(lists, reader)
+
+
+def _merged_dataset(dataset: Dataset, name: str, reader: Reader) -> Read:
+    import datasets
+
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(dataset.select_columns(reader.group_by)):
+        groups.setdefault(key_of(row, reader.group_by, f"{name}, row {i}"), []).append(i)
+
+    def merge(group: Mapping[str, list[list[int]]]) -> dict[str, list]:
+        (places,) = group["rows"]
+        read = [(i, reader.try_read(dataset[i], f"{name}, row {i}")) for i in places]
+        read = [(i, row) for i, row in read if row is not None]
+        one = reader.try_merge([row for _, row in read], f"{name}, row {read[0][0]}") if read else None
+        return _columns([] if one is None else [one])
+
+    lists = datasets.Dataset.from_dict({"rows": list(groups.values())}).map(
+        merge,
+        batched=True,
+        batch_size=1,
+        remove_columns=["rows"],
+        load_from_cache_file=False,
+        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+        desc="candidate lists",
+    )
+    _refuse_none(lists, name, reader)
+    return Read(lists, reader)
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list]:
+    return {column: [row.get(column) for row in rows] for column in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _refuse_none(lists: Sequence[Any], name: str, reader: Reader) -> None:
+    if not len(lists):
+        raise ValueError(f"{name}: no row makes a list: {reader.left_out}")
 
 
 def _plain(value: Any) -> Any:
@@ -242,44 +344,19 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _has_no_scores(columns: Iterable[str]) -> bool:
-    """Whether these are lists of the form of this module, but for the scores."""
-    return {"prompt", "completions"} <= set(columns) and "scores" not in columns
-
-
-def _with_zeros(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with scores in place of those that are missing; bad completions have none, and are refused for themselves."""
-    if "completions" not in row:
-        return row
-    completions = row["completions"]
-    return {**row, "scores": [0.0] * len(completions) if isinstance(completions, list | tuple) else []}
-
-
-def _recognise(columns: Iterable[str], name: str) -> Schema:
+def _reader(columns: Iterable[str], name: str, reading: Reading, scored: bool, row: Row) -> Reader:
     try:
-        return recognise(columns)
+        columns = list(columns)
+        return Reader(recognise(columns, reading, scored=scored, row=row), columns, reading)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _list_of(schema: Schema, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    converted = schema.convert(row, where)
-    check_row(converted, where)
-    for field in ("scores", "ref_logps"):
-        if converted.get(field) is not None:
-            converted[field] = [float(value) for value in converted[field]]
-    return {column: converted[column] for column in sorted(converted, key=_column_order)}
-
-
-def _column_order(column: str) -> int:
-    return KNOWN.index(column) if column in KNOWN else len(KNOWN)
-
-
-def _check_same_kind(rows: Sequence[Mapping[str, Any]], place: Callable[[int], str]) -> None:
+def _check_same_kind(rows: Sequence[Row], places: Sequence[str]) -> None:
     """A column has one type: strings in every row, or messages in every row."""
     for field, of in (("prompt", lambda row: row["prompt"]), ("completions", lambda row: row["completions"][0])):
         first = isinstance(of(rows[0]), str)
-        for i, row in enumerate(rows):
+        for row, place in zip(rows, places, strict=True):
             if isinstance(of(row), str) != first:
                 kinds = ("a string", "messages") if first else ("messages", "a string")
-                raise ValueError(f"{place(i)}: field {field!r} holds {kinds[1]}; expected {kinds[0]}, as in {place(0)}")
+                raise ValueError(f"{place}: field {field!r} holds {kinds[1]}; expected {kinds[0]}, as in {places[0]}")

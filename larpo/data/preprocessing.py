@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..candidates import top_bottom_indices
 from ..training.losses import is_settled
 from .loading import as_lists
-from .schemas import IMPLICIT
+from .reader import IMPLICIT
 from .scored_tokens import TOKEN_HASHES
 from .tokenization import TokenizationReport, tokenize_lists
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NoReturn
 
 REQUIRED = ("prompt", "completions", "scores")
 OPTIONAL = ("source", "ref_logps", "weight", "prompt_ids", "completion_ids", "completion_mask")
+_INDEX = re.compile(r"\[\d+\]")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+class BadRow(ValueError):
+    """A row that makes no list. `reason` is the same for all rows that are refused for the same thing."""
+
+    def __init__(self, where: str, what: str, reason: str):
+        super().__init__(where, what, reason)  # so that it can be pickled by a process of Dataset.map
+        self.where, self.what, self.reason = where, what, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
 
 
 def check_row(row: Mapping[str, Any], where: str = "row") -> None:
@@ -28,11 +41,11 @@ def check_row(row: Mapping[str, Any], where: str = "row") -> None:
     >>> check_row({"prompt": "1 + 1 =", "completions": [" 2", " 3"], "scores": [1.0, None]}, "sums.jsonl, line 7")
     Traceback (most recent call last):
     ...
-    ValueError: sums.jsonl, line 7: field 'scores[1]' holds None; expected a finite number
+    larpo.data.validation.BadRow: sums.jsonl, line 7: field 'scores[1]' holds None; expected a finite number
     """
     for field in REQUIRED:
         if field not in row:
-            raise ValueError(f"{where}: field {field!r} is missing; found {sorted(row)}")
+            raise BadRow(where, f"field {field!r} is missing; found {sorted(row)}", f"{field!r} is missing")
     check_no_media(row, where)
     check_text("prompt", row["prompt"], where)
     m = check_completions("completions", row["completions"], where)
@@ -73,6 +86,7 @@ def check_completions(field: str, completions: Any, where: str) -> int:
 def check_text(field: str, value: Any, where: str) -> None:
     """A string, or a list of at least one message."""
     if isinstance(value, str):
+        check_unicode(field, value, where)
         return
     if not isinstance(value, list | tuple) or not value:
         bad_field(field, value, "a string or a list of messages", where)
@@ -82,10 +96,20 @@ def check_text(field: str, value: Any, where: str) -> None:
         content = message.get("content")
         if not isinstance(content, str | list) and not message.get("tool_calls"):
             bad_field(f"{field}[{i}].content", content, "a string", where)
+        if isinstance(content, str):
+            check_unicode(f"{field}[{i}].content", content, where)
         for k, part in enumerate(content if isinstance(content, list) else ()):
             if not is_text_part(part):
                 what = "a part of text, {'type': 'text', 'text': str}: models of text alone are trained"
                 bad_field(f"{field}[{i}].content[{k}]", part, what, where)
+
+
+def check_unicode(field: str, text: str, where: str) -> None:
+    """Raises ValueError for half a character: JSON can write one half of an emoji, which no file of text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad_field(field, text[max(error.start - 20, 0) : error.end + 20], "whole characters; this has half an emoji", where)
 
 
 def check_no_media(row: Mapping[str, Any], where: str) -> None:
@@ -135,7 +159,8 @@ def check_length(field: str, values: Any, m: int, where: str) -> None:
     if not isinstance(values, list | tuple):
         bad_field(field, values, f"a list of {m}, one for each completion", where)
     if len(values) != m:
-        raise ValueError(f"{where}: field {field!r} has length {len(values)}; expected {m}, one for each completion")
+        what = f"field {field!r} has length {len(values)}; expected {m}, one for each completion"
+        raise BadRow(where, what, f"{field!r} has another length than the completions")
 
 
 def _check_ids(row: Mapping[str, Any], m: int, where: str) -> None:
@@ -162,4 +187,4 @@ def bad_field(field: str, value: Any, expected: str, where: str) -> NoReturn:
     shown = repr(value)
     if len(shown) > 80:
         shown = f"{shown[:77]}... ({type(value).__name__})"
-    raise ValueError(f"{where}: field {field!r} holds {shown}; expected {expected}")
+    raise BadRow(where, f"field {field!r} holds {shown}; expected {expected}", f"{_INDEX.sub('[]', field)!r} is not {expected}")

@@ -92,6 +92,29 @@ def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
     assert "eval_ndcg" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
 
 
+def test_data_of_other_columns_is_trained_on_and_scored(tmp_path, folder, monkeypatch, capsys):
+    rows = [
+        {
+            "question": row["prompt"],
+            "answers": [{"text": t, "votes": s} for t, s in zip(row["completions"], row["scores"], strict=True)],
+        }
+        for row in tiny.lists(4, m=3, seed=3)
+    ]
+    data = tmp_path / "posts.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*rows, {"question": "no answer", "answers": None}])))
+    where = {"prompt": "question", "completions": "answers[].text", "scores": "answers[].votes"}
+    file = config(tmp_path, folder, train_data=str(data), columns=where, max_steps=1)
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
+    assert status == 2 and f"{data}, line 5: field 'answers' holds None; expected a list of at least one completion" in err
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file, "--bad_rows", "drop")
+    assert status == 0 and "1 row was left out: 1 because 'answers' is not a list of at least one completion" in err
+    flags = ("--columns", json.dumps(where), "--bad-rows", "drop", "--out", tmp_path / "scored.jsonl")
+    status, _, err = larpo(monkeypatch, capsys, "score", "--model", folder / "model", "--data", data, *flags)
+    assert status == 0, err
+    scored = list(map(json.loads, (tmp_path / "scored.jsonl").read_text().splitlines()))
+    assert [row["prompt"] for row in scored] == [row["question"] for row in rows] and len(scored[0]["logps"]) == 3
+
+
 def trained(path, folder, **settings):
     """The weights that `larpo train` saves."""
     from safetensors.torch import load_file

@@ -6,8 +6,8 @@ import pytest
 
 datasets = pytest.importorskip("datasets")
 
+from larpo.data.forms.shared_start import split_text
 from larpo.data.loading import as_lists, check_row, from_candidate_lists, load_lists
-from larpo.data.schemas import split_text
 
 datasets.disable_progress_bars()
 
@@ -219,15 +219,6 @@ def test_what_is_no_data_is_said_plainly(tmp_path):
         load_lists(tmp_path)
     with pytest.raises(TypeError, match=r"dataset must be a datasets\.Dataset or a list of dicts, got int"):
         load_lists(3)
-
-
-def test_unknown_columns_list_the_accepted_forms_and_what_was_found():
-    with pytest.raises(ValueError) as error:
-        as_lists([{"question": "a", "answers": ["b"]}])
-    message = str(error.value)
-    assert "['answers', 'question']" in message
-    for form in ("{prompt, completions, scores}", "{prompt, responses, rewards}", "all_rm_scores", "{chosen, rejected}"):
-        assert form in message
 
 
 def test_a_valid_row_passes_with_none_for_what_is_optional():
