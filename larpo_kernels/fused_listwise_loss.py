@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from . import ops, validation
+from . import backends, ops, validation
 from .logps import LinearTokens, counted
 from .objectives import Objective, checked_relevance, resolve
 from .outputs import ListwiseLossOutput
@@ -74,7 +74,8 @@ def fused_listwise_loss(
     tokens = validation.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
     validation.check_options(logit_scale=logit_scale, softcap=softcap)
     lists = Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    token_outputs = ops.token_logps(
+    backend = backends.pick(backend, logits)
+    step = ops.token_step(
         tokens,
         ignore_index=ignore_index,
         logit_scale=logit_scale,
@@ -83,8 +84,8 @@ def fused_listwise_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    mean_over = counted(labels, ignore_index, length_normalized)
-    return lists.loss(token_outputs, mean_over, labels.shape, return_stats, backend)
+    mean_over = counted(tokens.labels, ignore_index, length_normalized)
+    return ListwiseLossOutput(*ops.run(*step, *lists.step(mean_over, backend))[: 5 if return_stats else 3])
 
 
 def fused_linear_listwise_loss(
@@ -136,13 +137,13 @@ def fused_linear_listwise_loss(
         hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend
     )
     lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    token_outputs = head.token_logps(return_stats)
-    mean_over = counted(labels, ignore_index, length_normalized)
-    return lists.loss(token_outputs, mean_over, labels.shape, return_stats, backend)
+    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
+    out = ops.run(*head.step(return_stats), *lists.step(mean_over, head.backend))
+    return ListwiseLossOutput(*out[: 5 if return_stats else 3])
 
 
 class Lists:
-    """The list side of a fused loss: checked when made, computed once the token log-probs are there."""
+    """The list side of a fused loss: checked when made, a step for `ops.run` on demand."""
 
     def __init__(self, tokens, relevance, list_sizes, ref_logps, objective, beta, reduction):
         validation.check_options(beta=beta, reduction=reduction)
@@ -153,11 +154,10 @@ class Lists:
         self.relevance = checked_relevance(relevance, self.objective, self.cu_lists, tokens.values, n)
         self.ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
 
-    def loss(self, token_outputs, counted, shape, return_stats, backend) -> ListwiseLossOutput:
-        token_logps, entropy, top1 = token_outputs
-        loss, logps, scores = ops.list_stage(
-            token_logps.view(shape),
-            None if counted is None else counted.view(shape),
+    def step(self, counted, backend) -> ops.Step:
+        """loss, logps, scores of token log-probs; counted: the tokens that a mean runs over, None for a sum."""
+        return ops.list_step(
+            counted,
             self.cu_tokens,
             self.cu_lists,
             self.list_size,
@@ -165,7 +165,6 @@ class Lists:
             self.ref_logps,
             self.objective,
             beta=self.beta,
+            reduction=self.reduction,
             backend=backend,
         )
-        stats = (entropy.view(shape), top1.view(shape)) if return_stats else (None, None)
-        return ListwiseLossOutput(ops.reduce(loss, self.reduction), logps, scores, *stats)

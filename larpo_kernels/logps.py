@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from . import ops, validation
+from . import backends, ops, validation
 from .linear import schedules
 from .linear.vocab_shard import IGNORED
 from .outputs import TokenLogps
@@ -52,22 +52,17 @@ def token_logps(
     """
     tokens = validation.tokens(logits, labels, None, name="logits", ignore_index=ignore_index, need_candidates=False)
     validation.check_options(logit_scale=logit_scale, softcap=softcap)
-    out = ops.token_logps(
+    step = ops.token_step(
         tokens,
         ignore_index=ignore_index,
         logit_scale=logit_scale,
         softcap=softcap,
         stats=return_stats,
         inplace_backward=inplace_backward,
-        backend=backend,
+        backend=backends.pick(backend, logits),
     )
-    return _token_output(out, labels, return_stats)
-
-
-def _token_output(out: tuple[Tensor, Tensor, Tensor], labels: Tensor, return_stats: bool) -> Tensor | TokenLogps:
-    if return_stats:
-        return TokenLogps(*(x.view(labels.shape) for x in out))
-    return out[0].view(labels.shape)
+    out = ops.run(*step)
+    return TokenLogps(*out) if return_stats else out[0]
 
 
 def sequence_logps(
@@ -100,7 +95,8 @@ def sequence_logps(
     """
     tokens = validation.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
     validation.check_options(logit_scale=logit_scale, softcap=softcap)
-    logps, _, _ = ops.token_logps(
+    backend = backends.pick(backend, logits)
+    step = ops.token_step(
         tokens,
         ignore_index=ignore_index,
         logit_scale=logit_scale,
@@ -108,8 +104,8 @@ def sequence_logps(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    mean_over = counted(labels, ignore_index, length_normalized)
-    return ops.candidate_logps(logps.view(labels.shape), mean_over, tokens.cu_tokens, backend)
+    mean_over = counted(tokens.labels, ignore_index, length_normalized)
+    return ops.run(*step, *ops.candidate_step(mean_over, tokens.cu_tokens, backend))[0]
 
 
 def linear_token_logps(
@@ -150,7 +146,8 @@ def linear_token_logps(
         hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
         candidates=False,
     )  # fmt: skip
-    return _token_output(head.token_logps(return_stats), labels, return_stats)
+    out = ops.run(*head.step(return_stats))
+    return TokenLogps(*out) if return_stats else out[0]
 
 
 def linear_sequence_logps(
@@ -181,8 +178,8 @@ def linear_sequence_logps(
     head = LinearTokens(
         hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
     )  # fmt: skip
-    mean_over = counted(labels, ignore_index, length_normalized)
-    return ops.candidate_logps(head.token_logps(False)[0].view(labels.shape), mean_over, head.tokens.cu_tokens, backend)
+    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
+    return ops.run(*head.step(), *ops.candidate_step(mean_over, head.tokens.cu_tokens, head.backend))[0]
 
 
 def plan(
@@ -207,7 +204,7 @@ def plan(
 
 
 class LinearTokens:
-    """The vocabulary side of the linear ops: checked and planned when made, walked on demand.
+    """The vocabulary side of the linear ops: checked and planned when made, a step for `ops.run` on demand.
 
     shard: weight and bias are the rows of this `shards.VocabShard`; labels are of the whole vocabulary.
     """
@@ -224,22 +221,29 @@ class LinearTokens:
         )  # fmt: skip
         validation.check_options(logit_scale=logit_scale, softcap=softcap)
         self.weight, self.bias, self.shard, self.ignore_index = weight, bias, shard, ignore_index
-        self.labels = self.tokens.labels.reshape(-1)
-        self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=backend)
-        self.keep = ops.counted_tokens(self.labels, ignore_index)
+        self.labels, self.keep = self.tokens.labels, self.tokens.keep
+        compute = schedules.dtype_of_tiles(hidden, weight, sharded=shard is not None)
+        self.backend = backends.pick(backend, hidden, compute)
+        self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=self.backend)
+        if not self.tokens.checked:
+            self.keep = ops.counted_tokens(self.labels, ignore_index)
         if shard is not None:
             self.labels = shard.local_labels(self.labels, ignore_index)
             self.options |= dict(ignore_index=IGNORED, group=shard.name)
-        num_tokens = (self.labels if self.keep is None else self.keep).shape[0]
+        num_tokens = self.labels.numel() if self.keep is None else self.keep.shape[0]
         self.plan = schedules.plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, sharded=shard is not None)
 
-    def token_logps(self, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """logps, entropy, top1 over the flat token axis."""
-        hidden = self.tokens.values.flatten(0, 1)
-        out = ops.linear_logps(hidden, self.weight, self.bias, self.labels, self.keep, self.plan, stats=stats, **self.options)
-        if self.shard is None:
-            return out
-        return self.shard.nan_where_out_of_range(out[0], self.tokens.labels.reshape(-1), self.ignore_index), *out[1:]
+    def step(self, stats: bool = False) -> ops.Step:
+        """logps, entropy, top1 of the labels' shape."""
+        return ops.linear_step(
+            self.tokens.values, self.weight, self.bias, self.labels, self.keep, self.tokens.checked, self.plan, stats=stats,
+            **self.options,
+        )  # fmt: skip
+
+    def sharded_logps(self) -> Tensor:
+        """What the step gives on each of the ranks that share the vocabulary."""
+        logps, _, _ = ops.run(*self.step())
+        return self.shard.nan_where_out_of_range(logps, self.tokens.labels, self.ignore_index)
 
 
 def counted(labels: Tensor, ignore_index: int, length_normalized: bool) -> Tensor | None:

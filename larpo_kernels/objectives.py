@@ -36,7 +36,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from . import ops, validation
+from . import backends, ops, validation
 
 
 @dataclass(frozen=True)
@@ -210,5 +210,8 @@ def listwise_loss(
     validation.check_options(reduction=reduction)
     cu_lists, list_size = validation.lists(list_sizes, scores.shape[0], scores.device)
     relevance = checked_relevance(relevance, objective, cu_lists, scores, scores.shape[0])
-    loss, _, _ = ops.list_stage(scores, None, None, cu_lists, list_size, relevance, None, objective, beta=1.0, backend=backend)
-    return ops.reduce(loss, reduction)
+    backend = backends.pick(backend, scores)
+    op, args = ops.list_step(
+        None, None, cu_lists, list_size, relevance, None, objective, beta=1.0, reduction=reduction, backend=backend
+    )
+    return ops.run(op, (scores, *args))[0]

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops, validation
+from . import backends, ops, validation
 from .fused_listwise_loss import Lists
 from .linear.vocab_shard import VocabShard, process_group
 from .logps import LinearTokens, counted
@@ -79,7 +79,7 @@ def linear_token_logps(
     """
     head = _head(hidden, weight, labels, shard, bias, None, schedule, memory_budget, ignore_index, logit_scale, softcap,
                  backend, candidates=False)  # fmt: skip
-    return head.token_logps(False)[0].view(labels.shape)
+    return head.sharded_logps()
 
 
 def linear_sequence_logps(
@@ -104,8 +104,7 @@ def linear_sequence_logps(
     """
     head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap,
                  backend)  # fmt: skip
-    mean_over = counted(labels, ignore_index, length_normalized)
-    return ops.candidate_logps(head.token_logps(False)[0].view(labels.shape), mean_over, head.tokens.cu_tokens, backend)
+    return _candidates(head.sharded_logps(), head.tokens, ignore_index, length_normalized, head.backend)
 
 
 def fused_linear_listwise_loss(
@@ -138,7 +137,7 @@ def fused_linear_listwise_loss(
     head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap,
                  backend)  # fmt: skip
     lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    return lists.loss(head.token_logps(False), counted(labels, ignore_index, length_normalized), labels.shape, False, backend)
+    return _loss(lists, head.sharded_logps(), head.tokens, ignore_index, length_normalized, head.backend)
 
 
 def token_logps(
@@ -163,7 +162,7 @@ def token_logps(
         forward looks for each token's largest logit. The linear functions are leaner where the hidden states are at hand.
     """
     tokens = _logits(logits, labels, shard, None, ignore_index, logit_scale, softcap, candidates=False)
-    return _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend).view(labels.shape)
+    return _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backends.pick(backend, logits))
 
 
 def sequence_logps(
@@ -180,9 +179,9 @@ def sequence_logps(
 ) -> Tensor:
     """`larpo_kernels.sequence_logps` of logits whose vocabulary axis is cut over ranks: [S]; see `token_logps` here."""
     tokens = _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap)
+    backend = backends.pick(backend, logits)
     logps = _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend)
-    mean_over = counted(labels, ignore_index, length_normalized)
-    return ops.candidate_logps(logps.view(labels.shape), mean_over, tokens.cu_tokens, backend)
+    return _candidates(logps, tokens, ignore_index, length_normalized, backend)
 
 
 def fused_listwise_loss(
@@ -206,9 +205,9 @@ def fused_listwise_loss(
     """`larpo_kernels.fused_listwise_loss` of logits whose vocabulary axis is cut over ranks; see `token_logps` here."""
     tokens = _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap)
     lists = Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    logps = _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend).reshape(-1)
-    mean_over = counted(labels, ignore_index, length_normalized)
-    return lists.loss((logps, None, None), mean_over, labels.shape, False, backend)
+    backend = backends.pick(backend, logits)
+    logps = _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend)
+    return _loss(lists, logps, tokens, ignore_index, length_normalized, backend)
 
 
 def _head(hidden, weight, labels, shard, bias, *options, candidates=True) -> LinearTokens:
@@ -256,6 +255,16 @@ def _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend) -> 
         backend=backend,
     )
     return shard.nan_where_out_of_range(logps, tokens.labels, ignore_index)
+
+
+def _candidates(logps, tokens, ignore_index, length_normalized, backend) -> Tensor:
+    op, args = ops.candidate_step(counted(tokens.labels, ignore_index, length_normalized), tokens.cu_tokens, backend)
+    return ops.run(op, (logps, *args))[0]
+
+
+def _loss(lists, logps, tokens, ignore_index, length_normalized, backend) -> ListwiseLossOutput:
+    op, args = lists.step(counted(tokens.labels, ignore_index, length_normalized), backend)
+    return ListwiseLossOutput(*ops.run(op, (logps, *args)))
 
 
 # --- a list, or a candidate, over ranks -------------------------------------------------------------------------

@@ -26,9 +26,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Tokens(NamedTuple):
     """Logits or hidden states with their labels, in one form."""
 
-    values: torch.Tensor  # [S, T, V or H]; packed input has S = 1 here
-    labels: torch.Tensor  # [S, T], int32 or int64
+    values: torch.Tensor  # [S, T, V or H] or [N, V or H]
+    labels: torch.Tensor  # [S, T] or [N], int32 or int64
     cu_tokens: torch.Tensor | None  # [candidates + 1] of packed ones; None if padded, or nothing was said of candidates
+    checked: bool  # the labels were read: each lies in the vocabulary or is ignored
+    keep: torch.Tensor | None  # [n] positions on the flat token axis of those that count, if checked; None: all count
 
     @property
     def num_candidates(self) -> int:
@@ -98,21 +100,37 @@ def tokens(
     vocab_size = values.shape[-1] if vocab_size is None else vocab_size
     if vocab_size == 0 or values.shape[-1] == 0:
         raise ValueError(f"{name} must have a last axis of at least 1, got shape {shape(values)}")
-    if readable(labels) and labels.numel():
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-        if wrong.any():
-            where = tuple(int(i) for i in wrong.nonzero()[0])
-            raise ValueError(
-                f"labels must lie in [0, {vocab_size}) or be ignore_index={ignore_index}, "
-                f"got {int(labels[where])} at position {where} ({int(wrong.sum())} out of range)"
-            )
+    checked = readable(labels)
+    keep = _counted(labels, vocab_size, ignore_index) if checked else None
     if values.dim() == 3:
         if cu_seqlens is not None:
             raise ValueError(f"cu_seqlens belongs to packed {name} [N, {last}]; got it with padded {name} {shape(values)}")
-        return Tokens(values, labels, None)
+        return Tokens(values, labels, None, checked, keep)
     if need_candidates:
         cu_seqlens = _borders(cu_seqlens, values.shape[0], name, values)
-    return Tokens(values[None], labels[None], cu_seqlens)
+    return Tokens(values, labels, cu_seqlens, checked, keep)
+
+
+def _counted(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor | None:
+    """Positions of the tokens that count, None if all do; labels that are neither in range nor ignored are refused."""
+    if labels.numel() == 0 or _are_all_columns(labels, vocab_size, but=ignore_index):
+        return None
+    flat = labels.reshape(-1)
+    keep = (flat != ignore_index).nonzero().view(-1)
+    if keep.shape[0] and not _are_all_columns(flat[keep], vocab_size):
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+        where = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {vocab_size}) or be ignore_index={ignore_index}, "
+            f"got {int(labels[where])} at position {where} ({int(wrong.sum())} out of range)"
+        )
+    return keep if keep.shape[0] < flat.shape[0] else None
+
+
+def _are_all_columns(labels: torch.Tensor, vocab_size: int, but: int = -1) -> bool:
+    """Whether each lies in the vocabulary, and surely none is `but`: one read."""
+    least, most = map(int, labels.aminmax())
+    return least >= 0 and most < vocab_size and not least <= but <= most
 
 
 def check_head(hidden: Any, weight: Any, bias: Any) -> None:

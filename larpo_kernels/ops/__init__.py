@@ -1,4 +1,4 @@
-"""The autograd graph, once, as torch.library ops: opaque to torch.compile, the same on every backend.
+"""The autograd graph, once: ops that are opaque to torch.compile, the same on every backend (operator.py).
 
     token_logps     logits, labels        -> l_t                      backward: one row pass over the logits
     linear_logps    hidden, weight        -> l_t                      backward: GEMMs (linear/schedules.py)
@@ -7,21 +7,24 @@
 
 `sharded_token_logps` is `token_logps` of a vocabulary cut over ranks, a plain autograd function.
 
-The vocabulary side ends in l_t, one number per token; the list side starts there. Fused losses chain the two.
+The vocabulary side ends in l_t, one number per token; the list side starts there. Each is a step, an op with its arguments:
+`run(*vocabulary_step, *list_step)` is a fused loss.
 """
 
-from .linear import counted_tokens, linear_logps
-from .lists import candidate_logps, list_stage, reduce
-from .logits import token_logps
+from .linear import counted_tokens, linear_step
+from .lists import candidate_step, list_step
+from .logits import logps_dtype, token_step
+from .operator import Step, run
 from .sharded_logits import sharded_token_logps
 
 __all__ = [
-    "candidate_logps",
+    "Step",
+    "candidate_step",
     "counted_tokens",
-    "flops",
-    "linear_logps",
-    "list_stage",
-    "reduce",
+    "linear_step",
+    "list_step",
+    "logps_dtype",
+    "run",
     "sharded_token_logps",
-    "token_logps",
+    "token_step",
 ]

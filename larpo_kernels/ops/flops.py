@@ -35,7 +35,7 @@ def linear_logps_flops(hidden, weight, *args, out_shape, **options) -> int:
 
 
 def linear_logps_backward_flops(
-    grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held,
+    grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held, checked,
     ignore_index, logit_scale, softcap, compute, needs_hidden, needs_weight, *args, out_shape, **options,
 ) -> int:  # fmt: skip
     """One GEMM for each gradient, and one for the rows of the vocabulary whose E is formed again."""

@@ -5,19 +5,76 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..linear import schedules, walk
 from ..linear.vocab_shard import ELSEWHERE
-from .flops import known_to_counters
+from .operator import Differentiable, Operator, Step
 
 
-@torch.library.custom_op("larpo_kernels::linear_logps", mutates_args=())
-def _linear_logps(
-    hidden: Tensor,  # [N, H]
+class _Walked:
+    """Which of all N tokens are walked: the way there, and back."""
+
+    def __init__(self, labels: Tensor, keep: Tensor | None, checked: bool, ignore_index: int, vocab_size: int, group: str):
+        self.shape, self.keep = labels.shape, keep
+        labels = labels.reshape(-1)
+        self.num_tokens = labels.shape[0]
+        self.counted = self.wrong = None  # [N] bool: which count, where that is no index; which labels name no row
+        if not checked:
+            counted = labels != ignore_index
+            safe = labels.long().clamp(ELSEWHERE if group else 0, vocab_size - 1)
+            self.wrong = counted & (safe != labels)
+            labels = torch.where(counted, safe, 0)
+            self.counted = counted if keep is None else None
+        self.count = self.num_tokens if keep is None else keep.shape[0]
+        self.total = schedules.walked_tokens(self.count)
+        self.labels = self.take(labels.long())
+
+    @property
+    def all(self) -> bool:
+        """Whether they are the N tokens as they stand."""
+        return self.total == self.count == self.num_tokens and self.counted is None
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [N, ...] of the tokens that are walked: those that count, or all with 0 for the rest; then zeros to a multiple.
+
+        What an ignored token holds must not be read: a NaN would spread through sums over tokens.
+        """
+        if self.all:
+            return x
+        out = x.new_empty(self.total, *x.shape[1:])
+        out[self.count :] = 0
+        if self.keep is not None:
+            torch.index_select(x, 0, self.keep, out=out[: self.count])
+        elif self.counted is None:
+            out[: self.count] = x
+        else:
+            out[: self.count] = torch.where(self.counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
+        return out
+
+    def put(self, x: Tensor) -> Tensor:
+        """Results of the tokens that were walked -> of all: 0 where ignored, NaN where the label was out of range."""
+        if self.keep is not None and not self.all:
+            x = x.new_zeros(self.num_tokens).index_copy_(0, self.keep, x[: self.count])
+        else:
+            x = x[: self.num_tokens]
+        if self.counted is not None:
+            x = torch.where(self.counted, x, 0)
+        return (x if self.wrong is None else x.masked_fill(self.wrong, torch.nan)).view(self.shape)
+
+    def put_rows(self, x: Tensor, out: Tensor) -> None:
+        """Rows of the tokens that were walked -> of all, out [N, H]."""
+        if self.keep is not None:
+            out.zero_().index_copy_(0, self.keep, x[: self.count])
+        else:
+            out.copy_(x[: self.count])
+
+
+def linear_logps(
+    hidden: Tensor,  # [S, T, H] or [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
-    labels: Tensor,  # [N]
-    keep: Tensor | None,  # [n] the tokens that count; None: all N are walked, ignored or not
+    labels: Tensor,  # [S, T] or [N]
+    keep: Tensor | None,  # [n] positions of the tokens that count; None: all are walked, ignored or not
+    checked: bool,  # the labels have been read: each lies in the vocabulary or is ignored; without keep, all count
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
@@ -28,86 +85,51 @@ def _linear_logps(
     stats: bool,
     backend: str,
     group: str = "",  # of the ranks that share the vocabulary (linear/vocab_shard.py): labels are local
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # walk.Kept; its first three over all N
-    labels, counted, wrong = _labels_in_range(labels, weight.shape[0], ignore_index, group)
-    head = walk.Head(weight, bias, logit_scale, softcap, compute, group)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # walk.Kept; its first three of all tokens
+    tokens = _Walked(labels, keep, checked, ignore_index, weight.shape[0], group)
     kept = walk.forward(
-        head,
-        _walked(hidden, keep, counted),
-        _walked(labels, keep, counted),
+        walk.Head(weight, bias, logit_scale, softcap, compute, group),
+        tokens.take(hidden.reshape(-1, hidden.shape[-1])),
+        tokens.labels,
         held_rows=held_rows,
         held_dtype=stored,
         one_pass=one_pass,
         stats=stats,
         backend=backend,
     )
-    to_all = lambda x: _to_all(x, keep, counted, wrong)  # noqa: E731
-    stats = (to_all(kept.entropy), to_all(kept.top1)) if stats else (kept.entropy, kept.top1)
-    return to_all(kept.logps), *stats, *kept[3:]
+    stats = (tokens.put(kept.entropy), tokens.put(kept.top1)) if stats else (None, None)
+    return tokens.put(kept.logps), *stats, *kept[3:]
 
 
-def _labels_in_range(labels: Tensor, vocab_size: int, ignore_index: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels that may index the weight, which of them count, and which were neither in range nor ignored."""
-    counted = labels != ignore_index
-    safe = labels.long().clamp(ELSEWHERE if group else 0, vocab_size - 1)
-    return torch.where(counted, safe, 0), counted, counted & (safe != labels)
-
-
-def _walked(x: Tensor, keep: Tensor | None, counted: Tensor) -> Tensor:
-    """x [N, ...] of the tokens that are walked: those that count, or all with 0 for the rest; then zeros to a multiple.
-
-    What an ignored token holds must not be read: a NaN would spread through sums over tokens.
-    """
-    n = counted.shape[0] if keep is None else keep.shape[0]
-    if n == schedules.walked_tokens(n) == counted.shape[0] and keep is not None:
-        return x
-    out = x.new_zeros(schedules.walked_tokens(n), *x.shape[1:])
-    if keep is None:
-        out[:n] = torch.where(counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
-    else:
-        torch.index_select(x, 0, keep, out=out[:n])
-    return out
-
-
-def _to_all(x: Tensor, keep: Tensor | None, counted: Tensor, wrong: Tensor) -> Tensor:
-    """Results of the tokens that were walked -> of all tokens: 0 where ignored, NaN where the label was out of range."""
-    if keep is None:
-        x = torch.where(counted, x[: counted.shape[0]], 0)
-    else:
-        x = x.new_zeros(wrong.shape).index_copy_(0, keep, x[: keep.shape[0]])
-    return x.masked_fill_(wrong, torch.nan)
-
-
-@_linear_logps.register_fake
-def _(
-    hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, stored, held_rows, one_pass, stats,
-    backend, group="",
+def _fake(
+    hidden, weight, bias, labels, keep, checked, ignore_index, logit_scale, softcap, compute, stored, held_rows, one_pass,
+    stats, backend, group="",
 ):  # fmt: skip
-    n = schedules.walked_tokens(hidden.shape[0] if keep is None else keep.shape[0])
+    n = schedules.walked_tokens(labels.numel() if keep is None else keep.shape[0])
     sums = torch.float64 if compute == torch.float64 else torch.float32
     all_tokens, walked = hidden.new_empty(labels.shape, dtype=sums), hidden.new_empty(n, dtype=sums)
-    stat = torch.empty_like(all_tokens) if stats else all_tokens.new_empty(0)
-    unit_grad = hidden.new_empty((n if one_pass else 0, hidden.shape[1]), dtype=sums)
+    stats = (torch.empty_like(all_tokens), torch.empty_like(all_tokens)) if stats else (None, None)
+    unit_grad = hidden.new_empty((n if one_pass else 0, hidden.shape[-1]), dtype=sums)
     return (
-        all_tokens, stat, torch.empty_like(stat), walked, torch.empty_like(walked), torch.empty_like(walked),
-        unit_grad, hidden.new_empty((held_rows, n), dtype=stored),
+        all_tokens, *stats, walked, torch.empty_like(walked), torch.empty_like(walked), unit_grad,
+        hidden.new_empty((held_rows, n), dtype=stored),
     )  # fmt: skip
 
 
-@torch.library.custom_op("larpo_kernels::linear_logps_backward", mutates_args=())
-def _linear_logps_backward(
-    grad: Tensor,  # [N], any stride
+def linear_logps_backward(
+    grad: Tensor,  # of the labels' shape, any strides
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     keep: Tensor | None,
-    logps: Tensor,  # [N]
+    logps: Tensor,  # of the labels' shape
     total: Tensor,  # [n], and so on: walk.Kept
     centre: Tensor,
     level: Tensor,
     unit_grad: Tensor,
     held: Tensor,
+    checked: bool,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
@@ -117,68 +139,65 @@ def _linear_logps_backward(
     needs_bias: bool,
     backend: str,
     group: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:  # d hidden, d weight, d bias; empty where not needed
-    new = lambda x, needed: torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)  # noqa: E731
-    d_hidden, d_weight = new(hidden, needs_hidden), new(weight, needs_weight)
-    d_bias = new(weight if bias is None else bias, needs_bias)
-    labels, counted, _ = _labels_in_range(labels, weight.shape[0], ignore_index, group)
-    n = hidden.shape[0] if keep is None else keep.shape[0]
-    d_walked = d_hidden
-    if needs_hidden and not total.shape[0] == n == hidden.shape[0]:  # padded back to N, the tokens that count are not N
-        d_walked = hidden.new_empty(total.shape[0], hidden.shape[1])
+) -> tuple[Tensor, Tensor, Tensor]:  # d hidden, d weight, d bias; none where not needed
+    d_hidden, d_weight, d_bias = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
+        for x, needed in ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
+    )
+    tokens = _Walked(labels, keep, checked, ignore_index, weight.shape[0], group)
+    d_all = d_walked = None
+    if needs_hidden:
+        d_all = d_walked = d_hidden.view(-1, hidden.shape[-1])
+        if not tokens.total == tokens.count == tokens.num_tokens:  # they are padded, or not all of them
+            d_walked = hidden.new_empty(tokens.total, hidden.shape[-1])
     if unit_grad.shape[0]:
-        walk.scale_rows(unit_grad, _walked(grad, keep, counted), d_walked)
+        walk.scale_rows(unit_grad, tokens.take(grad.reshape(-1)), d_walked)
     else:
-        hidden, labels, grad, logps = (_walked(x, keep, counted) for x in (hidden, labels, grad, logps))
+        logps = tokens.take(logps.reshape(-1))
         walk.backward(
             walk.Head(weight, bias, logit_scale, softcap, compute, group),
-            hidden,
-            labels,
-            grad,
+            tokens.take(hidden.reshape(-1, hidden.shape[-1])),
+            tokens.labels,
+            tokens.take(grad.reshape(-1)),
             walk.Kept(logps, logps, logps, total, centre, level, unit_grad, held),
-            d_hidden=d_walked if needs_hidden else None,
-            d_weight=d_weight if needs_weight else None,
-            d_bias=d_bias if needs_bias else None,
+            d_hidden=d_walked,
+            d_weight=d_weight,
+            d_bias=d_bias,
             backend=backend,
         )
-    if needs_hidden and keep is not None and d_walked is not d_hidden:
-        d_hidden.zero_().index_copy_(0, keep, d_walked[:n])
-    elif d_walked is not d_hidden:
-        d_hidden.copy_(d_walked[:n])
+    if d_walked is not d_all:
+        tokens.put_rows(d_walked, d_all)
     return d_hidden, d_weight, d_bias
 
 
-@_linear_logps_backward.register_fake
-def _(
-    grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held,
+def _fake_backward(
+    grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held, checked,
     ignore_index, logit_scale, softcap, compute, needs_hidden, needs_weight, needs_bias, backend, group="",
 ):  # fmt: skip
-    new = lambda x, needed: x.new_empty(x.shape if needed else (0,))  # noqa: E731
-    return new(hidden, needs_hidden), new(weight, needs_weight), new(weight if bias is None else bias, needs_bias)
+    return tuple(
+        x.new_empty(x.shape) if needed else None
+        for x, needed in ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
+    )
 
 
-def _linear_setup(ctx, inputs, output):
-    hidden, weight, bias, labels, keep, ignore_index, logit_scale, softcap, compute, *_, backend, group = inputs
-    logps, _, _, *kept = output
+def _save(args, out):
+    hidden, weight, bias, labels, keep, checked, ignore_index, logit_scale, softcap, compute, *_, backend, group = args
+    logps, _, _, *kept = out
     unit_grad = kept[3]
     if unit_grad.shape[0]:  # then the backward reads only their shapes: the tensors can be freed
         hidden, weight = (x.new_empty(()).expand(x.shape) for x in (hidden, weight))
-    ctx.options = (ignore_index, logit_scale, softcap, compute)
-    ctx.where = (backend, group)
-    ctx.save_for_backward(hidden, weight, bias, labels, keep, logps, *kept)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+    options = (checked, ignore_index, logit_scale, softcap, compute)
+    return (hidden, weight, bias, labels, keep, logps, *kept), (options, (backend, group))
 
 
-def _linear_autograd(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 15
-    needs = ctx.needs_input_grad[:3]
-    grads = _linear_logps_backward(grad, *ctx.saved_tensors, *ctx.options, *needs, *ctx.where)
-    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *(None,) * 12
+def _gradient(tensors, rest, grad, needs):
+    options, where = rest
+    grads = _backward(grad, *tensors, *options, *needs, *where)
+    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
 
 
-_linear_logps.register_autograd(_linear_autograd, setup_context=_linear_setup)
+_backward = Operator(linear_logps_backward, _fake_backward)
+_linear_logps = Differentiable(linear_logps, _fake, inputs=3, outputs=3, save=_save, backward=_gradient)
 
 
 def counted_tokens(labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -189,19 +208,17 @@ def counted_tokens(labels: Tensor, ignore_index: int) -> Tensor | None:
     return (labels != ignore_index).nonzero()[:, 0]
 
 
-def linear_logps(
-    hidden, weight, bias, labels, keep, plan, *, ignore_index, logit_scale, softcap, stats=False, backend=None, group=""
-):
-    """-> logps, entropy, top1 [N] of hidden [N, H] by a schedules.Plan; keep as `counted_tokens` gives it.
+def linear_step(
+    hidden, weight, bias, labels, keep, checked, plan, *, ignore_index, logit_scale, softcap, backend, stats=False,
+    group="",
+) -> Step:  # fmt: skip
+    """logps, entropy, top1 of hidden states by a schedules.Plan; keep as `counted_tokens` gives it.
 
     group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
     """
-    known_to_counters()
     compute = schedules.dtype_of_tiles(hidden, weight, sharded=bool(group))
-    backend = backends.pick(backend, hidden, compute)
-    stored = schedules.stored_dtype(compute, hidden.dtype)
-    one_pass = plan.schedule == "frozen_head"
-    return _linear_logps(
-        hidden, weight, bias, labels, keep, ignore_index, float(logit_scale), softcap,
-        compute, stored, plan.held_rows, one_pass, stats, backend, group,
-    )[:3]  # fmt: skip
+    return _linear_logps, (
+        hidden, weight, bias, labels, keep, checked, ignore_index, float(logit_scale), softcap, compute,
+        schedules.stored_dtype(compute, hidden.dtype), plan.held_rows, plan.schedule == "frozen_head", stats,
+        backend, group,
+    )  # fmt: skip

@@ -8,10 +8,10 @@ from torch import Tensor
 from .. import backends
 from ..validation import owners
 from .logits import logps_dtype
+from .operator import Differentiable, Operator, Step
 
 
-@torch.library.custom_op("larpo_kernels::candidate_logps", mutates_args=())
-def _candidate_logps(
+def candidate_logps(
     logps: Tensor,  # [N], 0 where ignored; without cu_tokens [S, T]
     counted: Tensor | None,  # likewise, bool: given, the mean over the tokens that count; None, the sum
     cu_tokens: Tensor | None,  # [S+1]
@@ -20,34 +20,31 @@ def _candidate_logps(
     return backends.get(backend).candidate_logps(logps, counted, cu_tokens)
 
 
-@_candidate_logps.register_fake
-def _(logps, counted, cu_tokens, backend):
+def _fake_candidates(logps, counted, cu_tokens, backend):
     out = logps.new_empty(logps.shape[0] if cu_tokens is None else cu_tokens.shape[0] - 1)
     return out, torch.empty_like(out)
 
 
-def _candidate_setup(ctx, inputs, output):
-    ctx.shape = inputs[0].shape
-    ctx.save_for_backward(inputs[2], output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _save_candidates(args, out):
+    logps, _, cu_tokens, _ = args
+    return (cu_tokens, out[1]), logps.shape
 
 
-def _candidate_autograd(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None
-    cu_tokens, share = ctx.saved_tensors
-    return _to_tokens(grad * share, cu_tokens, ctx.shape), None, None, None
+def _candidates_gradient(tensors, shape, grad, needs):
+    cu_tokens, share = tensors
+    return (_to_tokens(grad * share, cu_tokens, shape),)
 
 
-_candidate_logps.register_autograd(_candidate_autograd, setup_context=_candidate_setup)
+_candidate_logps = Differentiable(
+    candidate_logps, _fake_candidates, inputs=1, outputs=1, save=_save_candidates, backward=_candidates_gradient
+)
 
 
 def _to_tokens(per_candidate: Tensor, cu_tokens: Tensor | None, shape: torch.Size) -> Tensor:
     """The value of its candidate for every token, of the shape of the token log-probs."""
     if cu_tokens is not None:
         return _spread(per_candidate, cu_tokens, shape[0])
-    return per_candidate.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    return per_candidate if len(shape) == 1 else per_candidate[:, None].expand(shape)
 
 
 def _spread(per_segment: Tensor, cu: Tensor, n: int) -> Tensor:
@@ -57,13 +54,12 @@ def _spread(per_segment: Tensor, cu: Tensor, n: int) -> Tensor:
     return per_segment[owners(cu, n)]
 
 
-def candidate_logps(logps, counted, cu_tokens, backend):
-    backend = backends.pick(backend, logps)
-    return _candidate_logps(logps, counted, cu_tokens, backend)[0]
+def candidate_step(counted: Tensor | None, cu_tokens: Tensor | None, backend: str) -> Step:
+    """L of token log-probs, the first argument, which is not here."""
+    return _candidate_logps, (counted, cu_tokens, backend)
 
 
-@torch.library.custom_op("larpo_kernels::list_stage", mutates_args=())
-def _list_stage(
+def list_stage(
     logps: Tensor,  # [N], 0 where ignored; without cu_tokens [S, T], or [S] where a token is a candidate
     counted: Tensor | None,  # likewise, bool: given, candidates average over the tokens that count; None, they sum
     cu_tokens: Tensor | None,  # [S+1]
@@ -77,59 +73,68 @@ def _list_stage(
     k: int,
     temperature: float,
     ties: str,
+    reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss [L], logps [S], scores [S], c = dloss/dl of the candidate's tokens [S]
-    return backends.get(backend).list_stage(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss, logps [S], scores [S], c = d its list's loss / d a candidate's token [S]
+    loss, *others = backends.get(backend).list_stage(
         logps, counted, cu_tokens, cu_lists, list_size, relevance, ref_logps, beta, objective, weighting, k, temperature, ties
     )
+    if reduction != "none":  # no lists: 0
+        loss = loss.mean() if reduction == "mean" and loss.shape[0] else loss.sum()
+    return loss, *others
 
 
-@_list_stage.register_fake
-def _(
+def _fake_lists(
     logps, counted, cu_tokens, cu_lists, list_size, relevance, ref_logps, beta, objective, weighting, k, temperature, ties,
-    backend,
+    reduction, backend,
 ):  # fmt: skip
     out = logps.new_empty(relevance.shape, dtype=logps_dtype(logps))
-    num_lists = relevance.shape[0] // list_size if cu_lists is None else cu_lists.shape[0] - 1
-    return out.new_empty(num_lists), out, torch.empty_like(out), torch.empty_like(out)
+    loss = out.new_empty(_num_lists(out, cu_lists, list_size) if reduction == "none" else ())
+    return loss, out, torch.empty_like(out), torch.empty_like(out)
 
 
-@torch.library.custom_op("larpo_kernels::list_stage_backward", mutates_args=())
-def _list_stage_backward(
-    grad: Tensor, logps: Tensor, cu_tokens: Tensor | None, cu_lists: Tensor | None, c: Tensor, list_size: int
+def _num_lists(candidates: Tensor, cu_lists: Tensor | None, list_size: int) -> int:
+    return candidates.shape[0] // list_size if cu_lists is None else cu_lists.shape[0] - 1
+
+
+def list_stage_backward(
+    grad: Tensor,
+    logps: Tensor,
+    cu_tokens: Tensor | None,
+    cu_lists: Tensor | None,
+    c: Tensor,
+    list_size: int,
+    reduction: str,
 ) -> Tensor:
     """d logps. An op of its own, with logps among its inputs: c depends on them, so that a second derivative must be
-    refused (autograd knows no formula for this op), not be zero."""
-    of_list = grad.repeat_interleave(list_size) if cu_lists is None else _spread(grad, cu_lists, c.shape[0])
-    return _to_tokens(c * of_list, cu_tokens, logps.shape).to(logps.dtype).contiguous()
+    refused, not be zero."""
+    if reduction == "none":
+        grad = grad.repeat_interleave(list_size) if cu_lists is None else _spread(grad, cu_lists, c.shape[0])
+    elif reduction == "mean":
+        grad = grad / max(_num_lists(c, cu_lists, list_size), 1)
+    return _to_tokens(c * grad, cu_tokens, logps.shape).to(logps.dtype)
 
 
-@_list_stage_backward.register_fake
-def _(grad, logps, cu_tokens, cu_lists, c, list_size):
-    return torch.empty_like(logps)
+def _fake_lists_backward(grad, logps, cu_tokens, cu_lists, c, list_size, reduction):
+    return torch.empty_like(logps, memory_format=torch.contiguous_format)
 
 
-def _list_setup(ctx, inputs, output):
-    logps, _, cu_tokens, cu_lists, ctx.list_size, *_ = inputs
-    ctx.save_for_backward(logps, cu_tokens, cu_lists, output[3])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+def _save_lists(args, out):
+    logps, _, cu_tokens, cu_lists, list_size, *_, reduction, _ = args
+    return (logps, cu_tokens, cu_lists, out[3]), (list_size, reduction)
 
 
-def _list_autograd(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 14
-    return (_list_stage_backward(grad, *ctx.saved_tensors, ctx.list_size),) + (None,) * 13
+def _lists_gradient(tensors, rest, grad, needs):
+    return (_list_stage_backward(grad, *tensors, *rest),)
 
 
-_list_stage.register_autograd(_list_autograd, setup_context=_list_setup)
+_list_stage_backward = Operator(list_stage_backward, _fake_lists_backward)
+_list_stage = Differentiable(list_stage, _fake_lists, inputs=1, outputs=3, save=_save_lists, backward=_lists_gradient)
 
 
-def list_stage(logps, counted, cu_tokens, cu_lists, list_size, relevance, ref_logps, objective, *, beta, backend):
-    """-> loss [L] (differentiable), logps [S], scores [S]."""
-    backend = backends.pick(backend, logps)
-    loss, logps, scores, _ = _list_stage(
-        logps,
+def list_step(counted, cu_tokens, cu_lists, list_size, relevance, ref_logps, objective, *, beta, reduction, backend) -> Step:
+    """loss (differentiable), logps [S], scores [S] of token log-probs, the first argument, which is not here."""
+    return _list_stage, (
         counted,
         cu_tokens,
         cu_lists,
@@ -142,14 +147,6 @@ def list_stage(logps, counted, cu_tokens, cu_lists, list_size, relevance, ref_lo
         getattr(objective, "k", None) or 0,
         float(getattr(objective, "temperature", 1.0)),
         getattr(objective, "ties", "order"),
+        reduction,
         backend,
     )
-    return loss, logps, scores
-
-
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """[L] -> mean or sum over lists, or as it is; no lists: 0, still in the graph."""
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total / max(loss.shape[0], 1) if reduction == "mean" else total

@@ -6,86 +6,98 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .operator import Differentiable, Operator, Step
 
 
 def logps_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("larpo_kernels::token_logps", mutates_args=())
-def _token_logps(
-    logits: Tensor,  # [S, T, V], unit stride on V
-    labels: Tensor,  # [S, T]
+def token_logps_backward(
+    grad: Tensor,  # the labels' shape, any strides
+    logits: Tensor,
+    labels: Tensor,
+    keep: Tensor | None,
+    logps: Tensor,
+    checked: bool,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:  # d logits, contiguous
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backends.get(backend).token_logps_backward(
+        grad, logits, labels, logps, ignore_index, logit_scale, softcap, out, keep=keep, checked=checked
+    )
+    return out
+
+
+def token_logps_backward_(
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    keep: Tensor | None,
+    logps: Tensor,
+    checked: bool,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    backend: str,
+) -> None:
+    """The same, written over the logits."""
+    backends.get(backend).token_logps_backward(
+        grad, logits, labels, logps, ignore_index, logit_scale, softcap, logits, keep=keep, checked=checked
+    )
+    torch.autograd.graph.increment_version(logits)
+
+
+def _fake_backward(grad, logits, labels, keep, logps, checked, ignore_index, logit_scale, softcap, backend):
+    return logits.new_empty(logits.shape)
+
+
+def _fake_backward_(grad, logits, labels, keep, logps, checked, ignore_index, logit_scale, softcap, backend):
+    pass
+
+
+_backward = Operator(token_logps_backward, _fake_backward)
+_backward_ = Operator(token_logps_backward_, _fake_backward_, mutates=("logits",))
+
+
+def token_logps(
+    logits: Tensor,  # [S, T, V] or [N, V], unit stride on V
+    labels: Tensor,  # [S, T] or [N]
+    keep: Tensor | None,  # [n] positions on the flat token axis of those that count; None: not known, or all if checked
+    checked: bool,  # the labels have been read: each lies in the vocabulary or is ignored
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
     stats: bool,
     inplace_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # logps, entropy, top1: [S, T]; the last two are empty without stats
-    return backends.get(backend).token_logps(logits, labels, ignore_index, logit_scale, softcap, stats)
+) -> tuple[Tensor, Tensor, Tensor]:  # logps, entropy, top1 of the labels' shape; no last two without stats
+    return backends.get(backend).token_logps(
+        logits, labels, ignore_index, logit_scale, softcap, stats, keep=keep, checked=checked
+    )
 
 
-@_token_logps.register_fake
-def _(logits, labels, ignore_index, logit_scale, softcap, stats, inplace_backward, backend):
+def _fake(logits, labels, keep, checked, ignore_index, logit_scale, softcap, stats, inplace_backward, backend):
     out = logits.new_empty(labels.shape, dtype=logps_dtype(logits))
-    stat = torch.empty_like(out) if stats else out.new_empty(0)
-    return out, stat, torch.empty_like(stat)
+    return out, *((torch.empty_like(out), torch.empty_like(out)) if stats else (None, None))
 
 
-@torch.library.custom_op("larpo_kernels::token_logps_backward", mutates_args=())
-def _token_logps_backward(
-    grad: Tensor,  # [S, T], any strides
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    backend: str,
-) -> Tensor:  # d logits [S, T, V], contiguous
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backends.get(backend).token_logps_backward(grad, logits, labels, logps, ignore_index, logit_scale, softcap, out)
-    return out
+def _save(args, out):
+    logits, labels, keep, checked, ignore_index, logit_scale, softcap, _, inplace, backend = args
+    return (logits, labels, keep, out[0]), (inplace, (checked, ignore_index, logit_scale, softcap, backend))
 
 
-@_token_logps_backward.register_fake
-def _(grad, logits, labels, logps, ignore_index, logit_scale, softcap, backend):
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.custom_op("larpo_kernels::token_logps_backward_", mutates_args=("logits",))
-def _token_logps_backward_(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    backend: str,
-) -> None:
-    backends.get(backend).token_logps_backward(grad, logits, labels, logps, ignore_index, logit_scale, softcap, logits)
-
-
-def _token_logps_setup(ctx, inputs, output):
-    logits, labels, ignore_index, logit_scale, softcap, _, ctx.inplace, backend = inputs
-    ctx.options = (ignore_index, logit_scale, softcap, backend)
-    ctx.save_for_backward(logits, labels, output[0])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _token_logps_autograd(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 8
-    logits, labels, logps = ctx.saved_tensors
+def _gradient(tensors, rest, grad, needs):
+    inplace, options = rest
     # A traced backward may not write to a saved input; there the option has nothing to save anyway. A second derivative
     # would need the logits, and of logits that share memory (expand) each would overwrite others.
-    if ctx.inplace and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _overlaps(logits)):
-        _token_logps_backward_(grad, logits, labels, logps, *ctx.options)
-        return (logits,) + (None,) * 7
-    return (_token_logps_backward(grad, logits, labels, logps, *ctx.options),) + (None,) * 7
+    if inplace and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _overlaps(tensors[0])):
+        _backward_(grad, *tensors, *options)
+        return (tensors[0],)
+    return (_backward(grad, *tensors, *options),)
 
 
 def _overlaps(x: Tensor) -> bool:
@@ -98,11 +110,13 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
-_token_logps.register_autograd(_token_logps_autograd, setup_context=_token_logps_setup)
+_token_logps = Differentiable(token_logps, _fake, inputs=1, outputs=3, save=_save, backward=_gradient)
 
 
-def token_logps(tokens, *, ignore_index, logit_scale, softcap, stats=False, inplace_backward=False, backend=None):
-    """-> logps, entropy, top1 of layout.Tokens holding logits."""
+def token_step(tokens, *, ignore_index, logit_scale, softcap, stats=False, inplace_backward=False, backend) -> Step:
+    """logps, entropy, top1 of validation.Tokens holding logits."""
     logits = tokens.values if tokens.values.stride(-1) == 1 else tokens.values.contiguous()
-    backend = backends.pick(backend, logits)
-    return _token_logps(logits, tokens.labels, ignore_index, float(logit_scale), softcap, stats, inplace_backward, backend)
+    return _token_logps, (
+        logits, tokens.labels, tokens.keep, tokens.checked, ignore_index, float(logit_scale), softcap, stats,
+        inplace_backward, backend,
+    )  # fmt: skip

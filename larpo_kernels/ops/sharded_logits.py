@@ -68,7 +68,7 @@ def _transformed(x: Tensor, logit_scale: float, softcap: float | None) -> Tensor
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def sharded_token_logps(logits, labels, *, logit_scale, softcap, group, backend=None):
+def sharded_token_logps(logits, labels, *, logit_scale, softcap, group, backend):
     """-> logps [S, T] of this rank's logits [S, T, V_r] and local labels (shards.VocabShard), on every rank of the group."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    return _ShardedTokenLogps.apply(logits, labels, float(logit_scale), softcap, group, backends.pick(backend, logits))
+    return _ShardedTokenLogps.apply(logits, labels, float(logit_scale), softcap, group, backend)

@@ -79,12 +79,12 @@ def the_ops():
     hidden, weight, y = randn(130, H, dtype=BF16), randn(V, H, dtype=BF16), labels(130)
     for keep in (None, torch.arange(100, device="cuda")):
         for one_pass, held_rows in ((True, 0), (False, V)):
-            out = linear._linear_logps._init_fn(
-                hidden, weight, None, y, keep, -100, 1.0, None, BF16, BF16, held_rows, one_pass, True, "triton"
+            out = linear.linear_logps(
+                hidden, weight, None, y, keep, False, -100, 1.0, None, BF16, BF16, held_rows, one_pass, True, "triton"
             )
-            grads = linear._linear_logps_backward._init_fn(
-                randn(130), hidden, weight, None, y, keep, out[0], *out[3:], -100, 1.0, None, BF16, True, not one_pass, False,
-                "triton",
+            grads = linear.linear_logps_backward(
+                randn(130), hidden, weight, None, y, keep, out[0], *out[3:], False, -100, 1.0, None, BF16, True, not one_pass,
+                False, "triton",
             )  # fmt: skip
             assert out[0].shape == y.shape and grads[0].shape == hidden.shape
 

@@ -212,16 +212,16 @@ def test_registered_ops_are_opcheck_clean(recorded, name):
 @pytest.mark.parametrize("name", ["linear_logps", "linear_logps_backward"])
 def test_opcheck_with_all_tokens_walked(name):
     """As in a compiled graph, where shapes may not depend on labels: `keep` is None."""
-    from larpo_kernels.ops import linear as ops
+    ops = torch.ops.larpo_kernels
 
     head = make_head(31, 8, (6,), bias=True)
     x = {key: leaf(getattr(head, key)) for key in ALL}
     options = (IGNORE, 1.0, None, torch.float32)
-    forward = (*x.values(), head.labels, None, *options, torch.float32, 31, False, True, "torch")
+    forward = (*x.values(), head.labels, None, False, *options, torch.float32, 31, False, True, "torch")
     if name == "linear_logps":
-        torch.library.opcheck(ops._linear_logps, forward)
+        torch.library.opcheck(ops.linear_logps, forward)
         return
-    logps, _, _, *kept = (tensor.detach() for tensor in ops._linear_logps(*forward))
+    logps, _, _, *kept = (tensor.detach() for tensor in ops.linear_logps(*forward))
     given = [tensor.detach() for tensor in x.values()]
-    backward = (head.upstream.float(), *given, head.labels, None, logps, *kept, *options, True, True, True, "torch")
-    torch.library.opcheck(ops._linear_logps_backward, backward)
+    backward = (head.upstream.float(), *given, head.labels, None, logps, *kept, False, *options, True, True, True, "torch")
+    torch.library.opcheck(ops.linear_logps_backward, backward)

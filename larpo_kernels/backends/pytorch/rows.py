@@ -29,33 +29,55 @@ MOST, FAR = 1e36, -64.0  # of s and l; backends/triton/kernels/rows.py has the s
 
 
 def token_logps(
-    logits: Tensor, labels: Tensor, ignore_index: int, logit_scale: float, softcap: float | None, stats: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _Rows(logits, labels, ignore_index, logit_scale, softcap)
-    logps = torch.zeros(labels.numel(), dtype=rows.dtype, device=logits.device)
-    entropy = torch.zeros_like(logps) if stats else logps.new_empty(0)
-    top1 = torch.zeros_like(entropy)
-    for at, x, y, n in rows:
-        x.sub_(x.gather(1, y))
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    stats: bool,
+    *,
+    keep: Tensor | None = None,
+    checked: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows = _Rows(logits, labels, ignore_index, logit_scale, softcap, keep, checked)
+    scratch = rows.scratch()
+    out = None
+    for at, y, n in rows:
+        found = _forward(rows, at, y, scratch, stats)
+        if n == labels.numel() and n > 1:
+            out = found
+            break
+        if out is None:
+            out = [x.new_zeros(labels.numel()) for x in found]
+        for x, part in zip(out, found, strict=True):
+            x[at] = part[:n]
+    if out is None:
+        out = [scratch.new_zeros(labels.numel()) for _ in range(3 if stats else 1)]
+    if rows.wrong is not None:
+        out = [x.masked_fill_(rows.wrong, torch.nan) for x in out]
+    out = [x.view(labels.shape) for x in out]
+    return tuple(out) if stats else (*out, None, None)
+
+
+def _forward(rows: _Rows, at: At, y: Tensor, scratch: Tensor, stats: bool) -> list[Tensor]:
+    """logps, with stats entropy and top1 of the rows that stand there; of one row alone twice."""
+    z = rows.read(at, scratch)
+    if z.shape[0] == 1:  # one row alone is summed in another order: a candidate would feel its neighbours
+        z, y = z.repeat(2, 1), y.repeat(2, 1)
+    x = torch.sub(z, z.gather(1, y), out=_first(scratch, z.shape[0]))
+    if stats:
+        e, entropy, top1 = _stats(x)
+    else:
+        e = x.exp_()
+    s = e.scatter_(1, y, 0).sum(1)
+    rare = None if float(s.amax()) < MOST else ~(s < MOST)
+    l = s.log1p_().neg_()
+    if rare is not None:
+        z = rows.read(at, scratch).expand(s.shape[0], -1)[rare]
+        l[rare] = z.log_softmax(-1).gather(1, y[rare])[:, 0]
         if stats:
-            e, h, hit = _stats(x)
-            entropy[at], top1[at] = h[:n], hit[:n]
-        else:
-            e = x.exp_()
-        s = e.scatter_(1, y, 0).sum(1)[:n]
-        rare = ~(s < MOST)
-        l = -s.log1p_()
-        if rare.any():
-            z = rows.read(at)[rare]
-            l[rare] = z.log_softmax(-1).gather(1, y[:n][rare])[:, 0]
-            if stats:
-                h[:n][rare] = torch.special.entr(z.softmax(-1)).sum(1)
-                entropy[at] = h[:n]
-        logps[at] = l
-    shape = labels.shape
-    for x in (logps, entropy, top1) if stats else (logps,):
-        x.masked_fill_(rows.wrong, torch.nan)
-    return logps.view(shape), *((entropy.view(shape), top1.view(shape)) if stats else (entropy, top1))
+            entropy[rare] = torch.special.entr(z.softmax(-1)).sum(1)
+    return [l, entropy, top1] if stats else [l]
 
 
 def _stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,74 +97,92 @@ def token_logps_backward(
     logit_scale: float,
     softcap: float | None,
     out: Tensor,
+    *,
+    keep: Tensor | None = None,
+    checked: bool = False,
     whole: bool = True,
 ) -> None:
-    """Writes d logits to `out` [S, T, V], which may be the logits themselves. Ignored rows are zeroed without a read.
+    """Writes d logits to `out`, which may be the logits themselves. Ignored rows are zeroed without a read.
 
     whole: the logits are of the whole vocabulary, so a row's own sum may take the place of what l says of it.
     """
-    rows = _Rows(logits, labels, ignore_index, logit_scale, softcap)
-    _zero_ignored(labels, ignore_index, out)
-    logps, grad = logps.reshape(-1), grad.reshape(-1)
-    for at, x, y, n in rows:
-        l, c = logps[at][:, None], grad[at][:, None].to(rows.dtype)
-        x, y = x[:n], y[:n]
-        slope = None if softcap is None else (x / softcap).square_().neg_().add_(1)
-        far = l[:, 0] < FAR if whole else torch.zeros_like(l[:, 0], dtype=torch.bool)
-        redone = x[far].softmax(-1) if far.any() else None
-        x.sub_(x.gather(1, y)).add_(l).exp_()
+    rows = _Rows(logits, labels, ignore_index, logit_scale, softcap, keep, checked)
+    if rows.keep is not None:
+        _zero_ignored(labels, ignore_index, out)
+    if not rows.count:
+        return
+    l, minus_c = logps.reshape(-1, 1), grad.neg().to(rows.dtype).reshape(-1, 1)
+    target = minus_c * l.expm1()
+    some_are_far = not float(l.amin()) >= FAR
+    flat, scratch = _flat(out), None
+    for at, y, _ in rows:
+        own = flat is not None and out.dtype == rows.dtype and isinstance(at, slice)
+        if not own and scratch is None:
+            scratch = rows.scratch()
+        x = _part(flat, at) if own else scratch
+        z = rows.read(at, x)
+        x = _first(x, z.shape[0])
+        l_, minus_c_ = _part(l, at), _part(minus_c, at)
+        slope = None if softcap is None else (z / softcap).square_().neg_().add_(1)
+        far = l_[:, 0] < FAR if some_are_far and whole else None
+        redone = None if far is None else z[far].softmax(-1)
+        torch.sub(z, z.gather(1, y), out=x).add_(l_).exp_()
         if redone is not None:
             x[far] = redone
-        x.mul_(-c)
-        x.scatter_(1, y, -c * l.expm1())
+        x.mul_(minus_c_).scatter_(1, y, _part(target, at))
         if slope is not None:
             x.mul_(slope)
         if logit_scale != 1:
             x.mul_(logit_scale)
-        lost = l[:, 0] == -torch.inf  # a target at -inf: no direction would help
-        if lost.any():
-            x[lost] = 0
-        _write(x, at, out)
+        if some_are_far:
+            x.masked_fill_(l_ == -torch.inf, 0)  # a target at -inf: no direction would help
+        if not own:
+            _write(x, at, out)
 
 
-At = slice | Tensor  # positions on the flat axis of tokens [S * T]: a run, or an index in ascending order
+At = slice | Tensor  # positions on the flat axis of tokens: a run, or an index in ascending order
 
 
 class _Rows:
-    """Blocks of rows that count, as z in a float scratch: yields (positions, z [rows, V], labels [rows, 1], rows)."""
+    """The rows that count, in blocks of z in a float scratch: (positions, labels [n, 1], n)."""
 
-    def __init__(self, logits, labels, ignore_index, logit_scale, softcap):
+    def __init__(self, logits, labels, ignore_index, logit_scale, softcap, keep, checked):
         self.logits, self.scale, self.softcap = logits, logit_scale, softcap
-        self.labels = labels.reshape(-1)
-        counted = self.labels != ignore_index
-        self.counted = counted.nonzero()[:, 0]
-        self.wrong = counted & (self.labels != self.labels.clamp(0, logits.shape[-1] - 1))  # a label that names no column
+        self.flat = _flat(logits)
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.wrong = None
+        if not checked:
+            counted = (labels != ignore_index).reshape(-1)
+            keep = counted.nonzero().view(-1)
+            safe = labels.clamp(0, logits.shape[-1] - 1)
+            self.wrong = counted & (labels != safe).reshape(-1)  # a label that names no column
+            labels = safe
+        self.labels = labels.long().reshape(-1, 1)
+        self.keep = keep
+        self.count = self.labels.shape[0] if keep is None else keep.shape[0]
         row_bytes = logits.shape[-1] * self.dtype.itemsize
         fits, few = SCRATCH_BYTES // row_bytes, SMALL_SCRATCH_BYTES // row_bytes
-        self.block = max(2, min(fits, max(few, labels.shape[1]), self.counted.shape[0]))
-        self.scratch = torch.zeros(self.block, logits.shape[-1], dtype=self.dtype, device=logits.device)
+        self.block = max(2, min(fits, max(few, labels.shape[-1]), self.count))
 
-    def __iter__(self) -> Iterator[tuple[At, Tensor, Tensor, int]]:
-        for index in self.counted.split(self.block):
-            n = index.shape[0]
-            if n == 0:
-                return
-            first, last = int(index[0]), int(index[-1])
-            at = slice(first, last + 1) if last - first == n - 1 else index
-            rows = max(n, 2)  # one row alone is summed in another order: a candidate would feel its neighbours
-            y = self.labels.new_zeros(rows, 1, dtype=torch.int64)
-            y[:n, 0] = self.labels[at]
-            self.read(at)
-            yield at, self.scratch[:rows], y.clamp_(0, self.logits.shape[-1] - 1), n
+    def scratch(self) -> Tensor:
+        return torch.empty(self.block, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
 
-    def read(self, at: At) -> Tensor:
-        """z of these rows, in the scratch: [n, V]."""
+    def __iter__(self) -> Iterator[tuple[At, Tensor, int]]:
+        for a in range(0, self.count, self.block):
+            b = min(a + self.block, self.count)
+            at = slice(a, b) if self.keep is None else _as_run(self.keep[a:b])
+            yield at, _part(self.labels, at), b - a
+
+    def read(self, at: At, scratch: Tensor) -> Tensor:
+        """z of these rows [n, V]: in the scratch, or where they lie if they are z as they stand."""
+        as_it_stands = self.scale == 1 and self.softcap is None and self.logits.dtype == self.dtype
+        if as_it_stands and self.flat is not None and isinstance(at, slice):
+            return _part(self.flat, at)
         n = 0
         for values in _parts(self.logits, at):
-            self.scratch[n : n + values.shape[0]].copy_(values)
+            scratch[n : n + values.shape[0]].copy_(values)
             n += values.shape[0]
-        x = self.scratch[:n]
+        x = scratch[:n]
         if self.scale != 1:
             x.mul_(self.scale)
         if self.softcap is not None:
@@ -150,47 +190,65 @@ class _Rows:
         return x
 
 
+def _as_run(index: Tensor) -> At:
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first == index.shape[0] - 1 else index
+
+
+def _first(x: Tensor, n: int) -> Tensor:
+    return x if x.shape[0] == n else x[:n]
+
+
+def _part(x: Tensor, at: At) -> Tensor:
+    """x[at]; a small call feels what it takes to ask for all of x."""
+    whole = isinstance(at, slice) and at.stop - at.start == x.shape[0]
+    return x if whole else x[at]
+
+
+def _flat(values: Tensor) -> Tensor | None:
+    """values [S, T, V] or [N, V] as [N, V], a view where strides allow."""
+    if values.dim() == 2:
+        return values
+    s, t, v = values.shape
+    return values.view(-1, v) if s == 1 or t == 1 or values.stride(0) == t * values.stride(1) else None
+
+
 def _parts(values: Tensor, at: At) -> Iterator[Tensor]:
-    """Rows of values [S, T, V], in order: small rows that do not follow each other by one call, of others views of runs."""
-    values, length = _flat(values)
-    if _are_gathered(values, at):
-        yield values[0].index_select(0, at) if len(values) == 1 else values[_places(at, length)]
+    """Rows of values, in order: small rows that do not follow each other by one call, of others views of runs."""
+    flat, length = _flat(values), values.shape[-2]
+    if _are_gathered(values, flat, at):
+        yield flat.index_select(0, at) if flat is not None else values[_places(at, length)]
+    elif flat is not None:
+        yield from (flat[run] for _, run in _runs(at, flat.shape[0]))
     else:
         yield from (values[s, run] for s, run in _runs(at, length))
 
 
 def _write(x: Tensor, at: At, out: Tensor) -> None:
-    """x [n, V] to these rows of out [S, T, V]."""
-    out, length = _flat(out)
-    if not _are_gathered(out, at):
-        runs = _runs(at, length)
+    """x [n, V] to these rows of out."""
+    flat, length = _flat(out), out.shape[-2]
+    if not _are_gathered(out, flat, at):
+        runs = _runs(at, length if flat is None else flat.shape[0])
         for (s, run), rows in zip(runs, x.split([run.stop - run.start for _, run in runs]), strict=True):
-            out[s, run] = rows
-    elif len(out) == 1:
-        out[0].index_copy_(0, at, x.to(out.dtype))
+            (out[s] if flat is None else flat)[run] = rows
+    elif flat is not None:
+        flat.index_copy_(0, at, x.to(out.dtype))
     else:
         out[_places(at, length)] = x.to(out.dtype)
 
 
 def _zero_ignored(labels: Tensor, ignore_index: int, out: Tensor) -> None:
     ignored = labels == ignore_index
-    out, _ = _flat(out)
-    if len(out) == 1:  # less than half the time of a mask
-        out[0].index_fill_(0, ignored.reshape(-1).nonzero()[:, 0], 0)
+    flat = _flat(out)
+    if flat is not None:  # less than half the time of a mask
+        flat.index_fill_(0, ignored.reshape(-1).nonzero().view(-1), 0)
     else:
         out[ignored] = 0
 
 
-def _flat(values: Tensor) -> tuple[Tensor, int]:
-    """values [S, T, V] as [1, S * T, V] where strides allow, a view; and the length of a sequence then."""
-    if values.shape[1] == 1 or values.stride(0) == values.shape[1] * values.stride(1):
-        values = values.view(1, -1, values.shape[2])
-    return values, values.shape[1]
-
-
-def _are_gathered(values: Tensor, at: At) -> bool:
-    one_run = isinstance(at, slice) and len(values) == 1
-    return values.shape[2] * values.element_size() < GATHERED_ROW_BYTES and not one_run
+def _are_gathered(values: Tensor, flat: Tensor | None, at: At) -> bool:
+    one_run = isinstance(at, slice) and flat is not None
+    return values.shape[-1] * values.element_size() < GATHERED_ROW_BYTES and not one_run
 
 
 def _places(at: At, length: int) -> tuple[Tensor, Tensor]:

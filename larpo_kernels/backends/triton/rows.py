@@ -11,8 +11,13 @@ from .launch import for_tensor, on_device, options
 
 
 def _shape(logits: Tensor, labels: Tensor) -> tuple:
-    s, t, v = logits.shape
-    return s * t, (t, v), (*logits.stride()[:2], *labels.stride())
+    """Packed logits are those of one long sequence."""
+    t, v = logits.shape[-2:]
+    return labels.numel(), (t, v), (*_strides(logits, 3)[:2], *_strides(labels, 2))
+
+
+def _strides(x: Tensor, dims: int) -> tuple:
+    return (0,) * (dims - x.dim()) + x.stride()
 
 
 def _transform(logit_scale: float, softcap: float | None) -> tuple[tuple, dict]:
@@ -20,20 +25,28 @@ def _transform(logit_scale: float, softcap: float | None) -> tuple[tuple, dict]:
 
 
 def token_logps(
-    logits: Tensor, labels: Tensor, ignore_index: int, logit_scale: float, softcap: float | None, stats: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    stats: bool,
+    *,
+    keep: Tensor | None = None,
+    checked: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     n, sizes, strides = _shape(logits, labels)
     logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    entropy = torch.empty_like(logps) if stats else logps.new_empty(0)
-    top1 = torch.empty_like(entropy)
+    entropy, top1 = (torch.empty_like(logps), torch.empty_like(logps)) if stats else (None, None)
     if n == 0:
         return logps, entropy, top1
     launch = for_tensor(logits)
-    block = min(launch.row_block, triton.next_power_of_2(logits.shape[2]))
-    splits = triton.next_power_of_2(triton.cdiv(logits.shape[2], launch.split_columns))
+    block = min(launch.row_block, triton.next_power_of_2(logits.shape[-1]))
+    splits = triton.next_power_of_2(triton.cdiv(logits.shape[-1], launch.split_columns))
     partial = logps.new_empty(n * splits * 4 if splits > 1 else 0)
     floats, flags = _transform(logit_scale, softcap)
-    args = (logits, labels, logps, entropy, top1, partial, *sizes, *strides, ignore_index, *floats)
+    shown = (logps, entropy, top1) if stats else (logps,) * 3
+    args = (logits, labels, *shown, partial, *sizes, *strides, ignore_index, *floats)
     flags |= {"STATS": stats, "SPLITS": splits}
     with on_device(logits):
         rows.token_logps_forward[(n, splits)](*args, **flags, BLOCK=block, **options(logits, launch.row_warps, registers=128))
@@ -51,15 +64,18 @@ def token_logps_backward(
     logit_scale: float,
     softcap: float | None,
     out: Tensor,
+    *,
+    keep: Tensor | None = None,
+    checked: bool = False,
     whole: bool = True,
 ) -> None:
     n, sizes, (*logit_strides, label_stride_s, label_stride_t) = _shape(logits, labels)
     if n == 0:
         return
     launch = for_tensor(logits)
-    block = min(launch.row_block, triton.next_power_of_2(logits.shape[2]))
+    block = min(launch.row_block, triton.next_power_of_2(logits.shape[-1]))
     floats, flags = _transform(logit_scale, softcap)
-    strides = (*grad.stride(), *logit_strides, label_stride_s, label_stride_t, *out.stride()[:2])
+    strides = (*_strides(grad, 2), *logit_strides, label_stride_s, label_stride_t, *_strides(out, 3)[:2])
     with on_device(logits):
         rows.token_logps_backward[(n,)](
             grad, logits, labels, logps, out, *sizes, *strides, ignore_index, *floats, **flags,

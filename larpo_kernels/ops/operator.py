@@ -1,0 +1,174 @@
+"""Ops, each stated once and run in one of two ways.
+
+Plain tensors in eager mode get the functions themselves, in one autograd function for a whole loss: through the dispatcher
+a short call takes longer than its arithmetic does. Wherever somebody looks at operators (torch.compile, export, a dispatch
+mode such as a FLOP counter, functorch, a tensor subclass) the same functions are registered ops: opaque to a tracer, with
+shapes and derivatives that it knows.
+
+They are registered by `torch.library.Library` itself: what `torch.library.custom_op` wraps around an op imports
+torch._dynamo at the first call, which takes more than a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flops import known_to_counters
+
+NAMESPACE = "larpo_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def looked_at(args: Sequence[Any]) -> bool:
+    """Whether somebody looks at operators on these tensors, so that the registered ones must be called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta) for x in args)
+    )
+
+
+class Operator:
+    """A function of tensors and plain values, and the same one registered under its name."""
+
+    def __init__(self, function: Callable, fake: Callable, *, mutates: tuple[str, ...] = ()):
+        name = function.__name__
+        self.function = function
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates), tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, _returning_tensors(function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _returning_tensors(fake), lib=LIBRARY)
+        self.registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if not mutates:
+            self._register_autograd()
+
+    def _register_autograd(self) -> None:
+        torch.library.register_autograd(self.registered, _no_derivative, lib=LIBRARY)
+
+    def __call__(self, *args):
+        return self.registered(*args) if looked_at(args) else self.function(*args)
+
+
+def _returning_tensors(function: Callable) -> Callable:
+    """What a registered op returns are dense tensors: an empty one where there is none."""
+
+    def run(*args, **kwargs):
+        out = function(*args, **kwargs)
+        if not isinstance(out, tuple):
+            return out if out is None else out.contiguous()
+        like = next(x for x in out if x is not None)
+        return tuple(like.new_empty(0) if x is None else x.contiguous() for x in out)
+
+    return run
+
+
+class Differentiable(Operator):
+    """An op with a derivative.
+
+    function: its first `inputs` arguments are differentiable. It returns `outputs` results, the first of them
+        differentiable, and after them whatever the backward wants (only tensors where it is registered).
+    save: (arguments, what the function returned) -> the tensors that the backward wants, and the rest that it wants.
+    backward: (those tensors, that rest, the gradient, which inputs want one) -> the gradient of each input.
+    """
+
+    def __init__(self, function: Callable, fake: Callable, *, inputs: int, outputs: int, save: Callable, backward: Callable):
+        self.inputs, self.outputs, self.save, self.backward = inputs, outputs, save, backward
+        super().__init__(function, fake)
+
+    def _register_autograd(self) -> None:
+        num_args = len(self.registered._schema.arguments)
+
+        def setup_context(ctx, inputs, output):
+            tensors, ctx.rest = self.save(inputs, output)
+            ctx.save_for_backward(*tensors)
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+
+        def backward(ctx, grad, *_):
+            if grad is None:
+                return (None,) * num_args
+            grads = self.backward(ctx.saved_tensors, ctx.rest, grad, ctx.needs_input_grad[: self.inputs])
+            return *grads, *(None,) * (num_args - self.inputs)
+
+        torch.library.register_autograd(self.registered, backward, setup_context=setup_context, lib=LIBRARY)
+
+
+Step = tuple["Differentiable", tuple]  # an op and its arguments
+
+
+def run(op: Differentiable, args: tuple, then: Differentiable | None = None, then_args: tuple = ()) -> tuple:
+    """The outputs of op; with `then`, which takes the first of them and then_args, its outputs and the other ones of op."""
+    if looked_at((*args, *then_args)):
+        known_to_counters()
+        out = op.registered(*args)[: op.outputs]
+        return out if then is None else (*then.registered(out[0], *then_args)[: then.outputs], *out[1:])
+    inputs = args[: op.inputs]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _Chain.apply(op, args[op.inputs :], then, then_args, *inputs)
+    out = op.function(*args)[: op.outputs]
+    return out if then is None else (*then.function(out[0], *then_args)[: then.outputs], *out[1:])
+
+
+class _Chain(torch.autograd.Function):
+    """One op, or two of which the second takes what the first gives, as one node of the graph.
+
+    (With a `setup_context` of its own every call would inspect the signature of `forward`.)
+    """
+
+    @staticmethod
+    def forward(ctx, op, options, then, then_args, *inputs):
+        args = (*inputs, *options)
+        out = op.function(*args)
+        tensors, ctx.rest = op.save(args, out)
+        ctx.op, ctx.then, ctx.of_op = op, then, len(tensors)
+        results = out[: op.outputs]
+        if then is not None:
+            then_args = (out[0], *then_args)
+            last = then.function(*then_args)
+            of_then, ctx.rest_of_then = then.save(then_args, last)
+            tensors = (*tensors, *of_then)
+            results = (*last[: then.outputs], *results[1:])
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        nothing = (None,) * 4
+        if grad is None:
+            return *nothing, *(None,) * ctx.op.inputs
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[len(nothing) :]
+        if not torch.is_grad_enabled():
+            return *nothing, *_gradients(ctx, tensors, grad, needs)
+        grads = _gradients(ctx, [None if x is None else x.detach() for x in tensors], grad.detach(), needs)
+        anchor = grad.new_empty(()).requires_grad_()
+        return *nothing, *(None if x is None else _Once.apply(x, anchor, grad, *tensors) for x in grads)
+
+
+def _gradients(ctx, tensors, grad, needs) -> tuple:
+    if ctx.then is not None:
+        (grad,) = ctx.then.backward(tensors[ctx.of_op :], ctx.rest_of_then, grad, (True,))
+    return ctx.op.backward(tensors[: ctx.of_op], ctx.rest, grad, needs)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on the other arguments, by no formula: a second derivative is refused, not zero."""
+
+    @staticmethod
+    def forward(ctx, gradient, *others):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        _no_derivative()
+
+
+def _no_derivative(*_):
+    raise RuntimeError("larpo_kernels' ops are differentiable once: a second derivative is not implemented")
