@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from .training.predictions import PredictionLog
 from .training.refused_settings import refuse_arguments, refuse_unapplied
 
 if TYPE_CHECKING:
+    import psutil
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -303,7 +304,7 @@ class LarPOTrainer(Trainer):
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         """Log-likelihood of each candidate under the reference: sums over tokens, [S]; None for no reference."""
-        return self.reference.logps(model, inputs, partial(self._logps, inputs=inputs), self.accelerator)
+        return self.reference.logps(model, inputs, functools.partial(self._logps, inputs=inputs), self.accelerator)
 
     def _precompute_ref_logps(self) -> None:
         """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
@@ -380,7 +381,7 @@ class LarPOTrainer(Trainer):
         logps, router_loss = self._logps_and_router_loss(model, inputs)
         logps = self._per_candidate(logps, inputs)
         loss, scores = self._loss_of_lists(logps, ref_logps, inputs)
-        loss = loss + router_loss
+        loss = loss if router_loss is None else loss + router_loss
         self._record("train" if model.training else "eval", inputs, loss, logps, scores)
         return (loss, {"logps": logps, "scores": scores}) if return_outputs else loss
 
@@ -474,12 +475,13 @@ class LarPOTrainer(Trainer):
     def _logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Log-likelihood of each candidate, [S]."""
         parts = [self._logps_of_part(model, inputs, i) for i in range(self._num_slices(inputs))]
-        return torch.cat(parts)[: len(inputs["relevance"])]
+        logps = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return logps[: len(inputs["relevance"])]
 
-    def _logps_and_router_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | float]:
-        """Log-likelihood of each candidate, [S], and what is added to the batch's loss to balance experts."""
+    def _logps_and_router_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Log-likelihood of each candidate, [S], and what is added to the batch's loss to balance experts, if anything is."""
         if self._router_loss is None or len(inputs["list_sizes"]) == 0:  # a batch of no list adds nothing to an update
-            return self._logps(model, inputs), 0.0
+            return self._logps(model, inputs), None
         (rows,) = inputs["rows"]
         logps, balance = model(rows=rows, router_loss=self._router_loss)
         return logps[: len(inputs["relevance"])], self._router_loss.coefficient * balance
@@ -615,6 +617,12 @@ def _memory(device: torch.device) -> dict[str, float]:
     """Peak of what torch allocated on a GPU since the start; on a CPU what the process holds now. MiB."""
     if device.type == "cuda":
         return {"memory/peak_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)}
+    return {"memory/rss_mib": round(_process(os.getpid()).memory_info().rss / 2**20, 1)}
+
+
+@functools.cache
+def _process(pid: int) -> psutil.Process:
+    """Made once: psutil reads when it was started, which takes longer than its memory."""
     import psutil
 
-    return {"memory/rss_mib": round(psutil.Process().memory_info().rss / 2**20, 1)}
+    return psutil.Process(pid)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,20 @@ def refuse_injected(model: nn.Module) -> None:
 def has_adapter(model: nn.Module) -> bool:
     """Whether the model is a PeftModel."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+@contextmanager
+def switched_off(model: PeftModel) -> Iterator[None]:
+    """As PEFT's `disable_adapter`, without its report on every layer, only to warn where some are on and some off: it takes
+    longer than the switch, and a step with the adapter's base for a reference would make it again each time."""
+    if not any(getattr(module, "disable_adapters", True) is False for module in model.modules()):
+        yield  # off already, and stays so
+        return
+    model.base_model.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        model.base_model.enable_adapter_layers()
 
 
 def merged(model: PeftModel, folder: Path, *, write: bool) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.scored_tokens import SCORED_WITH, counted_tokens, model_name, reference_name
 from ..scoring import candidate_logps
+from . import adapters
 from .checks import refuse_shared
 from .reference_model import SyncReference, frozen_copy, without_dropout
 from .sharding import is_sharded, on_deepspeed, reshard, will_replace_parameters
@@ -230,7 +231,7 @@ class ReferencePolicy:
     @contextlib.contextmanager
     def _switched(self, policy: nn.Module) -> Iterator[None]:
         """While it lasts, the policy is the reference as far as it can be: with its adapter off."""
-        with policy.disable_adapter() if self.adapter_off and self.model is None else contextlib.nullcontext():
+        with adapters.switched_off(policy) if self.adapter_off and self.model is None else contextlib.nullcontext():
             yield
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .metrics import MetricMeans, list_metric_sums
 
-BATCHES = 1000  # kept on the device; then they become sums, in one wait for it
+BATCHES = 1000  # kept on the device; then they become sums, all in one pass
 
 
 class ListLog:
@@ -44,8 +44,9 @@ class ListLog:
     def _sum_up(self) -> None:
         if not self._batches:
             return
-        losses = torch.stack([loss for loss, *_ in self._batches]).tolist()
-        for loss, (_, scores, relevance, sizes, logps) in zip(losses, self._batches, strict=True):
-            self._means.add({"loss": loss}, lists=len(sizes))
-            self._means.add_sums(list_metric_sums(scores, relevance, sizes, logps, self.ndcg_k))
+        losses, scores, relevance, sizes, logps = zip(*self._batches, strict=True)
+        for loss, one in zip(torch.stack(losses).tolist(), sizes, strict=True):
+            self._means.add({"loss": loss}, lists=len(one))
+        columns = map(torch.cat, (scores, relevance, sizes, logps))
+        self._means.add_sums(list_metric_sums(*columns, self.ndcg_k))
         self._batches.clear()

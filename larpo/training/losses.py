@@ -30,6 +30,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -148,14 +149,22 @@ def mean_over_lists(losses: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 
 class _Lists:
-    """The lists of a batch, as [S] and [L] tensors; nothing waits for the device."""
+    """The lists of a batch, as [S] and [L] tensors, made for the settings that ask for them; nothing waits for the device."""
 
     def __init__(self, relevance: Tensor, sizes: Tensor, ties: str):
-        self.relevance, self.ties, self.num = relevance, ties, len(sizes)
-        places = torch.arange(self.num, device=relevance.device)
-        self.of = torch.repeat_interleave(places, sizes.to(relevance.device), output_size=len(relevance))
-        lowest = torch.full((self.num,), -torch.inf, dtype=relevance.dtype, device=relevance.device)
-        self.top = lowest.scatter_reduce(0, self.of, relevance, "amax")[self.of]
+        self.relevance, self.sizes, self.ties, self.num = relevance, sizes, ties, len(sizes)
+
+    @cached_property
+    def of(self) -> Tensor:
+        """[S]: which list a candidate is of."""
+        places = torch.arange(self.num, device=self.relevance.device)
+        return torch.repeat_interleave(places, self.sizes.to(places.device), output_size=len(self.relevance))
+
+    @cached_property
+    def top(self) -> Tensor:
+        """[S]: the best relevance of a candidate's list."""
+        lowest = torch.full((self.num,), -torch.inf, dtype=self.relevance.dtype, device=self.relevance.device)
+        return lowest.scatter_reduce(0, self.of, self.relevance, "amax")[self.of]
 
     def behind_best(self) -> Tensor:
         """[S]: r_b - r_i, which is >= 0."""

@@ -28,12 +28,13 @@ With relevance 0 or 1 they give the usual ndcg.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 Sums = dict[str, tuple[float, int]]
+PAIRS = 2**21  # pairs of candidates that are compared at a time: 16 MB of float64
 
 
 def list_metrics(
@@ -108,13 +109,34 @@ def list_metric_sums(
     """As `list_metrics`, but of each metric its sum over lists and the number of lists that define it."""
     if ndcg_k is not None and (not isinstance(ndcg_k, int) or isinstance(ndcg_k, bool) or ndcg_k < 1):
         raise ValueError(f"ndcg_k must be None or an int >= 1, got {ndcg_k!r}")
-    sizes, (g, r, *rest) = _on_cpu(list_sizes, scores, relevance, logps)
-    if not len(sizes):
-        return {}
-    there = torch.arange(max(1, int(sizes.max()))) < sizes[:, None]  # [L, M]
-    g, r, *rest = (torch.zeros(there.shape, dtype=torch.float64).masked_scatter_(there, x) for x in (g, r, *rest))
+    sizes, columns = _on_cpu(list_sizes, scores, relevance, logps)
+    found = MetricMeans()
+    for lists, candidates in _parts(sizes.tolist()):
+        found.add_sums(_sums(sizes[lists], [x[candidates] for x in columns], ndcg_k))
+    return found.sums
+
+
+def _parts(sizes: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Lists, and their candidates, whose [L, M, M] have at most PAIRS entries, or one list that has more."""
+    first = begin = end = largest = 0
+    for i, m in enumerate(sizes):
+        largest = max(largest, m)
+        if i > first and (i + 1 - first) * largest**2 > PAIRS:
+            yield slice(first, i), slice(begin, end)
+            first, begin, largest = i, end, m
+        end += m
+    if sizes:
+        yield slice(first, len(sizes)), slice(begin, end)
+
+
+def _sums(sizes: Tensor, columns: Sequence[Tensor], ndcg_k: int | None) -> Sums:
+    """Of sizes [L], at least one, and float64 columns [S] on the CPU: scores, relevance and perhaps logps."""
+    there = torch.arange(int(sizes.max())) < sizes[:, None]  # [L, M]
+    g, r, *rest = (torch.zeros(there.shape, dtype=torch.float64).masked_scatter_(there, x) for x in columns)
     pairs = there[:, :, None] & there[:, None, :]  # [L, M, M]
     m = sizes.double()
+    g_above, r_above = (pairs & (x[:, None, :] > x[:, :, None]) for x in (g, r))  # of i, j: whether j is above i
+    g_below, r_below = (x.transpose(1, 2) for x in (g_above, r_above))
 
     best_r = r.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
     equally_good = there & (r == best_r)
@@ -132,43 +154,32 @@ def list_metric_sums(
 
     chosen, rejected = against_others("rewards", g)
     per_list["rewards/margins"] = chosen - rejected, ordered
-    right = _mean(
-        (g[:, None, :] < g[:, :, None]).double().flatten(1), (equally_good[:, :, None] & others[:, None, :]).flatten(1)
-    )
-    per_list["rewards/accuracies"] = right, ordered
+    best_to_others = (equally_good[:, :, None] & others[:, None, :]).flatten(1)
+    per_list["rewards/accuracies"] = _mean(g_below.double().flatten(1), best_to_others), ordered
     if rest:
         against_others("logps", rest[0])
 
-    above = (pairs & (g[:, None, :] > g[:, :, None])).sum(2)  # [L, M] candidates that score higher than this one
+    above = g_above.sum(2)  # [L, M] candidates that score higher than this one
     level = (pairs & (g[:, None, :] == g[:, :, None])).sum(2)  # that score the same, itself included
-    gains = (pairs & (r[:, None, :] < r[:, :, None])).sum(2) / (m[:, None] - 1).clamp(min=1)
+    gains = r_below.sum(2) / (m[:, None] - 1).clamp(min=1)
     per_list["ndcg"] = _ndcg(gains, above, level, None), ordered
     if ndcg_k is not None:
         per_list[f"ndcg@{ndcg_k}"] = _ndcg(gains, above, level, ndcg_k), ordered
     per_list["mrr"] = _reciprocal_rank(g, there, equally_good), ordered
 
-    # ordered pairs (i, j), both ways round: every count below is twice that of pairs, which cancels
-    sign_g, sign_r = (
-        ((x[:, :, None] > x[:, None, :]).double() - (x[:, :, None] < x[:, None, :]).double()) * pairs for x in (g, r)
-    )
-    untied_g, untied_r = sign_g.abs().sum((1, 2)), sign_r.abs().sum((1, 2))
-    tau = (sign_g * sign_r).sum((1, 2)) / (untied_g * untied_r).sqrt()
+    untied_g, untied_r = above.sum(1), r_above.sum((1, 2))  # pairs
+    agree = (g_above & r_above).sum((1, 2)) - (g_above & r_below).sum((1, 2))
+    tau = agree / (untied_g * untied_r).double().sqrt()
     per_list["kendall_tau"] = tau.where(untied_g > 0, 0.0), ordered
 
     per_list["list/size"] = m, everywhere
-    per_list["list/frac_tied"] = 1 - untied_r / (m * (m - 1)), sizes > 1
+    per_list["list/frac_tied"] = 1 - 2 * untied_r / (m * (m - 1)), sizes > 1
 
     names = list(per_list)
     defined = torch.stack([per_list[name][1] for name in names])
     values = torch.stack([per_list[name][0] for name in names])
     totals, lists = values.where(defined, 0.0).sum(1).tolist(), defined.sum(1).tolist()
     return {name: (total, n) for name, total, n in zip(names, totals, lists, strict=True) if n}
-
-
-def _signs(x: Tensor) -> Tensor:
-    """[L, M] -> [L, M, M]: the sign of x_i - x_j, defined for infinite x too."""
-    a, b = x[:, :, None], x[:, None, :]
-    return (a > b).double() - (a < b).double()
 
 
 def _mean(x: Tensor, where: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class FiniteLoss:
         found: the loss [] and whatever it was made of [S], by name; `scores` are only looked at to say where it comes from.
         """
         found = {name: x.detach() for name, x in found.items() if x is not None}
-        finite = torch.stack([x.isfinite().all() for name, x in found.items() if name != "scores"]).all()
+        finite = torch.cat([x.reshape(-1) for name, x in found.items() if name != "scores"]).isfinite().all()
         if self.accelerator.num_processes > 1:
             finite = self.accelerator.reduce((~finite).int()) == 0
         if finite:  # waits for the forward
