@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class Models:
     _name: str | None = None
     _model: Any = None
     _tokenizer: Any = None
+    _taken: weakref.ref | None = None
     _initial: str = field(init=False)
 
     def __post_init__(self):
@@ -49,7 +51,7 @@ class Models:
         name = str(name)
         if name != self._name:
             if self._model is not None:
-                self.forget()
+                self.drop()
             self._model = self._load(name)
             self._name = name
         return self._model
@@ -58,12 +60,26 @@ class Models:
         """As `load`, to be trained: the next `load` of this name reads it again."""
         model = self.load(name)
         self._name = self._model = None
+        self._taken = weakref.ref(model)
         return model
 
-    def forget(self) -> None:
-        """Frees the model that is held, and whatever a trainer that is done with left behind."""
+    def drop(self) -> None:
+        """Frees the model that is held."""
+        held = None if self._model is None else weakref.ref(self._model)
         self._name = self._model = None
-        gc.collect()  # a trainer and its model hold each other
+        self._freed(held)
+
+    def forget(self) -> None:
+        """Frees the model that is held, and the one that was taken, with the trainer that is done with it."""
+        self.drop()
+        self._freed(self._taken)
+        self._taken = None
+
+    def _freed(self, model: weakref.ref | None) -> None:
+        """A trainer and its model hold each other. To look for such circles takes longer than to load a small model, so it is
+        done where there is one."""
+        if model is not None and model() is not None:
+            gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

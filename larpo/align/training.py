@@ -51,7 +51,7 @@ def train(
     )
     if settings["precompute_ref_log_probs"]:
         trainer.reference.release()  # its log-probs are in the data now
-        models.forget()
+        models.drop()
     _quiet(trainer, progress)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints, trainer.args))
     _write(model, trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, trainer)

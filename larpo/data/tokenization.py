@@ -166,8 +166,17 @@ def tokenize_lists(
         # Arrow wants every row to have every column
         return tokens | {name: row[name] for name in optional} | {name: getattr(report, name) for name in counts}
 
+    import datasets
+
+    # A cached file is named after the whole tokenizer, which takes longer to read than a few lists. Data in memory has none.
+    fingerprint = None if dataset.cache_files else datasets.fingerprint.generate_random_fingerprint()
     mapped = dataset.with_format(None).map(
-        tokenize, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc, desc="tokens"
+        tokenize,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        new_fingerprint=fingerprint,
+        desc="tokens",
     )
     example = marked(tokenizer, mapped[0]) if len(mapped) else ""
     report = TokenizationReport(**{name: sum(mapped[name]) for name in counts}, example=example)

@@ -323,6 +323,17 @@ def test_processes_give_the_same_tokens(tokenizer):
     assert alone.to_list() == shared.to_list() and report == same_report
 
 
+def test_data_in_memory_is_not_named_after_the_tokenizer_and_data_on_disk_is_found_again(tokenizer, tmp_path, monkeypatch):
+    hashed, hash_of = [], datasets.fingerprint.Hasher.hash
+    monkeypatch.setattr(datasets.fingerprint.Hasher, "hash", staticmethod(lambda x: (hashed.append(x), hash_of(x))[1]))
+    rows = datasets.Dataset.from_list([row_of()])
+    tokenize_lists(rows, tokenizer)
+    assert not any(map(callable, hashed))
+    rows.save_to_disk(tmp_path)
+    once, again = (tokenize_lists(datasets.load_from_disk(tmp_path), tokenizer)[0] for _ in range(2))
+    assert once.cache_files and once.cache_files == again.cache_files
+
+
 def test_a_bad_row_of_a_dataset_is_named(tokenizer):
     rows = datasets.Dataset.from_list([row_of(), row_of() | {"scores": [1.0]}])
     with pytest.raises(ValueError, match="row 1: field 'scores' has length 1; expected 3"):
