@@ -12,14 +12,11 @@ Lists may differ in size. Other columns are kept. Tool calls, `tools` and `chat_
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from . import json_text
-from .forms import Form, recognise
-from .reader import IMPLICIT, LeftOut, Reader, Row, key_of
+from .converting import Read, convert_dataset, convert_rows
 from .reading import Reading
 from .validation import check_row
 
@@ -30,24 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reading", "as_lists", "check_row", "from_candidate_lists", "load_lists", "read_lists"]
 
-logger = logging.getLogger(__name__)
-
 FILES = (".jsonl", ".json", ".parquet")
-
-
-class Read(NamedTuple):
-    """Lists, and the reader that they went through: what form they had, and what was left out."""
-
-    lists: Dataset
-    reader: Reader
-
-    @property
-    def form(self) -> Form:
-        return self.reader.form
-
-    @property
-    def left_out(self) -> LeftOut:
-        return self.reader.left_out
 
 
 def load_lists(source: Any, *, split: str = "train", scored: bool = True, **how: Any) -> Dataset:
@@ -64,7 +44,7 @@ def load_lists(source: Any, *, split: str = "train", scored: bool = True, **how:
         ValueError: the file, its line (from 1) or row (from 0, as `dataset[0]`), the field, what it holds and what is
             expected; columns of no known form; a split that is not there.
     """
-    return _said(read_lists(source, Reading(**how), split=split, scored=scored))
+    return read_lists(source, Reading(**how), split=split, scored=scored).said()
 
 
 def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = True, **how: Any) -> Dataset:
@@ -90,7 +70,7 @@ def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = T
     >>> as_lists(posts, columns={"prompt": "question", "completions": "answers[].text", "scores": "answers[].votes"})[0]
     {'prompt': '2 + 2', 'completions': ['4', '5'], 'scores': [7.0, -1.0]}
     """
-    return _said(_convert(dataset, Reading(**how), scored))
+    return _convert(dataset, Reading(**how), scored).said()
 
 
 def read_lists(source: Any, reading: Reading, *, split: str = "train", scored: bool = True) -> Read:
@@ -104,14 +84,14 @@ def read_lists(source: Any, reading: Reading, *, split: str = "train", scored: b
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         if path.suffix == ".parquet":
-            return _convert_dataset(read_parquet(path), str(path), reading, scored)
-        return _convert_rows(*read_json(path), str(path), reading, scored)
+            return convert_dataset(read_parquet(path), str(path), reading, scored)
+        return convert_rows(*read_json(path), str(path), reading, scored)
     if path.is_file():
         raise ValueError(f"{path}: expected a file that ends in {', '.join(FILES)}")
     if not path.is_dir():
-        return _convert_dataset(datasets.load_dataset(str(source), split=split), str(source), reading, scored)
+        return convert_dataset(datasets.load_dataset(str(source), split=split), str(source), reading, scored)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _convert_dataset(_pick_split(_load_from_disk(path), split, str(path)), str(path), reading, scored)
+        return convert_dataset(_pick_split(_load_from_disk(path), split, str(path)), str(path), reading, scored)
     raise ValueError(f"{path}: expected a folder written by Dataset.save_to_disk; it has no state.json or dataset_dict.json")
 
 
@@ -119,17 +99,10 @@ def _convert(dataset: Any, reading: Reading, scored: bool) -> Read:
     import datasets
 
     if isinstance(dataset, datasets.Dataset):
-        return _convert_dataset(dataset, "dataset", reading, scored)
+        return convert_dataset(dataset, "dataset", reading, scored)
     if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        return _convert_rows([_plain(row) for row in dataset], lambda i: f"row {i}", "the list of rows", reading, scored)
+        return convert_rows([_plain(row) for row in dataset], lambda i: f"row {i}", "the list of rows", reading, scored)
     raise TypeError(f"dataset must be a datasets.Dataset or a list of dicts, got {type(dataset).__name__}{_advice(dataset)}")
-
-
-def _said(read: Read) -> Dataset:
-    """The lists, with a warning of what was left out."""
-    if read.left_out:
-        logger.warning("%s", read.left_out)
-    return read.lists
 
 
 def from_candidate_lists(lists: Iterable[CandidateList]) -> Dataset:
@@ -219,122 +192,6 @@ def _pick_split(source: Any, split: str, name: str) -> Any:
     return source[split]
 
 
-# --- converting --------------------------------------------------------------------------------------------
-
-
-def _convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, reading: Reading, scored: bool) -> Read:
-    """Rows of Python objects, each checked at its place, before Arrow sees them."""
-    import datasets
-    import pyarrow
-
-    if not rows:
-        raise ValueError(f"{name}: holds no rows")
-    for i, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{place(i)}: holds {type(row).__name__}; expected an object with named fields")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    reader = _reader(columns, name, reading, scored, rows[0])
-    read = [(i, one) for i, row in enumerate(rows) if (one := reader.try_read(row, place(i))) is not None]
-    if reader.group_by is not None:
-        read = _merged_rows(read, rows, place, reader)
-    _refuse_none(read, name, reader)
-    lists, places = [json_text.write_row(one) for _, one in read], [place(i) for i, _ in read]
-    _check_same_kind(lists, places)
-    columns = dict.fromkeys(column for row in lists for column in row)
-    table = {column: [row.get(column) for row in lists] for column in columns}
-    for column, values in table.items():
-        try:
-            pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise ValueError(f"{name}: field {column!r} holds values of different types: {error}") from None
-    return Read(datasets.Dataset.from_dict(table), reader)
-
-
-def _merged_rows(read: Sequence[tuple[int, Row]], rows: Sequence[Row], place: Callable[[int], str], reader: Reader) -> list:
-    """The lists of rows that are equal in the column to group by, in the order of their first rows."""
-    groups: dict[str, list[tuple[int, Row]]] = {}
-    for i, one in read:
-        groups.setdefault(key_of(rows[i], reader.group_by, place(i)), []).append((i, one))
-    merging = {group[0][0]: [one for _, one in group] for group in groups.values()}
-    found = ((i, reader.try_merge(group, place(i))) for i, group in merging.items())
-    return [(i, one) for i, one in found if one is not None]
-
-
-def _convert_dataset(dataset: Dataset, name: str, reading: Reading, scored: bool) -> Read:
-    import datasets
-
-    if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(f"{name} must be a datasets.Dataset with all its rows, got {type(dataset).__name__}")
-    if not len(dataset):
-        raise ValueError(f"{name}: holds no rows")
-    reader = _reader(dataset.column_names, name, reading, scored, dataset.with_format(None)[0])
-    dataset = json_text.write_dataset(dataset.with_format(None), name)
-    one_source = getattr(dataset.features.get("source"), "dtype", None) in ("string", "large_string")
-    if reader.changes_nothing and not one_source:
-        for i, row in enumerate(dataset):
-            reader.read(row, f"{name}, row {i}")
-        return Read(dataset, reader)
-    if reader.group_by is not None:
-        return _merged_dataset(dataset, name, reader)
-    optional = reader.form.prompt in reader.form.also and reader.form.prompt in dataset.column_names
-    every = (
-        {IMPLICIT: False} if optional and None in dataset[reader.form.prompt][:] else {}
-    )  # Arrow wants each column in each row
-
-    def convert(batch: Mapping[str, list], places: list[int]) -> dict[str, list]:
-        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        read = (reader.try_read(row, f"{name}, row {i}") for row, i in zip(rows, places, strict=True))
-        return _columns([every | row for row in read if row is not None])
-
-    lists = dataset.map(
-        convert,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        load_from_cache_file=False,  # the counts are of rows that were read
-        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
-        desc="candidate lists",
-    )
-    _refuse_none(lists, name, reader)
-    return Read(lists, reader)
-
-
-def _merged_dataset(dataset: Dataset, name: str, reader: Reader) -> Read:
-    import datasets
-
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(dataset.select_columns(reader.group_by)):
-        groups.setdefault(key_of(row, reader.group_by, f"{name}, row {i}"), []).append(i)
-
-    def merge(group: Mapping[str, list[list[int]]]) -> dict[str, list]:
-        (places,) = group["rows"]
-        read = [(i, reader.try_read(dataset[i], f"{name}, row {i}")) for i in places]
-        read = [(i, row) for i, row in read if row is not None]
-        one = reader.try_merge([row for _, row in read], f"{name}, row {read[0][0]}") if read else None
-        return _columns([] if one is None else [one])
-
-    lists = datasets.Dataset.from_dict({"rows": list(groups.values())}).map(
-        merge,
-        batched=True,
-        batch_size=1,
-        remove_columns=["rows"],
-        load_from_cache_file=False,
-        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
-        desc="candidate lists",
-    )
-    _refuse_none(lists, name, reader)
-    return Read(lists, reader)
-
-
-def _columns(rows: Sequence[Row]) -> dict[str, list]:
-    return {column: [row.get(column) for row in rows] for column in dict.fromkeys(name for row in rows for name in row)}
-
-
-def _refuse_none(lists: Sequence[Any], name: str, reader: Reader) -> None:
-    if not len(lists):
-        raise ValueError(f"{name}: no row makes a list: {reader.left_out}")
-
-
 def _plain(value: Any) -> Any:
     """Without numpy arrays and numbers, tensors and pandas series: with lists and numbers of Python in their place."""
     if isinstance(value, Mapping):
@@ -342,21 +199,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         value = value.tolist()
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _reader(columns: Iterable[str], name: str, reading: Reading, scored: bool, row: Row) -> Reader:
-    try:
-        columns = list(columns)
-        return Reader(recognise(columns, reading, scored=scored, row=row), columns, reading)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _check_same_kind(rows: Sequence[Row], places: Sequence[str]) -> None:
-    """A column has one type: strings in every row, or messages in every row."""
-    for field, of in (("prompt", lambda row: row["prompt"]), ("completions", lambda row: row["completions"][0])):
-        first = isinstance(of(rows[0]), str)
-        for row, place in zip(rows, places, strict=True):
-            if isinstance(of(row), str) != first:
-                kinds = ("a string", "messages") if first else ("messages", "a string")
-                raise ValueError(f"{place}: field {field!r} holds {kinds[1]}; expected {kinds[0]}, as in {places[0]}")

@@ -8,11 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .forms import QUESTIONS, Form, first_of
+from .forms import Form
 from .forms.fields import Field
 from .forms.prompts import is_dialogue, turns, user
-from .forms.scores import Scores, chosen_scores
+from .forms.scores import Scores, chosen_scores, columns_of
 from .forms.shared_start import split_messages, split_text, without_prompt
+from .forms.unknown import QUESTIONS, first_of
 from .reading import Reading
 from .validation import OPTIONAL, REQUIRED, BadRow, bad_field, check_row
 
@@ -78,6 +79,7 @@ class Reader:
         self.chat = reading.as_messages
         if self.chat is None and (form.chat or "system" in columns):
             self.chat = True
+        self.has_source = bool(form.source) and set(columns_of(*form.source)) <= set(columns)
         self.left_out = LeftOut()
         if self.group_by is None:
             return
@@ -117,6 +119,8 @@ class Reader:
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
         """The row as a list, checked. Raises BadRow."""
+        if self.group_by is not None and key_of(row, self.group_by) is None:
+            bad_field(self.group_by, None, "what rows of one list share", where)
         converted = _with_source_of_each(dict(row) if self.form.native else self._converted(row, where))
         check_row(converted if self.scores else _with_zeros(converted), where)
         _refuse_empty_prompt(converted, where)
@@ -133,7 +137,7 @@ class Reader:
             record[name]  # refuses a row without it
         prompt, answers = form.read_prompt(record), form.read_answers(record)
         scores = self.scores(record, len(answers)) if self.scores else None
-        source = form.read_source(record)
+        source = form.read_source(record) if self.has_source else None
         if form.gaps:
             kept = self._without_gaps(answers, scores, where)
             answers, scores, source = ([one[i] for i in kept] if one is not None else None for one in (answers, scores, source))
@@ -141,10 +145,10 @@ class Reader:
             record[form.columns[-1]].bad("a list of at least one completion")
         replaced = form.replaced(self.scores)
         extra = {name: value for name, value in row.items() if name not in replaced}
-        if source is not None and "source" in extra:
+        if self.has_source and "source" in extra:
             extra["prompt_source"] = extra.pop("source")  # where the prompt is from, not who wrote the answers
-        given = {"scores": scores, "source": source}
-        return _split(prompt, answers, where) | {name: value for name, value in given.items() if value is not None} | extra
+        given = ({"scores": scores} if self.scores else {}) | ({"source": source} if self.has_source else {})
+        return _split(prompt, answers, where) | given | extra
 
     def _without_gaps(self, answers: Sequence[tuple[str, Any]], scores: Sequence[float | None], where: str) -> list[int]:
         """The places of the answers that have a text and a score; the others are counted."""
@@ -215,12 +219,10 @@ def _refuse_empty_prompt(row: Row, where: str) -> None:
 # --- rows that are one list
 
 
-def key_of(row: Mapping[str, Any], column: str, where: str) -> str:
-    """What rows of one list have in common."""
-    if row.get(column) is None:
-        raise BadRow(where, f"field {column!r} holds None; expected what rows of one list share", f"{column!r} is None")
-    value = row[column]
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+def key_of(row: Mapping[str, Any], column: str) -> str | None:
+    """What rows of one list have in common; None for a row that has none of it."""
+    value = row.get(column)
+    return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 def merged(rows: Sequence[Row], where: str, column: str) -> Row:

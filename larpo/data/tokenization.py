@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+NO_TEMPLATE = (
+    "messages need a chat template, and the tokenizer has none: set its chat_template, or read single turns as text "
+    "(as_messages=False, see docs/data.md)"
+)
 # How a user's turn begins in the text of a dialogue.
 USER_TURN = re.compile(
     r"\n\s*(?:Human|HUMAN|User|USER):|<\|im_start\|>user|<\|user\|>|\[INST\]|<\|start_header_id\|>user|<start_of_turn>user"
@@ -279,7 +283,8 @@ def _from_messages(
         turns = Turns(tokenizer, row["prompt"], chat_template.template_keywords(row))
         replies = [turns.reply(answer, f"completions[{i}]") for i, answer in enumerate(row["completions"])]
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        none = getattr(tokenizer, "chat_template", None) is None
+        raise ValueError(f"{where}: {NO_TEMPLATE if none else error}") from None
     prompt, whole = prompt_boundary.split(tokenizer, turns.start, [reply.text for reply in replies])
     completions, masks = [], []
     for reply, ids in zip(replies, whole, strict=True):

@@ -107,7 +107,7 @@ def check_text(field: str, value: Any, where: str) -> None:
 def check_unicode(field: str, text: str, where: str) -> None:
     """Raises ValueError for half a character: JSON can write one half of an emoji, which no file of text can hold."""
     try:
-        text.encode()
+        text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         bad_field(field, text[max(error.start - 20, 0) : error.end + 20], "whole characters; this has half an emoji", where)
 

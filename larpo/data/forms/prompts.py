@@ -11,7 +11,7 @@ from .fields import Field
 
 Messages = list[dict[str, Any]]
 
-HUMAN = re.compile(r"\n*\b(Human|Assistant):[ \t]*")  # of Anthropic's and Berkeley's data sets
+HUMAN = re.compile(r"\n\n(Human|Assistant):[ \t]*")  # of Anthropic's and Berkeley's data sets
 EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # of NVIDIA's
 
 
@@ -36,18 +36,26 @@ class Turns:
         return f"`{self.column}`"
 
 
-def alpaca(row: Field) -> Messages:
-    """`history`, then `instruction` and `input` as a user's turn"""
-    messages = []
-    if (history := row.get("history")) is not None:
-        for pair in history.items():
-            turns = pair.items("[question, answer]")
-            if len(turns) != 2:
-                pair.bad("[question, answer]")
-            messages += [user(turns[0].text()), assistant(turns[1].text())]
-    more = row.get("input")
-    said = [row["instruction"].text(), more.text() if more is not None else ""]
-    return [*messages, user("\n".join(filter(None, said)))]
+@dataclass(frozen=True)
+class AfterHistory:
+    """A user's turn, its question in one column and more of it in `input`, after the turns in `history`."""
+
+    column: str
+
+    def __call__(self, row: Field) -> Messages:
+        messages = []
+        if (history := row.get("history")) is not None:
+            for pair in history.items():
+                said = pair.items("[question, answer]")
+                if len(said) != 2:
+                    pair.bad("[question, answer]")
+                messages += [user(said[0].text()), assistant(said[1].text())]
+        more = row.get("input")
+        said = [row[self.column].text(), more.text() if more is not None else ""]
+        return [*messages, user("\n".join(filter(None, said)))]
+
+    def __str__(self) -> str:
+        return f"`history`, then `{self.column}` and `input` as a user’s turn"
 
 
 def human_assistant(row: Field) -> Messages:

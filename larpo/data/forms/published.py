@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .answers import arena, arena_turns, swift_messages, swift_response
 from .form import Form
-from .prompts import Turns, alpaca, extra_id, human_assistant
+from .prompts import AfterHistory, Turns, extra_id, human_assistant
 from .scores import Fixed, InOrder, Label, Margin, Numbers, OneHot, Preference, Ranks, Scores, Winner
 
 FIRST_IS_BETTER = Fixed((1.0, 0.0))
@@ -126,7 +126,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="HelpSteer3",
-        of="nvidia/HelpSteer3 (CC BY 4.0)",
+        of="nvidia/HelpSteer3, config preference (CC BY 4.0)",
         columns=("context", "response1", "response2", "overall_preference"),
         prompt=Turns("context"),
         answers=("response1", "response2"),
@@ -134,7 +134,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="HelpSteer2-Preference",
-        of="nvidia/HelpSteer2, folder preference (CC BY 4.0)",
+        of="the folder preference of NVIDIA's HelpSteer2 (CC BY 4.0)",
         columns=("prompt", "response_1", "response_2", "preference_strength"),
         prompt=extra_id,
         answers=("response_1", "response_2"),
@@ -153,7 +153,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="SHP",
-        of="stanfordnlp/SHP (of Reddit, on its terms)",
+        of="stanfordnlp/SHP (of Reddit, on its terms for data)",
         columns=("history", "human_ref_A", "human_ref_B", "score_A", "score_B"),
         prompt="history",
         answers=("human_ref_A", "human_ref_B"),
@@ -162,7 +162,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="arena",
-        of="lmsys/chatbot_arena_conversations (answers CC BY-NC 4.0), lmarena-ai/arena-human-preference-100k and -140k",
+        of="lmsys/chatbot_arena_conversations (answers CC BY-NC 4.0), lmarena-ai/arena-human-preference-100k, -140k",
         columns=("conversation_a", "conversation_b", "winner"),
         prompt=None,
         answers=arena,
@@ -197,6 +197,16 @@ FORMS: tuple[Form, ...] = (
         scores={"margin": Margin(), "preference": FIRST_IS_BETTER},
     ),
     Form(
+        name="ms-swift, query",
+        of="files for older ms-swift",
+        columns=("query", "response", "rejected_response"),
+        prompt=AfterHistory("query"),
+        answers=("response", "rejected_response"),
+        scores={"margin": Margin(), "preference": FIRST_IS_BETTER},
+        also=("input", "history"),
+        chat=True,
+    ),
+    Form(
         name="LLaMA-Factory, sharegpt",
         of="files for LLaMA-Factory",
         columns=("conversations", "chosen", "rejected"),
@@ -208,7 +218,7 @@ FORMS: tuple[Form, ...] = (
         name="LLaMA-Factory, alpaca",
         of="files for LLaMA-Factory",
         columns=("instruction", "chosen", "rejected"),
-        prompt=alpaca,
+        prompt=AfterHistory("instruction"),
         answers=("chosen", "rejected"),
         scores=PAIR_SCORES,
         also=("input", "history"),
@@ -218,7 +228,7 @@ FORMS: tuple[Form, ...] = (
         name="LLaMA-Factory, ranked",
         of="files for older LLaMA-Factory",
         columns=("instruction", "output"),
-        prompt=alpaca,
+        prompt=AfterHistory("instruction"),
         answers=("output[]",),
         scores={"order": InOrder()},
         also=("input", "history"),
@@ -235,7 +245,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="pairs",
-        of="TRL, OpenRLHF, argilla: Anthropic/hh-rlhf, HuggingFaceH4/ultrafeedback_binarized (MIT), argilla/dpo-mix-7k (MIT)",
+        of="Anthropic/hh-rlhf, HuggingFaceH4/ultrafeedback_binarized, argilla/dpo-mix-7k (MIT); files for TRL and OpenRLHF",
         columns=("chosen", "rejected"),
         prompt="prompt",
         answers=("chosen", "rejected"),
@@ -244,7 +254,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="unpaired",
-        of="TRL: trl-lib/kto-mix-14k",
+        of="trl-lib/kto-mix-14k (of argilla's dpo-mix, MIT); files for KTO",
         columns=("prompt", "completion", "label"),
         prompt="prompt",
         answers=("completion",),

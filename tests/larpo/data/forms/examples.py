@@ -230,6 +230,12 @@ EXAMPLES: dict[str, Example] = {
         [[assistant(PENGUIN)], [assistant(EAGLE)]],
         [1.0, 0.0],
     ),
+    "ms-swift, query": Example(
+        [{"system": "Be brief.", "history": [], "query": ASK, "response": PENGUIN, "rejected_response": EAGLE}],
+        [SYSTEM, *TURN],
+        [PENGUIN, EAGLE],
+        [1.0, 0.0],
+    ),
     "LLaMA-Factory, sharegpt": Example(
         [
             {

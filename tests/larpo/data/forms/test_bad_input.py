@@ -10,7 +10,7 @@ datasets = pytest.importorskip("datasets")
 
 from larpo.data.forms import FORMS
 from larpo.data.forms.scores import Numbers, chosen_scores
-from larpo.data.loading import as_lists, load_lists
+from larpo.data.loading import as_lists, load_lists, read_lists
 from larpo.data.reader import Reader
 from larpo.data.reading import Reading
 from tests.larpo.data.forms.examples import ASK, EAGLE, EXAMPLES, KIWI, PENGUIN
@@ -193,3 +193,40 @@ def test_half_an_emoji_is_named(tmp_path):
     file.write_text('{"prompt": "a", "chosen": "b", "rejected": "Oh \\ud83d"}')
     with pytest.raises(ValueError, match=r"line 1: field 'rejected' holds 'Oh \\ud83d'; expected whole characters"):
         load_lists(file)
+
+
+# --- a Dataset is read in batches, whose columns and types need not be those of the first
+
+
+def test_batches_of_which_nothing_is_left_are_no_lists():
+    good, bad = ({"prompt": "a", "responses": ["b", "c"], "rewards": [score, 0.0]} for score in (1.0, None))
+    dataset = datasets.Dataset.from_list([bad] * 1500 + [good] * 600 + [bad] * 2000 + [good])
+    read = read_lists(dataset, Reading(bad_rows="drop"))
+    assert read.lists.to_list() == as_lists([good] * 601).to_list()
+    assert read.left_out.rows.total() == 3500 and next(iter(read.left_out.first.values())) == "dataset, row 0"
+
+
+def test_columns_may_have_other_types_in_later_batches():
+    row = {"instruction": "a", "generations": ["b", "c"], "ratings": [1, 2], "model_names": None}
+    rows = [row] * 1001 + [row | {"model_names": ["m", "n"]}]
+    for data in (rows, datasets.Dataset.from_list(rows)):
+        lists = as_lists(data)
+        assert (lists[0]["source"], lists[1001]["source"]) == (None, ["m", "n"])
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    turn, answer = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+    row = {"conversations": [turn], "chosen": answer, "rejected": answer | {"value": "c"}}
+    later = row | {"conversations": [turn, call, turn]}
+    prompts = as_lists(datasets.Dataset.from_list([row] * 1001 + [later]))["prompt"]
+    assert json.loads(prompts[1001][1]["tool_calls"])[0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_a_tokenizer_without_chat_template_is_told_of_text():
+    from larpo.data.tokenization import tokenize_lists
+    from tests.helpers.tokenizer_families import tiny_tokenizer
+
+    tokenizer = copy.deepcopy(tiny_tokenizer("byte-level"))
+    tokenizer.chat_template = None
+    rows = EXAMPLES["UltraFeedback"].rows
+    with pytest.raises(ValueError, match=r"row 0: messages need a chat template, .* \(as_messages=False"):
+        tokenize_lists(as_lists(rows), tokenizer)
+    assert len(tokenize_lists(as_lists(rows, as_messages=False), tokenizer)[0][0]["completion_ids"]) == 3

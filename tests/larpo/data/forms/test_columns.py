@@ -155,7 +155,7 @@ def test_a_mapping_that_reads_nothing_says_why(change, said):
         ),
         ({"columns": "[1]"}, "columns must be a dict or JSON text of one"),
         ({"columns": WHERE, "score": "votes"}, "columns say where the scores are, so form and score must be left out"),
-        ({"form": "nectar"}, "form: none is called 'nectar'; the nearest is 'Nectar'"),
+        ({"form": "nectar"}, "form: none is called 'nectar'; did you mean 'Nectar'"),
         ({"form": "Nectar"}, r"form Nectar \{prompt, answers\} needs columns \['prompt'\], which are not among"),
         ({"columns": WHERE, "bad_rows": "skip"}, "bad_rows must be 'raise' or 'drop', got 'skip'"),
         ({"columns": WHERE, "as_messages": "yes"}, "as_messages must be None, True or False, got 'yes'"),
