@@ -34,7 +34,7 @@ COLUMNS = (("tools", list | tuple, "a list of JSON schemas"), ("chat_template_kw
 
 def _object(row: Mapping[str, Any], name: str, kind: Any, what: str) -> Any:
     """A column that may be JSON text; objects of Python lose the keys that are None, of which Arrow puts some in."""
-    value = row.get(name)
+    value = row.get(name) or None  # LLaMA-Factory's files have "" where there are no tools
     read = value
     if isinstance(value, str):
         try:

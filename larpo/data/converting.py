@@ -32,7 +32,10 @@ class Read(NamedTuple):
         return self.reader.left_out
 
     def said(self) -> Dataset:
-        """The lists, with a warning of what was left out."""
+        """The lists; logs what they were read as (INFO, where that is not what they are), and warns of what was left out."""
+        if not self.form.native:
+            by = self.reader.scores or "no scores"
+            logger.info("read as %s data, scored by %s: %s lists", self.form.name, by, f"{len(self.lists):,}")
         if self.left_out:
             logger.warning("%s", self.left_out)
         return self.lists

@@ -108,6 +108,14 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="scored responses",
+        of="reward models over samples",
+        columns=("prompt", "responses", "scores"),
+        prompt="prompt",
+        answers=("responses[]",),
+        scores={"scores": Numbers(("scores[]",))},
+    ),
+    Form(
+        name="RRHF",
         of="files for RRHF",
         columns=("query", "responses", "scores"),
         prompt="query",

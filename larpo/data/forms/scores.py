@@ -218,6 +218,9 @@ class Weighted:
         weights = [weight for weight, _ in self.terms]
         return [None if None in one else sum(w * s for w, s in zip(weights, one, strict=True)) for one in read]
 
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} × {scores}" for weight, scores in self.terms)
+
 
 def chosen_scores(
     scores: Mapping[str, Scores], wanted: str | Mapping[str, float] | None, columns: Sequence[str], form: str

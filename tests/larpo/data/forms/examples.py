@@ -118,8 +118,9 @@ EXAMPLES: dict[str, Example] = {
         [{"prompt": ASK, "responses": [PENGUIN, EAGLE], "rewards": [0.5, -1.0]}], ASK, [PENGUIN, EAGLE], [0.5, -1.0]
     ),
     "scored responses": Example(
-        [{"query": ASK, "responses": [PENGUIN, EAGLE], "scores": [0.5, -1.0]}], ASK, [PENGUIN, EAGLE], [0.5, -1.0]
+        [{"prompt": ASK, "responses": [PENGUIN, EAGLE], "scores": [0.5, -1.0]}], ASK, [PENGUIN, EAGLE], [0.5, -1.0]
     ),
+    "RRHF": Example([{"query": ASK, "responses": [PENGUIN, EAGLE], "scores": [0.5, -1.0]}], ASK, [PENGUIN, EAGLE], [0.5, -1.0]),
     "HelpSteer2": Example(
         [
             {

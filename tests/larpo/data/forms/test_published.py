@@ -176,6 +176,13 @@ def test_a_rejected_answer_takes_the_place_of_the_last_one():
         as_lists([{"messages": dialogue, "rejected_response": EAGLE}])
 
 
+def test_tools_may_be_empty_text():
+    from larpo.data.chat_template import template_keywords
+
+    (found,) = as_lists(example("LLaMA-Factory, sharegpt", tools=""))
+    assert template_keywords(found) == {}
+
+
 def test_calls_and_results_of_functions_are_read_from_sharegpt():
     call = {"name": "birds", "arguments": {"fly": False}}
     (row,) = example("LLaMA-Factory, sharegpt", system="Be brief.", tools=json.dumps([{"name": "birds"}]))
@@ -220,6 +227,14 @@ def test_unpaired_answers_are_good_or_bad():
     for label in (2, "yes", None, 0.5):
         with pytest.raises(ValueError, match=r"row 0: field 'label' holds .*; expected True or False"):
             as_lists(example("unpaired", label=label))
+
+
+def test_what_data_was_read_as_is_logged(caplog):
+    with caplog.at_level("INFO", logger="larpo.data"):
+        lists = as_lists(example("UltraFeedback"), score={"honesty": 1, "helpfulness": 0.5})
+        as_lists(lists)  # which are lists, and read as such
+    weights = "1 × `completions[].annotations.honesty.Rating` + 0.5 × `completions[].annotations.helpfulness.Rating`"
+    assert caplog.messages == [f"read as UltraFeedback data, scored by {weights}: 1 lists"]
 
 
 # --- text and messages
@@ -276,3 +291,19 @@ def test_a_question_in_another_column_is_no_empty_prompt():
     assert as_lists([pair | {"id": "x7"}])[0]["prompt"] == ""
     hh = {side: f"\n\nHuman: {ASK}\n\nAssistant: {pair[side]}" for side in pair}
     assert as_lists([hh | {"query": ASK}])[0]["prompt"] == f"\n\nHuman: {ASK}\n\nAssistant:"
+
+
+def test_the_lists_of_every_form_are_tokenised_with_their_answers_counted():
+    from larpo.data.tokenization import tokenize_lists
+    from tests.helpers.tokenizer_families import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer("byte-level")
+    for name, (rows, prompt, completions, scores, _) in EXAMPLES.items():
+        tokens, report = tokenize_lists(as_lists(rows), tokenizer)
+        (row,) = tokens.to_list()
+        assert row["scores"] == scores and report.lists == 1, name
+        asked = tokenizer.decode(row["prompt_ids"])
+        assert ASK in asked and ("<|user|>" in asked) == (not isinstance(prompt, str)), name
+        for answer, ids in zip(completions, row["completion_ids"], strict=True):
+            said = answer if isinstance(answer, str) else answer[0]["content"]
+            assert tokenizer.decode(ids).startswith(said), name
