@@ -86,6 +86,10 @@ class LarPOConfig(TrainingArguments):
     )
     schedule: str = _arg("auto", "How hidden states x head is walked: auto, frozen_head, list_hold or recompute.")
     memory_budget: int | None = _arg(None, "Bytes the head may use beyond gradients (None: half of what is free).")
+    tail_threshold: float | None = _arg(
+        None,
+        "Gradients of the vocabulary rows that some token gives more, such as 2**-12 = 0.000244 (None: of all rows, exact).",
+    )
     kernel_backend: str | None = _arg(None, "torch or triton (None: the best one on the device).")
     pad_to_multiple_of: int | None = _arg(None, "Round padded lengths up to a multiple of this.")
     ndcg_k: int | None = _arg(None, "Cut-off of the logged ndcg (None: the whole list).")
@@ -124,6 +128,8 @@ class LarPOConfig(TrainingArguments):
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         self.logging_nan_inf_filter = False  # it would wait for each loss once more, and log another number in its place
+        if self.tail_threshold is not None:
+            validation.probability("tail_threshold", self.tail_threshold)
         _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
         refuse_settings(self)
         if self.sync_ref_model and (self.reference_free or self.precompute_ref_log_probs):

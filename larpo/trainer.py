@@ -211,7 +211,13 @@ class LarPOTrainer(Trainer):
 
     @staticmethod
     def _policy(model: nn.Module, args: LarPOConfig) -> Policy:
-        return Policy(model, schedule=args.schedule, memory_budget=args.memory_budget, backend=args.kernel_backend)
+        return Policy(
+            model,
+            schedule=args.schedule,
+            memory_budget=args.memory_budget,
+            tail_threshold=args.tail_threshold,
+            backend=args.kernel_backend,
+        )
 
     def _attach(self) -> None:
         """The model and its reference accept rows, also after `train`."""

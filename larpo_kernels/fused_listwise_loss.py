@@ -98,6 +98,7 @@ def fused_linear_listwise_loss(
     bias: Tensor | None = None,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
     cu_seqlens: Tensor | None = None,
     objective: str | Objective = "contrastive",
     ref_logps: Tensor | None = None,
@@ -118,7 +119,8 @@ def fused_linear_listwise_loss(
     Args:
         hidden: [S, T, H] padded, or [N, H] packed with cu_seqlens; what the head is applied to.
         weight: [V, H], the head as `torch.nn.Linear` stores it. bias: [V] or None.
-        schedule, memory_budget: how much is kept for the backward; see `linear_token_logps` and `plan`.
+        schedule, memory_budget, tail_threshold: what is kept for the backward, and whether gradients are those of all rows of
+            the head; see `linear_token_logps` and `plan`.
         others: as in `fused_listwise_loss`.
 
     Returns:
@@ -134,8 +136,9 @@ def fused_linear_listwise_loss(
     (100, 16)
     """
     head = LinearTokens(
-        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend
-    )
+        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index, logit_scale, softcap,
+        backend,
+    )  # fmt: skip
     lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
     mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
     out = ops.run(*head.step(return_stats), *lists.step(mean_over, head.backend))

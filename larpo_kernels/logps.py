@@ -116,6 +116,7 @@ def linear_token_logps(
     bias: Tensor | None = None,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -137,14 +138,19 @@ def linear_token_logps(
         schedule: "auto", "score_only", "frozen_head", "list_hold" or "recompute"; `plan` tells what auto picks and why.
             It looks at free memory: where an op runs a second time (torch.utils.checkpoint), name a schedule or a budget.
         memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
+        tail_threshold: a probability, such as 2**-12: gradients come from the rows of the vocabulary that some token of a
+            block gives more, and the rest merged, which costs a fraction of the GEMMs and of what is held where the model
+            is sure of itself (docs/numerics.md has the errors). The log-probs stay exact; None: the gradients too. Where a
+            block has too little of a tail, under torch.compile and while a CUDA graph is captured all is exact. On a GPU
+            the host waits for the device once a block.
         others: as in `token_logps`.
 
     Returns:
         As `token_logps`. Gradients come in the dtype of what they belong to, summed up in float32.
     """
     head = LinearTokens(
-        hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
-        candidates=False,
+        hidden, weight, labels, bias, None, schedule, memory_budget, tail_threshold, ignore_index, logit_scale, softcap,
+        backend, candidates=False,
     )  # fmt: skip
     out = ops.run(*head.step(return_stats))
     return TokenLogps(*out) if return_stats else out[0]
@@ -158,6 +164,7 @@ def linear_sequence_logps(
     bias: Tensor | None = None,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
     cu_seqlens: Tensor | None = None,
     length_normalized: bool = False,
     ignore_index: int = -100,
@@ -176,7 +183,8 @@ def linear_sequence_logps(
     tensor([-6.9078, -2.3026])
     """
     head = LinearTokens(
-        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
+        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index, logit_scale, softcap,
+        backend,
     )  # fmt: skip
     mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
     return ops.run(*head.step(), *ops.candidate_step(mean_over, head.tokens.cu_tokens, head.backend))[0]
@@ -190,6 +198,7 @@ def plan(
     bias: Tensor | None = None,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
     ignore_index: int = -100,
 ) -> schedules.Plan:
     """The schedule that the linear ops would take for these tensors, why, and what it costs in GEMMs and bytes.
@@ -199,8 +208,9 @@ def plan(
     frozen_head: 2 GEMMs, ... MiB extra (only hidden requires grad)
     """
     return LinearTokens(
-        hidden, weight, labels, bias, None, schedule, memory_budget, ignore_index, 1.0, None, None, candidates=False
-    ).plan
+        hidden, weight, labels, bias, None, schedule, memory_budget, tail_threshold, ignore_index, 1.0, None, None,
+        candidates=False,
+    ).plan  # fmt: skip
 
 
 class LinearTokens:
@@ -210,8 +220,8 @@ class LinearTokens:
     """
 
     def __init__(
-        self, hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap, backend,
-        candidates=True, shard=None,
+        self, hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index, logit_scale,
+        softcap, backend, candidates=True, shard=None,
     ):  # fmt: skip
         validation.check_head(hidden, weight, bias)
         self.tokens = validation.tokens(
@@ -220,6 +230,8 @@ class LinearTokens:
             need_candidates=candidates,
         )  # fmt: skip
         validation.check_options(logit_scale=logit_scale, softcap=softcap)
+        if tail_threshold is not None:
+            validation.probability("tail_threshold", tail_threshold)
         self.weight, self.bias, self.shard, self.ignore_index = weight, bias, shard, ignore_index
         self.labels, self.keep = self.tokens.labels, self.tokens.keep
         compute = schedules.dtype_of_tiles(hidden, weight, sharded=shard is not None)
@@ -231,7 +243,9 @@ class LinearTokens:
             self.labels = shard.local_labels(self.labels, ignore_index)
             self.options |= dict(ignore_index=IGNORED, group=shard.name)
         num_tokens = self.labels.numel() if self.keep is None else self.keep.shape[0]
-        self.plan = schedules.plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, sharded=shard is not None)
+        self.plan = schedules.plan_for(
+            hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold, sharded=shard is not None
+        )
 
     def step(self, stats: bool = False) -> ops.Step:
         """logps, entropy, top1 of the labels' shape."""

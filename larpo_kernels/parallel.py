@@ -59,6 +59,7 @@ def linear_token_logps(
     bias: Tensor | None = None,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -77,8 +78,8 @@ def linear_token_logps(
         As there, the same on every rank. d hidden is summed over the ranks in float32 (frozen_head does so in the
         forward); d weight and d bias are this rank's.
     """
-    head = _head(hidden, weight, labels, shard, bias, None, schedule, memory_budget, ignore_index, logit_scale, softcap,
-                 backend, candidates=False)  # fmt: skip
+    head = _head(hidden, weight, labels, shard, bias, None, schedule, memory_budget, tail_threshold, ignore_index,
+                 logit_scale, softcap, backend, candidates=False)  # fmt: skip
     return head.sharded_logps()
 
 
@@ -91,6 +92,7 @@ def linear_sequence_logps(
     bias: Tensor | None = None,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
     cu_seqlens: Tensor | None = None,
     length_normalized: bool = False,
     ignore_index: int = -100,
@@ -102,8 +104,8 @@ def linear_sequence_logps(
 
     Arguments as in `linear_token_logps` here and as there.
     """
-    head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap,
-                 backend)  # fmt: skip
+    head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index,
+                 logit_scale, softcap, backend)  # fmt: skip
     return _candidates(head.sharded_logps(), head.tokens, ignore_index, length_normalized, head.backend)
 
 
@@ -118,6 +120,7 @@ def fused_linear_listwise_loss(
     bias: Tensor | None = None,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
     cu_seqlens: Tensor | None = None,
     objective: str | Objective = "contrastive",
     ref_logps: Tensor | None = None,
@@ -134,8 +137,8 @@ def fused_linear_listwise_loss(
     Arguments as in `linear_token_logps` here and as there; relevance and ref_logps are replicated. The output is the
     same on every rank.
     """
-    head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, ignore_index, logit_scale, softcap,
-                 backend)  # fmt: skip
+    head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index,
+                 logit_scale, softcap, backend)  # fmt: skip
     lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
     return _loss(lists, head.sharded_logps(), head.tokens, ignore_index, length_normalized, head.backend)
 

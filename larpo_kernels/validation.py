@@ -334,6 +334,13 @@ def _number(name: str, x: Any) -> None:
         raise ValueError(f"{name} must be finite, got {x}")
 
 
+def probability(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be None or a probability, a float, got {type(x).__name__}")
+    if not 0 < x < 1:
+        raise ValueError(f"{name} must be None or a probability between 0 and 1, got {x}")
+
+
 def positive(name: str, x: Any) -> None:
     _number(name, x)
     if x <= 0:

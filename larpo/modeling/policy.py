@@ -28,13 +28,19 @@ class Policy:
 
     Args:
         model: a causal LM of transformers, or one with a PEFT adapter.
-        schedule, memory_budget, backend: of the fused head, as in `larpo_kernels.linear_sequence_logps`.
+        schedule, memory_budget, tail_threshold, backend: of the fused head, as in `larpo_kernels.linear_sequence_logps`.
     """
 
     def __init__(
-        self, model: nn.Module, *, schedule: str = "auto", memory_budget: int | None = None, backend: str | None = None
+        self,
+        model: nn.Module,
+        *,
+        schedule: str = "auto",
+        memory_budget: int | None = None,
+        tail_threshold: float | None = None,
+        backend: str | None = None,
     ):
-        self.options = dict(schedule=schedule, memory_budget=memory_budget, backend=backend)
+        self.options = dict(schedule=schedule, memory_budget=memory_budget, tail_threshold=tail_threshold, backend=backend)
         self.calls: dict[tuple[str, lm_heads.AdapterState], row_checks.Call] = {}  # known after a first batch
         self.wrapped: dict[str, Any] = {}  # while detached: what accelerate had made of the forward
         refuse(model)

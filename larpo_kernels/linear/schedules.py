@@ -29,10 +29,17 @@ class Plan:
     gemms: float  # GEMMs of tokens x hidden x vocabulary, forward and backward together
     extra_bytes: int  # memory beyond the inputs, their gradients and one number per token
     held_rows: int = 0  # vocabulary rows whose E is held for the backward
+    tail_threshold: float | None = None  # gradients of the rows that some token gives more; the figures above are then bounds
 
     def __str__(self) -> str:
         held = f", E of {self.held_rows} vocabulary rows held" if self.held_rows else ""
-        return f"{self.schedule}: {self.gemms:.2g} GEMMs, {self.extra_bytes / 2**20:.1f} MiB extra{held} ({self.reason})"
+        text = f"{self.schedule}: {self.gemms:.2g} GEMMs, {self.extra_bytes / 2**20:.1f} MiB extra{held} ({self.reason})"
+        if self.tail_threshold is None:
+            return text
+        return (
+            f"{text}; all but the first GEMM, and what is held, only of the rows that some token of a block gives "
+            f"more than {self.tail_threshold:.2g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def make_plan(
     device: torch.device,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    tail_threshold: float | None = None,
 ) -> Plan:
     """Picks a schedule by what needs a gradient, sizes and budget; checks one that the caller picked.
 
@@ -70,10 +78,18 @@ def make_plan(
         isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0
     ):
         raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
-    tokens, rows = tile_shape(num_tokens, hidden_size, vocab_size, dtype, device)
+    if vocab_size * hidden_size < TAIL_HEAD:
+        tail_threshold = None
+    shape = tile_shape if tail_threshold is None else tail_tile_shape
+    tokens, rows = shape(num_tokens, hidden_size, vocab_size, dtype, device)
     tile = working_bytes(num_tokens, hidden_size, vocab_size, (tokens, rows), needs, given, dtype)
     held = vocab_size * num_tokens * stored.itemsize
-    whole = tile + held - (tokens * rows * dtype.itemsize if stored == dtype else 0)  # tiles are formed where they stay
+    whole = tile + held
+    if tail_threshold is not None:
+        extra = tail_bytes(num_tokens, hidden_size, (tokens, rows), given, dtype)
+        tile, whole = tile + extra, whole + extra
+    elif stored == dtype:
+        whole -= tokens * rows * dtype.itemsize  # tiles are formed where they stay
     wanted = sum((needs.hidden, needs.weight))
 
     if schedule == "score_only" and (needs.hidden or needs.parameters):
@@ -83,21 +99,23 @@ def make_plan(
     if not (needs.hidden or needs.parameters):
         return Plan("score_only", "nothing requires grad", 1, tile)
     if schedule == "list_hold":
-        return Plan("list_hold", "asked for", 1 + wanted, whole, vocab_size)
+        return Plan("list_hold", "asked for", 1 + wanted, whole, vocab_size, tail_threshold)
     if schedule == "recompute":
-        return Plan("recompute", "asked for", 2 + wanted, tile)
+        return Plan("recompute", "asked for", 2 + wanted, tile, 0, tail_threshold)
     if not needs.parameters:
-        return Plan("frozen_head", "only hidden requires grad", 2, tile + 4 * num_tokens * hidden_size)
+        once = tile + 4 * num_tokens * hidden_size
+        return Plan("frozen_head", "only hidden requires grad", 2, once, 0, tail_threshold)
     budget, source = (
         (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
     )
     source = f"{source} = {budget / 2**20:.0f} MiB"
     if budget >= whole:
-        return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size)
+        return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size, tail_threshold)
     part = max(budget - tile, 0) // max(num_tokens * stored.itemsize, 1) // rows * rows
     share = part / vocab_size
     reason = f"E would take {held / 2**20:.0f} MiB, {source}"
-    return Plan("recompute", reason, 2 + wanted - share, tile + part * num_tokens * stored.itemsize, part)
+    extra = tile + part * num_tokens * stored.itemsize
+    return Plan("recompute", reason, 2 + wanted - share, extra, part, tail_threshold)
 
 
 PACKED_BYTES = 1 << 20  # oneDNN packs an operand of a bf16 product for AMX: 0.2 to 0.9 MB were seen, below the tile's own size
@@ -129,7 +147,8 @@ def working_bytes(
     if needs.weight:
         backward += dtype.itemsize * block  # hidden states times what each token weighs
         if tokens < num_tokens:
-            backward += sums.itemsize * vocab_size * hidden_size  # d weight is summed over blocks of tokens
+            if weight != sums:
+                backward += sums.itemsize * vocab_size * hidden_size  # d weight is summed over blocks of tokens
             product = max(product, dtype.itemsize * slab * (sums != dtype))
         else:
             product = max(product, dtype.itemsize * slab * (weight != dtype))
@@ -137,7 +156,17 @@ def working_bytes(
     return both + backward + product
 
 
-def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, *, sharded: bool = False) -> Plan:
+def tail_bytes(
+    num_tokens: int, hidden_size: int, tile: tuple[int, int], given: tuple[torch.dtype, torch.dtype], dtype: torch.dtype
+) -> int:
+    """What a tail takes beside `working_bytes`: the rows of a tile that are gathered, their d weight, the rest of a block."""
+    tokens, rows = tile
+    sums, slab = torch.promote_types(dtype, torch.float32), rows * hidden_size
+    gathered = dtype.itemsize * (tokens * rows + slab) + given[1].itemsize * slab
+    return gathered + sums.itemsize * (slab + num_tokens + -(-num_tokens // max(tokens, 1)) * hidden_size)
+
+
+def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold=None, *, sharded: bool = False) -> Plan:
     """`make_plan` for the tensors of a call, num_tokens of which count. sharded: weight is this rank's part of one."""
     enabled = torch.is_grad_enabled()
     wants = lambda x: enabled and x is not None and x.requires_grad  # noqa: E731
@@ -145,10 +174,12 @@ def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, *, shard
     if torch.compiler.is_compiling() and schedule == "auto":
         # free memory and the number of tokens belong to a run, not to a compiled graph
         schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
+    if torch.compiler.is_compiling() or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
+        tail_threshold = None  # how many rows count is known to the device alone
     compute = dtype_of_tiles(hidden, weight, sharded)
     return make_plan(
         walked_tokens(num_tokens), hidden.shape[-1], weight.shape[0], needs, (hidden.dtype, weight.dtype), compute,
-        stored_dtype(compute, hidden.dtype), hidden.device, schedule, memory_budget,
+        stored_dtype(compute, hidden.dtype), hidden.device, schedule, memory_budget, tail_threshold,
     )  # fmt: skip
 
 
@@ -231,6 +262,24 @@ def walked_tokens(num_tokens: int) -> int:
 def seen_step(vocab_size: int) -> int:
     """Every so many rows of the vocabulary are looked at for a centre: 1 in 128, below a hundredth of a GEMM; 256 at least."""
     return max(1, min(128, vocab_size // 256))
+
+
+TAIL_HEAD = 1 << 22  # elements of a weight below which looking for its tail takes as long as it saves
+TAIL_CPU_TOKENS, TAIL_GPU_TOKENS = 512, 1024  # of a block with a tail; a GPU takes as many as whole vocabularies in a tile
+
+
+def tail_tile_shape(
+    num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Tokens and vocabulary rows of a tile where a tail is told apart (tail.py).
+
+    Fewer tokens need fewer rows of the vocabulary, but d weight is added up over blocks of them.
+    """
+    most = TAIL_CPU_TOKENS
+    if device.type == "cuda":
+        most = max(TAIL_GPU_TOKENS, GPU_TILE_BYTES // (vocab_size * dtype.itemsize))
+    even = walked_tokens(-(-num_tokens // max(1, -(-num_tokens // most))))
+    return tile_shape(min(even, num_tokens), hidden_size, vocab_size, dtype, device)
 
 
 def tile_shape(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

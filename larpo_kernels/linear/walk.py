@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .kept import WholeBlock, whole_parts
 from .schedules import tile_shape
+from .tail import Tail, TailBlock
 from .vocab_shard import add_up
 
 
@@ -42,8 +44,10 @@ class Head:
     dtype: torch.dtype  # of the GEMM operands and tiles
     group: str = ""  # whose ranks own a part of the vocabulary each (vocab_shard.py); labels are local then
 
-    def rows(self, a: int, b: int) -> Tensor:
-        return self.weight[a:b].to(self.dtype)
+    def rows(self, a: int, b: int, some: Tensor | None = None) -> Tensor:
+        """The weight of vocabulary rows a:b, or of some of them, in the dtype of tiles."""
+        rows = self.weight[a:b]
+        return (rows if some is None else rows.index_select(0, some)).to(self.dtype)
 
     @property
     def sums(self) -> torch.dtype:
@@ -97,6 +101,7 @@ def forward(
     one_pass: bool,
     stats: bool,
     backend: str,
+    tail: Tail | None = None,  # keeps what the backward reads instead of held rows
 ) -> Kept:
     """hidden [n, H] and labels [n] of the tokens that count."""
     (n, h), v = hidden.shape, head.weight.shape[0]
@@ -111,38 +116,39 @@ def forward(
         unit_grad=hidden.new_zeros((n, h) if one_pass else (0, h), dtype=head.sums),
         held=hidden.new_empty((held_rows, n), dtype=held_dtype),
     )
-    tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
-    held_in_place = held_rows == v and held_dtype == head.dtype
-    scratch = hidden.new_empty(0 if held_in_place else rows * tokens, dtype=head.dtype)
+    tokens, rows = tail.tile if tail else tile_shape(n, h, v, head.dtype, hidden.device)
+    in_place = tail is not None or (held_rows == v and held_dtype == head.dtype)
+    scratch = hidden.new_empty(0 if in_place else rows * tokens, dtype=head.dtype)
     for t0, t1 in _blocks(n, tokens):
         tiles = backends.get(backend).Tiles(head, hidden[t0:t1].to(head.dtype), labels[t0:t1], stats=stats)
-        held = _of_block(kept.held, t0, t1)
+        block = TailBlock(tail, tiles, t0) if tail else WholeBlock(tiles, _of_block(kept.held, t0, t1), scratch)
         acc = kept.unit_grad[t0:t1] if one_pass else None
         for a, b in _blocks(v, rows):
-            keep = b <= held_rows
-            e = held[a:b] if keep and held_dtype == head.dtype else scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
-            weight = head.rows(a, b)
-            raised = tiles.form(a, weight, e, for_grad=one_pass or keep)
+            e, weight = block.room(a, b), head.rows(a, b)
+            raised = tiles.form(a, weight, e, for_grad=one_pass or block.holds(b))
             if raised is not None:
-                raised.rescale(held[:a].t())
-            if acc is not None:
-                if raised is not None:
+                block.rescale(raised, a)
+                if acc is not None:
                     raised.rescale(acc)
-                tiles.add_product(acc, e.t(), weight)
-            if keep and e.dtype != held_dtype:
-                held[a:b] = e
+            part = block.keep(a, e, weight)
+            if acc is not None:
+                tiles.add_product(acc, part.e.t(), weight if part.rows is None else weight.index_select(0, part.rows))
         raised = tiles.merge_ranks() if head.group else None
         if raised is not None:
-            raised.rescale(held.t())
+            block.rescale(raised, v)
             if acc is not None:
                 raised.rescale(acc)
         ends = tiles.finish()
         for name, x in ends.items():
             getattr(kept, name)[t0:t1] = x
-        tiles.put_target(held, 0, tiles.at_target(ends["logps"], ends["total"]))
+        merged = block.finish(tiles.at_target(ends["logps"], ends["total"]))
         if acc is not None:
+            if merged is not None:
+                merged.add_rest(acc)
             tiles.unit_grad(acc, ends["logps"], ends["total"])
             add_up(acc, head.group)
+    if tail is not None:
+        tail.scratch = None
     return kept
 
 
@@ -158,6 +164,7 @@ def backward(
     d_weight: Tensor | None,  # [V, H], written
     d_bias: Tensor | None,  # [V], written
     backend: str,
+    tail: Tail | None = None,  # as the forward filled it
 ) -> None:
     """The gradients that are wanted, from E held or formed again."""
     (n, h), v = hidden.shape, head.weight.shape[0]
@@ -166,14 +173,20 @@ def backward(
             if x is not None:
                 x.zero_()
         return
-    tokens, rows = tile_shape(n, h, v, head.dtype, hidden.device)
-    entries = kept.held.dtype if kept.held.shape[0] else head.dtype  # the dtype of E
+    tokens, rows = tail.tile if tail else tile_shape(n, h, v, head.dtype, hidden.device)
+    entries = tail.stored if tail else kept.held.dtype if kept.held.shape[0] else head.dtype  # the dtype of E
     in_place = entries == head.dtype
     scratch = hidden.new_empty(0 if in_place and kept.held.shape[0] == v else rows * tokens, dtype=head.dtype)
     once = n <= tokens  # then a slice of d weight is one GEMM, and nothing is added up
-    sum_weight = None if d_weight is None else d_weight if once else d_weight.new_empty(d_weight.shape, dtype=head.sums)
+    direct = d_weight is None or once or d_weight.dtype == head.sums
+    sum_weight = d_weight if direct else d_weight.new_empty(d_weight.shape, dtype=head.sums)
     sum_bias = None if d_bias is None else d_bias.new_zeros(v, dtype=head.sums)
-    for t0, t1 in _blocks(n, tokens):
+    factors = torch.where(kept.logps == -torch.inf, 0, -head.scale * grad.to(head.sums) / kept.total)
+    if tail is not None:  # rows of which no part is left count 0, or NaN where a token has no gradient
+        for x in (sum_weight, sum_bias):
+            if x is not None:
+                x.copy_((0 * factors).sum())
+    for i, (t0, t1) in enumerate(_blocks(n, tokens)):
         at, held = slice(t0, t1), _of_block(kept.held, t0, t1)
         logps, total = kept.logps[at], kept.total[at]
         tiles = backends.get(backend).Tiles(
@@ -181,34 +194,48 @@ def backward(
         )
         at_target = tiles.at_target(logps, total)
         rounded = at_target.to(entries).to(head.sums)
-        r = torch.where(logps == -torch.inf, 0, -head.scale * grad[at].to(head.sums) / total)[:, None]
+        r = factors[at, None]
         # The target is the largest entry of its column. What rounding does to it is made good: for the parameters by a
         # factor, which is exact where it matters most; for d hidden by a term, so that a column still sums to 0.
         rp = r * torch.where(rounded == 0, 1, at_target / rounded)[:, None]
         rh = (tiles.hidden.to(head.sums) * rp).to(head.dtype) if d_weight is not None else None
         acc = tiles.hidden.new_zeros(tiles.hidden.shape, dtype=head.sums) if d_hidden is not None else None
-        for a, b in _blocks(v, rows):
-            weight = head.rows(a, b)
-            was_held = b <= held.shape[0]
-            e = held[a:b] if was_held and in_place else scratch[: (b - a) * (t1 - t0)].view(b - a, t1 - t0)
-            if not was_held:
-                tiles.form_again(a, weight, e, rounded)
+        for part in tail.blocks[i].parts if tail else whole_parts(held, v, rows):
+            a, b = part.start, part.stop
+            weight = head.rows(a, b, part.rows)
+            e = part.e if part.e is not None and in_place else scratch[: len(weight) * (t1 - t0)].view(-1, t1 - t0)
+            if part.e is None:
+                again, start = part.within(tiles)
+                again.form_again(start, weight, e, rounded)
             elif not in_place:
-                e.copy_(held[a:b])
+                e.copy_(part.e)
             if acc is not None:
                 tiles.add_product(acc, e.t(), weight)
             if sum_weight is not None:
-                _product(tiles, sum_weight[a:b], e, rh, add=t0 > 0)
+                _add_rows(tiles, sum_weight[a:b], part.rows, e, rh, add=t0 > 0)
             if sum_bias is not None:
-                sum_bias[a:b] += _row_sums(e, rp[:, 0])
+                sums = _row_sums(e, rp[:, 0])
+                sum_bias[a:b] += sums if part.rows is None else sums.new_zeros(b - a).index_copy_(0, part.rows, sums)
         if acc is not None:
+            if tail is not None:
+                tail.blocks[i].add_rest(acc)
             if entries != head.sums:
                 tiles.add_targets(acc, at_target - rounded)
             d_hidden[at] = add_up(acc.mul_(r), head.group)
-    if d_weight is not None and not once:
+    if not direct:
         d_weight.copy_(sum_weight)
     if d_bias is not None:
         d_bias.copy_(sum_bias)
+
+
+def _add_rows(tiles, out: Tensor, rows: Tensor | None, e: Tensor, rh: Tensor, add: bool) -> None:
+    """out [a tile's rows, H] (+)= e @ rh, for these rows of it."""
+    if rows is None:
+        _product(tiles, out, e, rh, add)
+    else:
+        product = out.new_empty(rows.shape[0], out.shape[1])
+        _product(tiles, product, e, rh, add=False)
+        (out.index_add_ if add else out.index_copy_)(0, rows, product)
 
 
 def _row_sums(e: Tensor, r: Tensor) -> Tensor:

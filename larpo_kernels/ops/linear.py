@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from ..linear import schedules, walk
+from ..linear.tail import Tail
 from ..linear.vocab_shard import ELSEWHERE
-from .operator import Differentiable, Operator, Step
+from .operator import Differentiable, EagerOnly, Operator, Step
 
 
 class _Walked:
@@ -86,16 +89,27 @@ def linear_logps(
     backend: str,
     group: str = "",  # of the ranks that share the vocabulary (linear/vocab_shard.py): labels are local
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # walk.Kept; its first three of all tokens
+    return _forward(
+        None, hidden, weight, bias, labels, keep, checked, ignore_index, logit_scale, softcap, compute, stored, held_rows,
+        one_pass, stats, backend, group,
+    )  # fmt: skip
+
+
+def _forward(
+    tail, hidden, weight, bias, labels, keep, checked, ignore_index, logit_scale, softcap, compute, stored, held_rows,
+    one_pass, stats, backend, group,
+):  # fmt: skip
     tokens = _Walked(labels, keep, checked, ignore_index, weight.shape[0], group)
     kept = walk.forward(
         walk.Head(weight, bias, logit_scale, softcap, compute, group),
         tokens.take(hidden.reshape(-1, hidden.shape[-1])),
         tokens.labels,
-        held_rows=held_rows,
+        held_rows=held_rows if tail is None else 0,
         held_dtype=stored,
         one_pass=one_pass,
         stats=stats,
         backend=backend,
+        tail=tail,
     )
     stats = (tokens.put(kept.entropy), tokens.put(kept.top1)) if stats else (None, None)
     return tokens.put(kept.logps), *stats, *kept[3:]
@@ -140,6 +154,16 @@ def linear_logps_backward(
     backend: str,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # d hidden, d weight, d bias; none where not needed
+    return _backward(
+        None, grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held, checked, ignore_index,
+        logit_scale, softcap, compute, needs_hidden, needs_weight, needs_bias, backend, group,
+    )  # fmt: skip
+
+
+def _backward(
+    tail, grad, hidden, weight, bias, labels, keep, logps, total, centre, level, unit_grad, held, checked, ignore_index,
+    logit_scale, softcap, compute, needs_hidden, needs_weight, needs_bias, backend, group,
+):  # fmt: skip
     d_hidden, d_weight, d_bias = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
         for x, needed in ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
@@ -164,6 +188,7 @@ def linear_logps_backward(
             d_weight=d_weight,
             d_bias=d_bias,
             backend=backend,
+            tail=tail,
         )
     if d_walked is not d_all:
         tokens.put_rows(d_walked, d_all)
@@ -192,12 +217,32 @@ def _save(args, out):
 
 def _gradient(tensors, rest, grad, needs):
     options, where = rest
-    grads = _backward(grad, *tensors, *options, *needs, *where)
+    grads = _linear_logps_backward(grad, *tensors, *options, *needs, *where)
     return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
 
 
-_backward = Operator(linear_logps_backward, _fake_backward)
+_linear_logps_backward = Operator(linear_logps_backward, _fake_backward)
 _linear_logps = Differentiable(linear_logps, _fake, inputs=3, outputs=3, save=_save, backward=_gradient)
+
+
+# ---- with a tail told apart: the arguments of linear_logps, then a walk's Tail to be filled
+
+
+def _save_with_tail(args, out):
+    tensors, rest = _save(args[:-1], out)
+    tail = args[-1]
+    return (*tensors, *tail.tensors()), (rest, len(tensors), tail.filled(itertools.repeat(None)))
+
+
+def _gradient_with_tail(tensors, rest, grad, needs):
+    (options, where), count, tail = rest
+    tail = tail.filled(iter(tensors[count:]))
+    return _backward(tail, grad, *tensors[:count], *options, *needs, *where)
+
+
+_with_tail = EagerOnly(
+    lambda *args: _forward(args[-1], *args[:-1]), _linear_logps, save=_save_with_tail, backward=_gradient_with_tail
+)
 
 
 def counted_tokens(labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -217,8 +262,15 @@ def linear_step(
     group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
     """
     compute = schedules.dtype_of_tiles(hidden, weight, sharded=bool(group))
-    return _linear_logps, (
-        hidden, weight, bias, labels, keep, checked, ignore_index, float(logit_scale), softcap, compute,
-        schedules.stored_dtype(compute, hidden.dtype), plan.held_rows, plan.schedule == "frozen_head", stats,
-        backend, group,
+    stored, one_pass = schedules.stored_dtype(compute, hidden.dtype), plan.schedule == "frozen_head"
+    args = (
+        hidden, weight, bias, labels, keep, checked, ignore_index, float(logit_scale), softcap, compute, stored,
+        plan.held_rows, one_pass, stats, backend, group,
     )  # fmt: skip
+    if plan.tail_threshold is None:
+        return _linear_logps, args
+    tokens = labels.numel() if keep is None else keep.shape[0]
+    n = schedules.walked_tokens(tokens)
+    tile = schedules.tail_tile_shape(n, hidden.shape[-1], weight.shape[0], compute, hidden.device)
+    held_bytes = plan.held_rows * n * stored.itemsize
+    return _with_tail, (*args, Tail(plan.tail_threshold, tokens, tile, stored, held_bytes, one_pass))

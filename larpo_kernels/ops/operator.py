@@ -99,6 +99,16 @@ class Differentiable(Operator):
         torch.library.register_autograd(self.registered, backward, setup_context=setup_context, lib=LIBRARY)
 
 
+class EagerOnly(Differentiable):
+    """A Differentiable whose shapes depend on values, or that takes what no schema knows. Where somebody looks at operators
+    `otherwise` runs in its place, a registered op of the same arguments but the last."""
+
+    def __init__(self, function: Callable, otherwise: Differentiable, *, save: Callable, backward: Callable):
+        self.function, self.save, self.backward = function, save, backward
+        self.inputs, self.outputs = otherwise.inputs, otherwise.outputs
+        self.registered = lambda *args: otherwise.registered(*args[:-1])
+
+
 Step = tuple["Differentiable", tuple]  # an op and its arguments
 
 

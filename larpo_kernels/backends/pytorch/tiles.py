@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...linear.schedules import seen_step
-from ...linear.vocab_shard import add_up, largest
+from ...linear.vocab_shard import ELSEWHERE, add_up, largest
 
 ROOM = 1e30  # s stays below it, so that E^T W and E (r h) stay finite too
 STEP = 256  # rows at a time where something needs a float32 copy: small enough to stay in the cache
@@ -231,6 +231,32 @@ class Tiles:
         self.add_targets(acc, self.at_target(logps, total))
         acc.mul_((-self.head.scale / total)[:, None])
         acc.masked_fill_((logps == -torch.inf)[:, None], 0)  # a target at -inf: no direction would help
+
+    # ---- what a tail is chosen by (linear/tail.py)
+
+    def shares(self, e: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Of each row of E [rows, tokens] the largest and the summed probability over the first `count` tokens, relative to
+        the sums so far."""
+        per_e = 1 / (self.sums.e + (self.target - self.centre - self.level).exp())
+        per_e[count:] = 0
+        return self._row_shares(e, per_e)
+
+    def _row_shares(self, e: Tensor, per_e: Tensor) -> tuple[Tensor, Tensor]:
+        largest, summed = per_e.new_empty(e.shape[0]), per_e.new_empty(e.shape[0])
+        room = None
+        for at in _slices(e.shape[0], e.device):
+            room = torch.empty_like(e[at], dtype=per_e.dtype) if room is None else room[: at.stop - at.start]
+            p = torch.mul(e[at], per_e, out=room)
+            torch.amax(p, 1, out=largest[at])
+            torch.sum(p, 1, out=summed[at])
+        return largest, summed
+
+    def over(self, rows: Tensor) -> Tiles:
+        """The same tokens over these vocabulary rows alone, rising: a tile of them starts at 0."""
+        at = torch.searchsorted(rows, self.labels).clamp_(max=rows.shape[0] - 1)
+        labels = torch.where(rows[at] == self.labels, at, ELSEWHERE)
+        head = self.head if self.head.bias is None else replace(self.head, bias=self.head.bias[rows])
+        return type(self)(head, self.hidden, labels, centre=self.centre, level=self.level)
 
     @functools.cached_property
     def _targets(self) -> _Targets:

@@ -112,6 +112,16 @@ class Tiles(plain.Tiles):
                 grid = (triton.cdiv(e.shape[1], 256),)
                 tiles.put_target[grid](e, at_target, self.labels, a, *e.shape, e.stride(0), T=256, **options(e))
 
+    def _row_shares(self, e: Tensor, per_e: Tensor) -> tuple[Tensor, Tensor]:
+        (rows, tokens), launch = e.shape, self.launch
+        largest, summed = per_e.new_empty(rows), per_e.new_empty(rows)
+        with on_device(e):
+            tiles.row_shares[(triton.cdiv(rows, launch.tile_rows),)](
+                e, per_e, largest, summed, rows, tokens, e.stride(0),
+                R=launch.tile_rows, T=launch.tile_tokens, **options(e, launch.tile_warps),
+            )  # fmt: skip
+        return largest, summed
+
     def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
         if not acc.is_cuda or acc.dtype == x.dtype:
             super().add_product(acc, x, y)

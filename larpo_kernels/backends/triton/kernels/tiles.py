@@ -237,3 +237,29 @@ def put_target(
     r = tl.load(label_ptr + t, mask=t < tokens, other=-1) - first_row
     value = tl.load(value_ptr + t, mask=t < tokens, other=0.0)
     tl.store(x_ptr + r * stride + t, value.to(x_ptr.dtype.element_ty), mask=(t < tokens) & (r >= 0) & (r < rows))
+
+
+@triton.jit
+def row_shares(
+    x_ptr,  # [rows, tokens], E
+    per_e_ptr,  # [tokens] float32: what an entry of E is times its token's, as a probability
+    largest_ptr,  # [rows] float32, out: the largest probability of a row
+    summed_ptr,  # [rows] float32, out: their sum; not a number where one of them is none
+    rows,
+    tokens,
+    stride,
+    R: tl.constexpr,
+    T: tl.constexpr,
+):
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    largest = tl.zeros([R, T], tl.float32)  # reduced over tokens at the end: a thread's own are all in its registers
+    summed = tl.zeros([R, T], tl.float32)
+    for t0 in range(0, tokens, T):
+        t = t0 + tl.arange(0, T)
+        inside = (r < rows)[:, None] & (t < tokens)[None, :]
+        e = tl.load(x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :], mask=inside, other=0.0).to(tl.float32)
+        p = e * tl.load(per_e_ptr + t, mask=t < tokens, other=0.0)[None, :]
+        largest = tl.maximum(largest, p)
+        summed += p
+    tl.store(largest_ptr + r, tl.max(largest, 1), mask=r < rows)
+    tl.store(summed_ptr + r, tl.sum(summed, 1), mask=r < rows)

@@ -1,0 +1,154 @@
+"""The tail of a softmax: which rows of the vocabulary a block of tokens needs for its gradients, and the rest merged.
+
+A trained model leaves nearly all of the vocabulary next to no probability, for any token of a block. So once a tile is
+formed, only the rows that some token gives more than a threshold are gathered from it, and the gradients are GEMMs of
+those. What the others add to d hidden is merged: each token's summed E of them times one mean row of the weight, weighted
+by what the block gives each row. (Several mean rows came no closer.) To d weight and d bias they add nothing: a merged
+gradient could be far off where those of tokens cancel, so theirs is exactly 0.
+
+A row's probability is taken relative to the sum so far, which never exceeds the whole: no row above the threshold is left
+out, and a tile is looked at while it is in the cache. A tile stays whole, and exact, where gathering would not pay or where
+the merged share of the block would grow too large for a mean row. How many rows a tile keeps only its values tell: on a
+GPU the host waits for that number, once a tile, and a tile there is the whole vocabulary of a block of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kept import Part
+
+MOST_ROWS = 0.75  # of a tile: gathering more saves nothing
+MOST_MERGED = 1 / 8  # of the probability of a block, on average over its tokens
+
+
+class Block(NamedTuple):
+    """What is kept of a block of tokens."""
+
+    parts: list[Part]  # one a tile
+    rest: Tensor  # [tokens] the summed E of the rows that are in no part
+    mean: Tensor  # [H] the mean row of their weight
+
+    def add_rest(self, acc: Tensor) -> None:
+        """acc [tokens, H]: E^T W of the parts, and now of all rows."""
+        acc.addr_(self.rest, self.mean)
+
+    def filled(self, tensors: Iterator[Tensor | None]) -> Block:
+        """The same with other tensors, in the order of `tensors`."""
+        parts = [part._replace(rows=next(tensors), e=next(tensors)) for part in self.parts]
+        return Block(parts, next(tensors), next(tensors))
+
+    def tensors(self) -> Iterator[Tensor | None]:
+        for part in self.parts:
+            yield from (part.rows, part.e)
+        yield from (self.rest, self.mean)
+
+
+@dataclass
+class Tail:
+    """How the tail of a call is told apart, and what is kept: walk.forward adds the blocks, walk.backward reads them."""
+
+    threshold: float
+    tokens: int  # that count; those after them only fill up
+    tile: tuple[int, int]  # tokens and rows
+    stored: torch.dtype  # of E where it is held
+    held_bytes: int  # that E may take; what does not fit is formed again
+    one_pass: bool = False  # nothing is left to the backward
+    blocks: list[Block] = field(default_factory=list)
+    scratch: Tensor | None = None  # of a tile, during the forward
+
+    def tensors(self) -> list[Tensor | None]:
+        return [x for block in self.blocks for x in block.tensors()]
+
+    def filled(self, tensors: Iterator[Tensor | None]) -> Tail:
+        """The same with other tensors, in the order of `tensors`."""
+        return replace(self, blocks=[block.filled(tensors) for block in self.blocks])
+
+
+class TailBlock:
+    """A block of tokens on its walk: where its tiles are formed, and what is kept of each."""
+
+    def __init__(self, tail: Tail, tiles, first: int):
+        """first: position of its first token in the call."""
+        self.tail, self.tiles = tail, tiles
+        self.count = min(max(tail.tokens - first, 0), tiles.hidden.shape[0])  # tokens that count
+        self.parts: list[Part] = []
+        tokens, width = tiles.hidden.shape
+        self.rest, self.row, self.given = (tiles.centre.new_zeros(size) for size in (tokens, width, ()))
+        self.merged = 0.0
+
+    def room(self, start: int, stop: int) -> Tensor:
+        """Where a tile is formed, [rows, tokens]."""
+        if self.tail.scratch is None:
+            self.tail.scratch = self.tiles.hidden.new_empty(self.tail.tile[0] * self.tail.tile[1])
+        tokens = self.tiles.hidden.shape[0]
+        return self.tail.scratch[: (stop - start) * tokens].view(stop - start, tokens)
+
+    def holds(self, stop: int) -> bool:
+        """Whether a tile is for a gradient: here each is."""
+        return True
+
+    def keep(self, start: int, e: Tensor, weight: Tensor) -> Part:
+        """Of a tile that was formed; its E is to be read before the next one is."""
+        rows = self._choose(start, e, weight)
+        stop, tail = start + e.shape[0], self.tail
+        if tail.one_pass:
+            return Part(start, stop, rows, e if rows is None else e.index_select(0, rows))
+        part = Part(start, stop, rows, None)
+        size = (e.shape[0] if rows is None else rows.shape[0]) * e.shape[1] * tail.stored.itemsize
+        if size <= tail.held_bytes:
+            tail.held_bytes -= size
+            part = part._replace(e=self._to_hold(e, rows))
+        if size:
+            self.parts.append(part)
+        return part
+
+    def _to_hold(self, e: Tensor, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            return e.index_select(0, rows).to(self.tail.stored)
+        if e.dtype != self.tail.stored:
+            return e.to(self.tail.stored)
+        self.tail.scratch = None  # it stays where it was formed
+        return e
+
+    def _choose(self, start: int, e: Tensor, weight: Tensor) -> Tensor | None:
+        """The rows of a tile that are kept, after the others were merged; None: all are kept."""
+        n = e.shape[0]
+        largest, summed = self.tiles.shares(e, self.count)
+        kept = torch.cat([largest > self.tail.threshold, largest.new_zeros(1, dtype=torch.bool)])
+        at = self.tiles.labels - start
+        kept[torch.where((at >= 0) & (at < n), at, n)] = True  # the last entry is for targets elsewhere
+        kept = kept[:n]
+        given = summed.masked_fill(kept, 0)
+        count, merged = torch.stack([kept.sum(), given.sum()]).tolist()  # one wait for both
+        if count > MOST_ROWS * n or not self.merged + merged <= MOST_MERGED * self.count:
+            return None
+        self.merged += merged
+        self.rest += torch.mv(e.t(), (~kept).to(e.dtype))
+        self.row += torch.mv(weight.t(), given.to(weight.dtype))
+        self.given += given.sum()
+        return kept.nonzero()[:, 0]
+
+    def rescale(self, raised, stop: int) -> None:
+        """What was kept of the rows up to `stop`: some tokens' k was raised."""
+        for part in self.parts:
+            if part.e is not None:
+                raised.rescale(part.e.t())
+        raised.rescale(self.rest[:, None])
+
+    def finish(self, at_target: Tensor) -> Block:
+        """E at the targets, once it is known."""
+        for part in self.parts:
+            if part.e is not None:
+                tiles, start = part.within(self.tiles)
+                tiles.put_target(part.e, start, at_target)
+        mean = self.row / self.given.clamp(min=torch.finfo(self.given.dtype).tiny)
+        block = Block(self.parts, self.rest, mean)
+        if not self.tail.one_pass:
+            self.tail.blocks.append(block)
+        return block

@@ -1,0 +1,109 @@
+"""tail_threshold: gradients from the vocabulary rows that matter, the rest merged; and where everything stays exact."""
+
+import pytest
+import torch
+
+import larpo_kernels as lk
+from larpo_kernels.linear import schedules
+from tests.helpers.batches import IGNORE
+from tests.helpers.linear_heads import make_head, ours, run, scheduled, true, use_small_tiles
+
+THRESHOLD = 2**-9
+VOCABULARY, TOKENS = 250, 40
+WALKS = ["frozen_head", "list_hold", "recompute", "auto_holding_a_part"]
+
+
+@pytest.fixture(autouse=True)
+def heads_of_any_size(monkeypatch):
+    monkeypatch.setattr(schedules, "TAIL_HEAD", 0)
+
+
+def peaked(spread=1.5, **options):
+    """Logits as a trained model has them: some words are frequent everywhere (Zipf), others where they fit."""
+    generator = torch.Generator().manual_seed(1)
+    frequent = -1.5 * torch.arange(1, VOCABULARY + 1).log()
+    logits = frequent + spread * torch.randn(TOKENS, VOCABULARY, generator=generator)
+    labels = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
+    labels[::7] = IGNORE
+    return make_head(VOCABULARY, 64, labels=labels, logits=logits, **options)
+
+
+def shares(head, logit_scale=1.0, softcap=None):
+    """What each row of the vocabulary has of a token's gradient: its probability, times the slope of the soft cap."""
+    x = head.double()
+    z = torch.nn.functional.linear(x.hidden, x.weight, x.bias) * logit_scale
+    bent = (z / softcap).tanh() if softcap else torch.zeros_like(z)
+    return (softcap * bent if softcap else z).softmax(-1) * (1 - bent.square())
+
+
+def assert_within_the_bound(head, backend, wanted, rounding=1e-5, threshold=THRESHOLD, **options):
+    """Log-probs as without a threshold. Of d hidden a token lacks at most what merging its rest can move, of d weight only
+    rows that no token gives more than the threshold. -> the share of rows without a d weight."""
+    wanted = [name for name in wanted if name in head.given]
+    semantic = {k: v for k, v in options.items() if k in ("softcap", "logit_scale")}
+    logps, grads = run(ours(head, backend, tail_threshold=threshold, **options), head, wanted)
+    true_logps, true_grads = run(true(head, **semantic), head.double(), wanted)
+    counted = head.labels != IGNORE
+    assert ((logps - true_logps).abs() <= rounding * (1 + true_logps.abs())).all()
+    p = torch.where(counted[:, None], shares(head, **semantic), 0)
+    c = head.upstream.abs() * counted * abs(options.get("logit_scale", 1.0))
+    rest = torch.where(p > threshold, 0, p).sum(1)
+    longest = head.weight.double().norm(dim=1).max()
+    if "hidden" in wanted:
+        off = (grads["hidden"].double() - true_grads["hidden"]).norm(dim=1)
+        assert (off <= 2 * c * rest * longest + rounding * c * longest).all()
+        assert (grads["hidden"][~counted] == 0).all()
+    dropped = 0.0
+    for name, size in (("weight", head.hidden.double().norm(dim=1)), ("bias", torch.ones(TOKENS))):
+        if name in wanted:
+            got, truth = (x[name].double().reshape(VOCABULARY, -1) for x in (grads, true_grads))
+            none, size = (got == 0).all(1), c * size
+            lost = (torch.where(p > threshold, 0, p) * size[:, None]).sum(0)
+            targets = torch.zeros_like(lost).index_add_(0, head.labels[counted], size[counted])
+            assert ((got - truth).norm(dim=1) <= lost + rounding * (targets + (p * size[:, None]).sum(0))).all()
+            assert (p.amax(0)[none] <= threshold).all() and not none[head.labels[counted]].any()
+            dropped = none.double().mean().item()
+    return dropped
+
+
+VARIANTS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 1.2},
+    "softcap": {"softcap": 40.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("schedule", WALKS)
+def test_only_the_tail_is_merged(schedule, variant, backend, device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    options = dict(VARIANTS[variant])
+    head = peaked(bias=options.pop("bias", False), device=device)
+    wanted, how = scheduled(schedule, head)
+    dropped = assert_within_the_bound(head, backend, wanted, **how, **options)
+    assert dropped > 0.3 or "weight" not in wanted
+
+
+@pytest.mark.parametrize("schedule", WALKS)
+def test_log_probs_and_statistics_do_not_change(schedule, backend, device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    head = peaked(device=device)
+    wanted, how = scheduled(schedule, head)
+    x = {name: getattr(head, name).requires_grad_(name in wanted) for name in head.given}
+    exact, tail = (
+        lk.linear_token_logps(labels=head.labels, return_stats=True, backend=backend, tail_threshold=t, **x, **how)
+        for t in (None, THRESHOLD)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(exact, tail, strict=True))
+
+
+@pytest.mark.parametrize("schedule", WALKS)
+def test_where_no_row_stands_out_all_is_exact(schedule, backend, device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    head = make_head(VOCABULARY, 64, (TOKENS,), device=device, bias=True)
+    wanted, how = scheduled(schedule, head)
+    exact, tail = (run(ours(head, backend, tail_threshold=t, **how), head, wanted) for t in (None, THRESHOLD))
+    assert torch.equal(exact[0], tail[0])
+    for name in wanted:
+        torch.testing.assert_close(tail[1][name], exact[1][name], rtol=1e-6, atol=1e-6)
