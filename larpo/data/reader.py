@@ -15,7 +15,7 @@ from .forms.scores import Scores, chosen_scores, columns_of
 from .forms.shared_start import split_messages, split_text, without_prompt
 from .forms.unknown import QUESTIONS, first_of
 from .reading import Reading
-from .validation import OPTIONAL, REQUIRED, BadRow, bad_field, check_row
+from .validation import OPTIONAL, REQUIRED, BadRow, bad_field, check_length, check_row
 
 Row = dict[str, Any]
 IMPLICIT = "implicit_prompt"  # column of bools: the prompt is what the candidates' texts share, cut by words and not at a turn
@@ -138,6 +138,8 @@ class Reader:
         prompt, answers = form.read_prompt(record), form.read_answers(record)
         scores = self.scores(record, len(answers)) if self.scores else None
         source = form.read_source(record) if self.has_source else None
+        if source is not None:
+            check_length(form.source[0], source, len(answers), where)
         if form.gaps:
             kept = self._without_gaps(answers, scores, where)
             answers, scores, source = ([one[i] for i in kept] if one is not None else None for one in (answers, scores, source))
@@ -170,10 +172,12 @@ class Reader:
     def _in_turns(self, converted: Row, where: str) -> Row:
         """The list with a prompt of messages, or without turns where `as_messages` is False."""
         prompt, completions = converted["prompt"], converted["completions"]
-        if not self.chat:
-            return converted | _as_text(prompt, completions, where)
         system, place = converted.pop("system", None), Field(prompt, "prompt", where)
-        if isinstance(prompt, str) and is_dialogue(prompt):
+        if not self.chat:
+            if system:
+                bad_field("system", system, "none: a system message has no place in text (as_messages)", where)
+            return converted | _as_text(prompt, completions, where)
+        if isinstance(prompt, str) and not self.form.chat and is_dialogue(prompt):
             prompt, completions = turns(prompt, place), [text.removeprefix(" ") for text in completions]
         elif isinstance(prompt, str):
             if converted.get(IMPLICIT):

@@ -12,6 +12,7 @@ from .fields import Field
 Messages = list[dict[str, Any]]
 
 HUMAN = re.compile(r"\n\n(Human|Assistant):[ \t]*")  # of Anthropic's and Berkeley's data sets
+DIALOGUE = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # of NVIDIA's
 
 
@@ -71,7 +72,7 @@ def extra_id(row: Field) -> Messages:
 
 def is_dialogue(text: str) -> bool:
     """Whether a text is a dialogue that `turns` reads."""
-    return text.lstrip().startswith("Human:")
+    return DIALOGUE.fullmatch(text) is not None
 
 
 def turns(text: str, field: Field) -> Messages:

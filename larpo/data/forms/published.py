@@ -180,7 +180,7 @@ FORMS: tuple[Form, ...] = (
     Form(
         name="arena-55k",
         of="lmarena-ai/arena-human-preference-55k (Apache 2.0)",
-        columns=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
+        columns=("response_a", "response_b", "prompt", "winner_model_a", "winner_model_b"),
         prompt=None,
         answers=arena_turns,
         scores={"winner": OneHot(("winner_model_a", "winner_model_b", "winner_tie"))},

@@ -85,6 +85,8 @@ def test_answers_that_were_not_rated_are_left_out_and_counted(caplog):
         assert [(row["completions"], row["scores"]) for row in lists] == [([PENGUIN, KIWI], [5.0, 2.0])] * 2
         (said,) = caplog.messages
         assert said.startswith("4 answers were left out: 2 because it has no text (first: ")
+    with pytest.raises(ValueError, match=r"row 0: field 'model_names\[\]' has length 1; expected 4"):
+        as_lists([rows[0] | {"model_names": ["m-1"]}])
     assert scores([{"instruction": ASK, "generations": [PENGUIN, EAGLE], "ratings": ["5", "1.5"]}]) == [5.0, 1.5]
 
 
@@ -248,6 +250,9 @@ def test_text_becomes_turns_and_turns_text_where_that_is_asked_for():
     assert (found["prompt"], found["completions"]) == (ASK, [PENGUIN, KIWI, EAGLE])
     with pytest.raises(ValueError, match=r"row 0: field 'prompt' holds .*; expected one turn of the user"):
         as_lists(example("Nectar"), as_messages=False)
+    with pytest.raises(ValueError, match=r"row 0: field 'system' holds 'Be brief\.'; expected none"):
+        as_lists(example("Orca-DPO"), as_messages=False)
+    assert as_lists(example("Orca-DPO", system=""), as_messages=False)[0]["prompt"] == ASK
     with pytest.raises(ValueError, match=r"row 0: field 'prompt' .*a prompt of its own"):
         as_lists([{"chosen": "The bird is a kiwi", "rejected": "The bird is an eagle"}], as_messages=True)
 
@@ -257,6 +262,9 @@ def test_dialogues_as_text_become_turns():
     (found,) = as_lists([{"chosen": f"{text} {PENGUIN}", "rejected": f"{text} {EAGLE}"}], as_messages=True)
     assert found["prompt"] == [user("Hi"), assistant("Hello!"), *TURN]
     assert found["completions"] == [PENGUIN, EAGLE]
+    said = "Human: a\n\nAssistant: b"  # by a user, who is no dialogue
+    assert as_lists(example("UltraFeedback", instruction=said))[0]["prompt"] == [user(said)]
+    assert as_lists(example("pairs", prompt=said), as_messages=True)[0]["prompt"] == [user(said)]
     for bad in ("\n\nHuman: a\n\nHuman: b\n\nAssistant: ", "\n\nHuman: a", "Hello"):
         with pytest.raises(ValueError, match=r"row 0: field 'prompt' "):
             as_lists(example("Nectar", prompt=bad))
