@@ -169,6 +169,7 @@ class LarPOTrainer(Trainer):
             attach(self.ref_model, self._policies["ref_model"])
 
         self._seen = {"train": ListLog(args.ndcg_k), "eval": ListLog(args.ndcg_k)}
+        self._tail = lk.TailShares()
         self._tokens_since_log, self._time_of_log = 0, time.monotonic()
         collator = ListCollator() if data_collator is None else copy.copy(data_collator)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -413,7 +414,8 @@ class LarPOTrainer(Trainer):
         if num_items_in_batch is not None:
             self.current_gradient_accumulation_steps = batches_of_window(num_items_in_batch, inputs, self.accelerator)
         try:
-            return self._forward_and_backward(model, inputs)
+            with self._tail:
+                return self._forward_and_backward(model, inputs)
         except SkippedBatch:
             finish_update_without(model, self.accelerator)
             return torch.zeros((), device=self.args.device)
@@ -540,6 +542,9 @@ class LarPOTrainer(Trainer):
                 logs["skipped_batches"] = self._finite.skipped
             logs["tokens_per_second"] = round(self._tokens_since_log / max(now - self._time_of_log, 1e-9), 1)
             logs |= _memory(self.args.device)
+            if self.args.tail_threshold is not None:
+                logs |= {"tail/rows": self._tail.rows, "tail/merged": self._tail.merged}
+                self._tail = lk.TailShares()
             self._tokens_since_log, self._time_of_log = 0, now
         super().log(logs, start_time)
 

@@ -3,6 +3,7 @@
 from . import reference
 from .fused_listwise_loss import fused_linear_listwise_loss, fused_listwise_loss
 from .linear.schedules import Plan
+from .linear.tail import TailShares
 from .logps import linear_sequence_logps, linear_token_logps, plan, sequence_logps, token_logps
 from .microbatch import backward_in_slices
 from .objectives import Contrastive, LambdaRank, ListMLE, ListNet, Pairwise, listwise_loss
@@ -16,6 +17,7 @@ __all__ = [
     "ListwiseLossOutput",
     "Pairwise",
     "Plan",
+    "TailShares",
     "TokenLogps",
     "backward_in_slices",
     "fused_linear_listwise_loss",

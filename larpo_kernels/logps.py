@@ -244,7 +244,7 @@ class LinearTokens:
             self.options |= dict(ignore_index=IGNORED, group=shard.name)
         num_tokens = self.labels.numel() if self.keep is None else self.keep.shape[0]
         self.plan = schedules.plan_for(
-            hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold, sharded=shard is not None
+            hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold, None if shard is None else shard.size
         )
 
     def step(self, stats: bool = False) -> ops.Step:

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+import larpo_kernels as lk
 from benchmarks.core.memory import peak_in_child, peak_on_gpu
 from benchmarks.core.problem import Problem
 from benchmarks.core.truth import Truth
@@ -128,6 +129,7 @@ class Entry:
             "kernel_seconds": None,
             "one_run": False,
             "errors": {},
+            "rows": None,  # share of the vocabulary's rows that gradients were formed of, where that is not all
             "peak_bytes": None,
             "peak_method": None,
         }
@@ -179,9 +181,12 @@ class Entry:
 
     def check(self, allowed: dict[str, float]) -> None:
         """The first run: imports, warms up, compares, and is never a sample."""
-        done = self.run()
+        with lk.TailShares() as shares:
+            done = self.run()
         if done is None or self.provider.floor:
             return
+        self.row["rows"] = shares.rows if shares.tokens else None
+        allowed = {name: limit + self.provider.merges * name.startswith("d_") for name, limit in allowed.items()}
         _, out, gradients = done
         errors = self.truth.errors(self.provider.computes, out.value, out.logps, gradients)
         self.row["errors"] = {name: error if math.isfinite(error) else None for name, error in errors.items()}

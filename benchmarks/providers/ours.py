@@ -31,7 +31,7 @@ def _ours_from_logits(backend: str, inplace: bool):
     return forward
 
 
-def _ours_from_hidden(schedule: str, backend: str):
+def _ours_from_hidden(schedule: str, backend: str, tail_threshold: float | None = None):
     def forward(problem: Problem) -> Output:
         out = lk.fused_linear_listwise_loss(
             problem.hidden,
@@ -39,6 +39,7 @@ def _ours_from_hidden(schedule: str, backend: str):
             problem.labels,
             problem.relevance,
             schedule=schedule,
+            tail_threshold=tail_threshold,
             backend=backend,
             **_common(problem),
         )
@@ -74,3 +75,13 @@ for _backend, _devices in (("torch", ("cpu", "cuda")), ("triton", ("cuda",))):
             modes=tuple(_gemms),
             gemms=_gemms,
         )(_ours_from_hidden(_schedule, _backend))
+    for _schedule, _mode in (("frozen_head", "frozen"), ("list_hold", "trainable")):
+        provider(
+            f"ours {_schedule}, tail 2^-12 ({_backend})",
+            "linear",
+            devices=_devices,
+            needs=_needs,
+            modes=(_mode,),
+            gemms={_mode: SCHEDULE_GEMMS[_schedule][_mode]},  # that an exact gradient takes
+            merges=0.03,  # ten times what SmolLM2 has
+        )(_ours_from_hidden(_schedule, _backend, 2**-12))

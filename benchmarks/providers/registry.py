@@ -42,6 +42,7 @@ class Provider:
     floor: bool = False  # no provider, but what the machine could do at best
     small: bool = False  # measured in the suite of small calls only
     pairs_only: bool = False
+    merges: float = 0.0  # the error of gradients that is asked for, beside rounding
     prepare: Callable[[Problem], Problem] = lambda problem: problem  # once, outside all measuring
 
     def missing(self, problem: Problem | None = None, device: str = "cpu") -> str | None:

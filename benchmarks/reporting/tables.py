@@ -94,7 +94,7 @@ def columns(table: dict) -> list[str]:
         names = ["provider", "computes", "best", "time", "best, eager = 1"]
         names += ["kernels"] if table["device"] == "cuda" else []
     elif table["side"] == "linear":
-        names += ["GEMMs", "GFLOP/s", "GEMMs alone / time"]
+        names += ["GEMMs", "rows", "GFLOP/s", "GEMMs alone / time"]
     else:
         names += ["GB/s"]
     names += ["peak", "beyond gradients", "peak, eager = 1", "logps"]
@@ -127,6 +127,7 @@ def cells(table: dict, row: dict) -> dict[str, str]:
         "kernels": duration(row.get("kernel_seconds")),
         "time, eager = 1": ratio(time / eager_time if time and eager_time else None),
         "GEMMs": str(row["gemms"] or ""),
+        "rows": "" if row.get("rows") is None else f"{row['rows']:.0%}",
         "GFLOP/s": "" if gflops is None else f"{gflops:.0f}",
         "GEMMs alone / time": "" if row["floor"] else ratio(floor / time if floor and time else None),
         "GB/s": "" if bandwidth is None else f"{bandwidth:.3g}",

@@ -68,6 +68,8 @@ def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for
         tiles.Raised(empty(tokens)).rescale(hidden.float())
     elif step == "put_target":
         formed.put_target(e, 0, empty(tokens))
+    elif step == "shares":
+        formed.shares(e, tokens)
     else:
         formed.form(0, weight[:2048], e, for_grad)
 
@@ -128,6 +130,7 @@ KERNELS = (
     Kernel("level_spans", tile, {"plain": {}}, TILE_DTYPES, misaligned=True),
     Kernel("scale_rows", tile, {"plain": {"step": "rescale"}}, TILE_DTYPES),
     Kernel("put_target", tile, {"plain": {"step": "put_target"}}, TILE_DTYPES),
+    Kernel("row_shares", tile, {"plain": {"step": "shares"}}, TILE_DTYPES, misaligned=True),
 )
 
 

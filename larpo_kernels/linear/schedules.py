@@ -30,6 +30,7 @@ class Plan:
     extra_bytes: int  # memory beyond the inputs, their gradients and one number per token
     held_rows: int = 0  # vocabulary rows whose E is held for the backward
     tail_threshold: float | None = None  # gradients of the rows that some token gives more; the figures above are then bounds
+    tail_tile: tuple[int, int] | None = None  # tokens and rows of a tile then
 
     def __str__(self) -> str:
         held = f", E of {self.held_rows} vocabulary rows held" if self.held_rows else ""
@@ -67,10 +68,12 @@ def make_plan(
     schedule: str = "auto",
     memory_budget: int | None = None,
     tail_threshold: float | None = None,
+    whole_vocab_size: int | None = None,
 ) -> Plan:
     """Picks a schedule by what needs a gradient, sizes and budget; checks one that the caller picked.
 
-    given: dtypes of hidden and weight; dtype: of the tiles; stored: of E where it is held.
+    given: dtypes of hidden and weight; dtype: of the tiles; stored: of E where it is held; whole_vocab_size: of all ranks
+    that share the vocabulary. What they do together, block of tokens after block, must not depend on a rank's own rows.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
@@ -78,10 +81,15 @@ def make_plan(
         isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0
     ):
         raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
-    if vocab_size * hidden_size < TAIL_HEAD:
+    whole_vocab_size = whole_vocab_size or vocab_size
+    if whole_vocab_size * hidden_size < TAIL_HEAD:
         tail_threshold = None
-    shape = tile_shape if tail_threshold is None else tail_tile_shape
-    tokens, rows = shape(num_tokens, hidden_size, vocab_size, dtype, device)
+    if tail_threshold is None:
+        tail, (tokens, rows) = {}, tile_shape(num_tokens, hidden_size, vocab_size, dtype, device)
+    else:
+        tokens = tail_tokens(num_tokens, whole_vocab_size, dtype, device)
+        tokens, rows = tile_shape(tokens, hidden_size, vocab_size, dtype, device)
+        tail = {"tail_threshold": tail_threshold, "tail_tile": (tokens, rows)}
     tile = working_bytes(num_tokens, hidden_size, vocab_size, (tokens, rows), needs, given, dtype)
     held = vocab_size * num_tokens * stored.itemsize
     whole = tile + held
@@ -99,23 +107,23 @@ def make_plan(
     if not (needs.hidden or needs.parameters):
         return Plan("score_only", "nothing requires grad", 1, tile)
     if schedule == "list_hold":
-        return Plan("list_hold", "asked for", 1 + wanted, whole, vocab_size, tail_threshold)
+        return Plan("list_hold", "asked for", 1 + wanted, whole, vocab_size, **tail)
     if schedule == "recompute":
-        return Plan("recompute", "asked for", 2 + wanted, tile, 0, tail_threshold)
+        return Plan("recompute", "asked for", 2 + wanted, tile, **tail)
     if not needs.parameters:
         once = tile + 4 * num_tokens * hidden_size
-        return Plan("frozen_head", "only hidden requires grad", 2, once, 0, tail_threshold)
+        return Plan("frozen_head", "only hidden requires grad", 2, once, **tail)
     budget, source = (
         (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
     )
     source = f"{source} = {budget / 2**20:.0f} MiB"
     if budget >= whole:
-        return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size, tail_threshold)
+        return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size, **tail)
     part = max(budget - tile, 0) // max(num_tokens * stored.itemsize, 1) // rows * rows
     share = part / vocab_size
     reason = f"E would take {held / 2**20:.0f} MiB, {source}"
     extra = tile + part * num_tokens * stored.itemsize
-    return Plan("recompute", reason, 2 + wanted - share, extra, part, tail_threshold)
+    return Plan("recompute", reason, 2 + wanted - share, extra, part, **tail)
 
 
 PACKED_BYTES = 1 << 20  # oneDNN packs an operand of a bf16 product for AMX: 0.2 to 0.9 MB were seen, below the tile's own size
@@ -166,8 +174,8 @@ def tail_bytes(
     return gathered + sums.itemsize * (slab + num_tokens + -(-num_tokens // max(tokens, 1)) * hidden_size)
 
 
-def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold=None, *, sharded: bool = False) -> Plan:
-    """`make_plan` for the tensors of a call, num_tokens of which count. sharded: weight is this rank's part of one."""
+def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold=None, whole_vocab_size=None) -> Plan:
+    """`make_plan` for the tensors of a call, num_tokens of which count. whole_vocab_size: where weight is one rank's rows."""
     enabled = torch.is_grad_enabled()
     wants = lambda x: enabled and x is not None and x.requires_grad  # noqa: E731
     needs = Needs(wants(hidden), wants(weight), wants(bias))
@@ -176,10 +184,11 @@ def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, tail_thr
         schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
     if torch.compiler.is_compiling() or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
         tail_threshold = None  # how many rows count is known to the device alone
-    compute = dtype_of_tiles(hidden, weight, sharded)
+    compute = dtype_of_tiles(hidden, weight, sharded=whole_vocab_size is not None)
     return make_plan(
         walked_tokens(num_tokens), hidden.shape[-1], weight.shape[0], needs, (hidden.dtype, weight.dtype), compute,
         stored_dtype(compute, hidden.dtype), hidden.device, schedule, memory_budget, tail_threshold,
+        whole_vocab_size,
     )  # fmt: skip
 
 
@@ -268,18 +277,15 @@ TAIL_HEAD = 1 << 22  # elements of a weight below which looking for its tail tak
 TAIL_CPU_TOKENS, TAIL_GPU_TOKENS = 512, 1024  # of a block with a tail; a GPU takes as many as whole vocabularies in a tile
 
 
-def tail_tile_shape(
-    num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Tokens and vocabulary rows of a tile where a tail is told apart (tail.py).
+def tail_tokens(num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of a block where a tail is told apart (tail.py), all blocks about as large.
 
     Fewer tokens need fewer rows of the vocabulary, but d weight is added up over blocks of them.
     """
     most = TAIL_CPU_TOKENS
     if device.type == "cuda":
         most = max(TAIL_GPU_TOKENS, GPU_TILE_BYTES // (vocab_size * dtype.itemsize))
-    even = walked_tokens(-(-num_tokens // max(1, -(-num_tokens // most))))
-    return tile_shape(min(even, num_tokens), hidden_size, vocab_size, dtype, device)
+    return min(walked_tokens(-(-num_tokens // max(1, -(-num_tokens // most)))), num_tokens)
 
 
 def tile_shape(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

@@ -15,7 +15,8 @@ GPU the host waits for that number, once a tile, and a tile there is the whole v
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -57,10 +58,17 @@ class Tail:
     tokens: int  # that count; those after them only fill up
     tile: tuple[int, int]  # tokens and rows
     stored: torch.dtype  # of E where it is held
-    held_bytes: int  # that E may take; what does not fit is formed again
+    most_held_bytes: int  # that E may take; what does not fit is formed again
     one_pass: bool = False  # nothing is left to the backward
     blocks: list[Block] = field(default_factory=list)
     scratch: Tensor | None = None  # of a tile, during the forward
+    shares: TailShares = field(default_factory=lambda: TailShares())
+
+    def close(self) -> None:
+        """Once the forward is through."""
+        self.scratch = None
+        for shares in _open.get():
+            shares.add(self.shares)
 
     def tensors(self) -> list[Tensor | None]:
         return [x for block in self.blocks for x in block.tensors()]
@@ -68,6 +76,47 @@ class Tail:
     def filled(self, tensors: Iterator[Tensor | None]) -> Tail:
         """The same with other tensors, in the order of `tensors`."""
         return replace(self, blocks=[block.filled(tensors) for block in self.blocks])
+
+
+@dataclass
+class TailShares:
+    """What calls with a `tail_threshold` found and kept, summed up while this is open; it waits for nothing.
+
+    >>> with TailShares() as shares:  # around any of the linear ops, or a whole step
+    ...     loss = fused_linear_listwise_loss(..., tail_threshold=2**-12).loss    # doctest: +SKIP
+    >>> shares.rows, shares.merged, shares.held_bytes  # nothing had a tail to be told apart
+    (1.0, 0.0, 0)
+    """
+
+    tokens: int = 0  # that counted, in forwards that were to be differentiated with a threshold
+    held_bytes: int = 0  # E that they held for their backwards, altogether
+    kept: int = 0  # rows of the vocabulary that counted for a token's block, summed over tokens
+    seen: int = 0  # rows of the vocabulary, summed over tokens
+    probability: float = 0.0  # merged, summed over tokens
+
+    @property
+    def rows(self) -> float:
+        """The share of the rows of the vocabulary that gradients were formed of, on average over tokens."""
+        return self.kept / self.seen if self.seen else 1.0
+
+    @property
+    def merged(self) -> float:
+        """The probability that was merged, on average over tokens; at most this: a row is judged by the sum so far."""
+        return self.probability / self.tokens if self.tokens else 0.0
+
+    def add(self, other: TailShares) -> None:
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+    def __enter__(self) -> TailShares:
+        _open.set((*_open.get(), self))
+        return self
+
+    def __exit__(self, *_) -> None:
+        _open.set(tuple(one for one in _open.get() if one is not self))
+
+
+_open: ContextVar[tuple[TailShares, ...]] = ContextVar("larpo_kernels.tail_shares", default=())
 
 
 class TailBlock:
@@ -96,13 +145,16 @@ class TailBlock:
     def keep(self, start: int, e: Tensor, weight: Tensor) -> Part:
         """Of a tile that was formed; its E is to be read before the next one is."""
         rows = self._choose(start, e, weight)
-        stop, tail = start + e.shape[0], self.tail
+        tail, shares = self.tail, self.tail.shares
+        stop, count = start + e.shape[0], e.shape[0] if rows is None else rows.shape[0]
+        shares.kept += count * self.count
+        shares.seen += e.shape[0] * self.count
         if tail.one_pass:
             return Part(start, stop, rows, e if rows is None else e.index_select(0, rows))
         part = Part(start, stop, rows, None)
-        size = (e.shape[0] if rows is None else rows.shape[0]) * e.shape[1] * tail.stored.itemsize
-        if size <= tail.held_bytes:
-            tail.held_bytes -= size
+        size = count * e.shape[1] * tail.stored.itemsize
+        if shares.held_bytes + size <= tail.most_held_bytes:
+            shares.held_bytes += size
             part = part._replace(e=self._to_hold(e, rows))
         if size:
             self.parts.append(part)
@@ -151,4 +203,6 @@ class TailBlock:
         block = Block(self.parts, self.rest, mean)
         if not self.tail.one_pass:
             self.tail.blocks.append(block)
+        self.tail.shares.tokens += self.count
+        self.tail.shares.probability += self.merged
         return block

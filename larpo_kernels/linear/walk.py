@@ -148,7 +148,7 @@ def forward(
             tiles.unit_grad(acc, ends["logps"], ends["total"])
             add_up(acc, head.group)
     if tail is not None:
-        tail.scratch = None
+        tail.close()
     return kept
 
 

@@ -270,7 +270,5 @@ def linear_step(
     if plan.tail_threshold is None:
         return _linear_logps, args
     tokens = labels.numel() if keep is None else keep.shape[0]
-    n = schedules.walked_tokens(tokens)
-    tile = schedules.tail_tile_shape(n, hidden.shape[-1], weight.shape[0], compute, hidden.device)
-    held_bytes = plan.held_rows * n * stored.itemsize
-    return _with_tail, (*args, Tail(plan.tail_threshold, tokens, tile, stored, held_bytes, one_pass))
+    most_held = plan.held_rows * schedules.walked_tokens(tokens) * stored.itemsize
+    return _with_tail, (*args, Tail(plan.tail_threshold, tokens, plan.tail_tile, stored, most_held, one_pass))

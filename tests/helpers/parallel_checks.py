@@ -87,6 +87,31 @@ def check_every_regime_is_as_close_to_float64_as_eager(rank, ranks):
         compare(head, *run, wanted, f"{regime} {schedule}")
 
 
+def check_a_tail_is_told_apart_by_the_sums_of_all_ranks(rank, ranks):
+    """As on one device, whose tiles are those of the ranks: the same rows count, the same rest is merged."""
+    schedules.TAIL_HEAD = 0
+    shard = shard_of(rank)
+    logits = torch.randn(12, V, generator=torch.Generator().manual_seed(1)).double() * 3
+    logits[:, ::5] += 6
+    head = linear_heads.make_head(V, 31, labels=logits.softmax(-1).argmax(-1), logits=logits, dtype=torch.float64)
+    p = logits.softmax(-1)
+    for schedule in ("frozen_head", "list_hold", "recompute"):
+        wanted = ("hidden",) if schedule == "frozen_head" else ("hidden", "weight")
+        options = dict(schedule=schedule, tail_threshold=0.01)
+        _, grads = linear_heads.run(sharded(head, shard, **options), head, wanted)
+        _, exact = linear_heads.run(linear_heads.ours(head, "torch", schedule=schedule), head, wanted)
+        summed(grads)
+        rest = torch.where(p > 0.01, 0, p).sum(1)
+        off = (grads["hidden"] - exact["hidden"]).norm(dim=1)
+        assert (off <= 2 * rest * head.upstream.abs() * head.weight.norm(dim=1).max() + 1e-12).all()
+        assert (off > 1e-9).any(), "nothing was merged"
+        if "weight" in wanted:
+            kept = grads["weight"].abs().sum(1) > 0
+            assert not kept.all() and kept[(p > 0.01).any(0)].all()
+            lost = torch.where(p > 0.01, 0, p) * (head.upstream.abs() * head.hidden.norm(dim=1))[:, None]
+            assert ((grads["weight"] - exact["weight"]).norm(dim=1) <= lost.sum(0) + 1e-12).all()
+
+
 def compare(head, logps, grads, wanted, label, op_options=None):
     op_options = op_options or {}
     summed(grads)

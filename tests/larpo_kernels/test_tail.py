@@ -1,12 +1,14 @@
 """tail_threshold: gradients from the vocabulary rows that matter, the rest merged; and where everything stays exact."""
 
+import math
+
 import pytest
 import torch
 
 import larpo_kernels as lk
 from larpo_kernels.linear import schedules
 from tests.helpers.batches import IGNORE
-from tests.helpers.linear_heads import make_head, ours, run, scheduled, true, use_small_tiles
+from tests.helpers.linear_heads import make_head, ours, plan_of, run, scheduled, true, use_small_tiles
 
 THRESHOLD = 2**-9
 VOCABULARY, TOKENS = 250, 40
@@ -107,3 +109,50 @@ def test_where_no_row_stands_out_all_is_exact(schedule, backend, device, monkeyp
     assert torch.equal(exact[0], tail[0])
     for name in wanted:
         torch.testing.assert_close(tail[1][name], exact[1][name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_token_that_is_not_a_number_spoils_what_it_spoils_without_a_threshold(backend, device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    head = peaked(device=device)
+    head.hidden.data[1, 3] = math.nan
+    for schedule in ("frozen_head", "list_hold"):
+        wanted, how = scheduled(schedule, head)
+        exact, tail = (run(ours(head, backend, tail_threshold=t, **how), head, wanted) for t in (None, THRESHOLD))
+        assert torch.equal(exact[0].isnan(), tail[0].isnan())
+        for name in wanted:
+            assert exact[1][name].isnan().any() and torch.equal(exact[1][name].isnan(), tail[1][name].isnan())
+
+
+def test_what_is_held_is_freed_by_the_backward_and_said_beforehand(device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    head = peaked(device=device)
+    hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_()
+    with lk.TailShares() as shares:
+        logps = lk.linear_token_logps(hidden, weight, head.labels, schedule="list_hold", tail_threshold=THRESHOLD)
+    saved = [x for x in logps.grad_fn.saved_tensors if x is not None and x.dim() == 2 and x.shape[1] in (20, 8)]
+    assert 0.2 < shares.rows < 0.8 and 0 < shares.merged < 1 / 8 and shares.tokens == (head.labels != IGNORE).sum()
+    assert shares.held_bytes == sum(x.nbytes for x in saved) > 0
+    logps.sum().backward(retain_graph=True)
+    first = weight.grad.clone()
+    logps.sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="backward"):
+        logps.sum().backward()
+
+
+def test_small_heads_and_compiled_graphs_are_exact(device, monkeypatch):
+    head = peaked(device=device)
+    exact = run(ours(head, "torch"), head, ("hidden", "weight"))
+    for limit, compiled in ((1 << 22, False), (0, True)):
+        monkeypatch.setattr(schedules, "TAIL_HEAD", limit)
+        function = ours(head, "torch", tail_threshold=THRESHOLD)
+        got = run(torch.compile(function, backend="eager") if compiled else function, head, ("hidden", "weight"))
+        for name in ("hidden", "weight"):
+            torch.testing.assert_close(got[1][name], exact[1][name])
+
+
+def test_the_plan_says_so(device):
+    head = make_head(VOCABULARY, 64, (TOKENS,), device=device)
+    plan = plan_of(head, tail_threshold=THRESHOLD, schedule="list_hold")
+    assert plan.tail_threshold == THRESHOLD and "0.002" in str(plan)
+    assert plan_of(head, (), tail_threshold=THRESHOLD).tail_threshold is None

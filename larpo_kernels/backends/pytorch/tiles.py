@@ -236,10 +236,19 @@ class Tiles:
 
     def shares(self, e: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Of each row of E [rows, tokens] the largest and the summed probability over the first `count` tokens, relative to
-        the sums so far."""
-        per_e = 1 / (self.sums.e + (self.target - self.centre - self.level).exp())
+        the sums so far; where ranks share the vocabulary those of their first tiles count too."""
+        at_target = (self.target - self.centre - self.level).exp()
+        per_e = 1 / (self.sums.e + self._first_sums_of_others * at_target + at_target)
         per_e[count:] = 0
         return self._row_shares(e, per_e)
+
+    @functools.cached_property
+    def _first_sums_of_others(self) -> Tensor | float:
+        """Relative to exp(target), which all ranks know; too large a number is as good as a larger one."""
+        if not self.head.group:
+            return 0.0
+        own = (self.sums.e.double() * (self.centre + self.level - self.target).double().exp()).clamp(max=1e30)
+        return (add_up(own.clone(), self.head.group) - own).clamp(min=0).to(self.sums.e.dtype)
 
     def _row_shares(self, e: Tensor, per_e: Tensor) -> tuple[Tensor, Tensor]:
         largest, summed = per_e.new_empty(e.shape[0]), per_e.new_empty(e.shape[0])

@@ -114,11 +114,12 @@ class Tiles(plain.Tiles):
 
     def _row_shares(self, e: Tensor, per_e: Tensor) -> tuple[Tensor, Tensor]:
         (rows, tokens), launch = e.shape, self.launch
+        few = launch.tile_rows // 2  # two sums an entry: more would not fit the registers
         largest, summed = per_e.new_empty(rows), per_e.new_empty(rows)
         with on_device(e):
-            tiles.row_shares[(triton.cdiv(rows, launch.tile_rows),)](
+            tiles.row_shares[(triton.cdiv(rows, few),)](
                 e, per_e, largest, summed, rows, tokens, e.stride(0),
-                R=launch.tile_rows, T=launch.tile_tokens, **options(e, launch.tile_warps),
+                R=few, T=launch.tile_tokens, **options(e, launch.tile_warps),
             )  # fmt: skip
         return largest, summed
 
