@@ -28,6 +28,7 @@ With relevance 0 or 1 they give the usual ndcg.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -193,14 +194,20 @@ def _ndcg(gains: Tensor, above: Tensor, level: Tensor, k: int | None) -> Tensor:
     Equal scores share the ranks above + 1 .. above + level: each gets the mean of their discounts.
     """
     size = gains.shape[1]
-    discounts = 1 / torch.arange(2, size + 2, dtype=torch.float64).log2()
-    if k is not None:
-        discounts[k:] = 0
-    summed = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
+    discounts, summed = _discounts(size, k)
     last = (above + level).clamp(max=size)
     mean_discounts = (summed[last] - summed[above]) / level.clamp(min=1)  # padding has level 0, and gain 0
     ideal = gains.sort(1, descending=True).values @ discounts
     return (gains * mean_discounts).sum(1) / ideal
+
+
+@functools.lru_cache(64)
+def _discounts(size: int, k: int | None) -> tuple[Tensor, Tensor]:
+    """Of ranks 1 to size, 0 behind rank k; and their sums over the first 0 to size ranks."""
+    discounts = 1 / torch.arange(2, size + 2, dtype=torch.float64).log2()
+    if k is not None:
+        discounts[k:] = 0
+    return discounts, torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
 
 
 def _reciprocal_rank(g: Tensor, there: Tensor, good: Tensor) -> Tensor:
