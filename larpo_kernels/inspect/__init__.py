@@ -112,7 +112,7 @@ def report(
 
     Args:
         targets: names from `TARGETS`; None for all of them.
-        kernels: shell patterns for "kernel" or "kernel/variant", such as "list_stage/listnet*"; None for all.
+        kernels: shell patterns for "kernel" or "kernel/variant", such as "list_losses/listnet*"; None for all.
         dtypes: of the logits, among "bf16", "fp16", "fp32"; None for all. Kernels that read no logits are always there.
         progress: called with (done, in all, what is compiled next).
 

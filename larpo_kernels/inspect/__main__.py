@@ -32,7 +32,7 @@ def main() -> int:
         prog="python -m larpo_kernels.inspect", description=__doc__, epilog=ABOUT, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--target", nargs="+", help="sm_80 sm_90 sm_100 gfx942; all of them by default")
-    parser.add_argument("--kernel", nargs="+", help="shell patterns for kernel or kernel/variant, as 'list_stage/listnet*'")
+    parser.add_argument("--kernel", nargs="+", help="shell patterns for kernel or kernel/variant, as 'list_losses/listnet*'")
     parser.add_argument("--dtype", nargs="+", help="bf16 fp16 fp32; all of them by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     options = parser.parse_args()

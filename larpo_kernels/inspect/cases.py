@@ -39,18 +39,17 @@ def backward(dtype, aligned, logit_scale=1.0, softcap=None):
     rows.token_logps_backward(grad, logits, labels, logps, IGNORE, logit_scale, softcap, torch.empty_like(logits))
 
 
-def candidate_logps(dtype, aligned, mean=False):
-    counted = empty(4096, dtype=torch.bool) if mean else None
-    lists.candidate_logps(empty(4096), counted, empty(65, dtype=torch.int64))
+def candidate_logps(dtype, aligned, mean=False, padded=False):
+    shape = (64, 64) if padded else (4096,)
+    counted = empty(*shape, dtype=torch.bool) if mean else None
+    lists.candidate_logps(empty(*shape), counted, None if padded else empty(65, dtype=torch.int64))
 
 
-def list_stage(dtype, aligned, objective, weighting="none", ties="order", of_tokens=True):
-    """of_tokens: candidates average over their tokens and have a reference; else scores are given, one per candidate."""
-    counted = empty(4096, dtype=torch.bool) if of_tokens else None
-    cu_tokens = empty(65, dtype=torch.int64) if of_tokens else None
-    n, ref = (4096, empty(64)) if of_tokens else (64, None)
-    cu_lists, relevance = empty(9, dtype=torch.int64), empty(64, dtype=torch.float64)
-    lists.list_stage(empty(n), counted, cu_tokens, cu_lists, 0, relevance, ref, 0.1, objective, weighting, 0, 1.0, ties)
+def list_losses(dtype, aligned, objective, weighting="none", ties="order", list_size=0):
+    """list_size: of every list; 0: their borders are given."""
+    scores, relevance = empty(64), empty(64, dtype=torch.float64)
+    cu_lists = None if list_size else empty(9, dtype=torch.int64)
+    lists.list_stage(scores, None, None, cu_lists, list_size, relevance, None, 0.1, objective, weighting, 0, 1.0, ties)
 
 
 def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for_grad=True, step=None):
@@ -104,12 +103,16 @@ KERNELS = (
     ),
     Kernel("merge_splits", forward, {"plain": LONG_ROWS, "stats": LONG_ROWS | {"stats": True}}),
     Kernel("token_logps_backward", backward, ROWS, misaligned=True),
-    Kernel("candidate_logps", candidate_logps, {"sum": {}, "mean": {"mean": True}}, dtypes=()),
     Kernel(
-        "list_stage",
-        list_stage,
-        {name: of | {"of_tokens": True} for name, of in OBJECTIVES.items()}
-        | {f"{name}-of-scores": of | {"of_tokens": False} for name, of in OBJECTIVES.items()},
+        "candidate_logps",
+        candidate_logps,
+        {"sum": {}, "mean": {"mean": True}, "padded": {"padded": True}, "padded-mean": {"padded": True, "mean": True}},
+        dtypes=(),
+    ),
+    Kernel(
+        "list_losses",
+        list_losses,
+        OBJECTIVES | {f"{name}-of-one-size": options | {"list_size": 8} for name, options in OBJECTIVES.items()},
         dtypes=(),
     ),
     Kernel(

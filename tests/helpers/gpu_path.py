@@ -95,21 +95,9 @@ def the_rows_and_lists():
     primitives.token_logps_backward(randn(S, T), logits, y, logps, -100, 1.0, None, torch.empty_like(logits))
     borders = torch.arange(S + 1, device="cuda") * T
     primitives.candidate_logps(logps.view(-1), y.view(-1) != -100, borders)
-    primitives.list_stage(
-        logps.view(-1),
-        None,
-        borders,
-        torch.arange(3, device="cuda") * 4,
-        0,
-        randn(S),
-        randn(S),
-        0.1,
-        "listmle",
-        "none",
-        0,
-        1.0,
-        "order",
-    )
+    terms = (randn(S), randn(S), 0.1, "listmle", "none", 0, 1.0, "order")
+    primitives.list_stage(logps.view(-1), None, borders, torch.arange(3, device="cuda") * 4, 0, *terms)
+    primitives.list_stage(logps, y != -100, None, None, 4, *terms)
 
 
 def the_api():

@@ -12,7 +12,7 @@ from tests.helpers import HANGS
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 KERNELS = {
-    *("token_logps_forward", "token_logps_backward", "candidate_logps", "list_stage"),
+    *("token_logps_forward", "token_logps_backward", "candidate_logps", "list_losses"),
     *("exp_tile", "merge_spans", "level_spans", "scale_rows", "put_target"),
 }
 

@@ -28,9 +28,9 @@ from tests.helpers import HANGS
 
 # targets, kernels, dtypes: every kernel on one NVIDIA and one AMD target, what is hot on all of them
 SAMPLE = (
-    (["sm_90", "gfx942"], ["*/plain", "candidate_logps/mean", "list_stage/contrastive"], ["bf16"]),
+    (["sm_90", "gfx942"], ["*/plain", "candidate_logps/mean", "list_losses/contrastive"], ["bf16"]),
     (["sm_80", "sm_100"], ["token_logps_*/plain", "exp_tile/plain"], ["bf16"]),
-    (["sm_80"], ["list_stage/lambdarank-dcg2"], ["bf16"]),  # the one closest to spilling
+    (["sm_80"], ["list_losses/lambdarank-dcg2"], ["bf16"]),  # the one closest to spilling
     (["sm_90"], ["token_logps_*/plain"], ["fp16", "fp32"]),
     (["sm_90"], ["token_logps_*/softcap", "token_logps_forward/split-stats", "exp_tile/again"], ["bf16"]),
 )

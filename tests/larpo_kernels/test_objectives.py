@@ -572,6 +572,23 @@ def test_lists_of_nothing_but_ties_teach_no_order_at_equal_scores(gradient_of, o
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_lists_of_one_to_many_tiles_match_the_reference_side_by_side(backend, device, name):
+    sizes = [3, 65, 1, 17] + [64, 8, 300, 2] * (
+        backend == "torch" or device == "cuda"
+    )  # which Triton's interpreter takes long for
+    scores, relevance = graded_lists(sizes, seed=2)
+    upstream = torch.linspace(-1, 2, len(sizes), dtype=torch.float64)
+    ours, true = scores.to(device, torch.float32).requires_grad_(), scores.float().double().requires_grad_()
+    options = dict(list_sizes=sizes, objective=EVERY[name], reduction="none")
+    loss = lk.listwise_loss(ours, relevance.to(device), backend=backend, **options)
+    truth = lk.reference.listwise_loss(true, relevance, **options)
+    loss.backward(upstream.float().to(device))
+    truth.backward(upstream)
+    torch.testing.assert_close(loss.double().cpu(), truth, rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double().cpu(), true.grad, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_pairs_formed_in_blocks_are_the_pairs_formed_at_once(name, monkeypatch):
     scores, relevance = graded_lists([7] * 5)
 

@@ -9,21 +9,27 @@ from .kernels import lists
 from .launch import on_device, options
 
 TOKENS = 1024  # token log-probs per step: 4 KB, one load per thread and vector at 4 warps
-PAIRS, PAIR_WARPS = 16, 8  # a tile of 16 x 16 pairs, one a thread: most lists are one tile
+PAIRS, PAIR_WARPS = (64, 16), 8  # a tile of pairs, four a thread: lists of up to 64 are one row of tiles
 
 
 def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    cu_tokens = _borders(cu_tokens, logps)
-    logps, cu_tokens = logps.contiguous(), cu_tokens.contiguous()
-    s = cu_tokens.shape[0] - 1
+    out, share, _ = _candidates(logps, counted, cu_tokens)
+    return out, share
+
+
+def _candidates(logps, counted, cu_tokens, ref_logps=None, beta=None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> L [S], dL/dl of each candidate's tokens [S], and with beta the scores [S]."""
+    s = logps.shape[0] if cu_tokens is None else cu_tokens.shape[0] - 1
     out, share = logps.new_empty(s), logps.new_empty(s)
+    scores = None if beta is None else torch.empty_like(out)
     if s:
         with on_device(logps):
             lists.candidate_logps[(s,)](
-                logps, _int8(counted, logps), cu_tokens, out, share, logps.numel(), MEAN=counted is not None, TOKENS=TOKENS,
-                **options(logps),
+                logps.contiguous(), None if counted is None else counted.contiguous().view(torch.int8),
+                _contiguous(cu_tokens), _contiguous(ref_logps), out, share, scores,
+                logps.numel(), logps.numel() // s, 1.0 if beta is None else beta, TOKENS=TOKENS, **options(logps),
             )  # fmt: skip
-    return out, share
+    return out, share, scores
 
 
 def list_stage(
@@ -41,35 +47,19 @@ def list_stage(
     temperature: float,
     ties: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if cu_lists is None:
-        cu_lists = torch.arange(0, relevance.shape[0] + 1, list_size, device=logps.device)
-    if logps.dim() == 2:
-        cu_tokens = _borders(cu_tokens, logps)
-    logps, cu_lists, relevance = logps.float().contiguous(), cu_lists.contiguous(), relevance.contiguous()
-    cu_tokens, ref_logps = (None if x is None else x.contiguous() for x in (cu_tokens, ref_logps))
-    num_lists, s = cu_lists.shape[0] - 1, relevance.shape[0]
-    loss = logps.new_zeros(num_lists)
-    candidates, scores, c = logps.new_zeros(s), logps.new_zeros(s), logps.new_zeros(s)
-    work = logps.new_empty(3 * s)
+    candidates, share, scores = _candidates(logps.float(), counted, cu_tokens, ref_logps, beta)
+    s, (i, j) = relevance.shape[0], PAIRS
+    num_lists = s // list_size if cu_lists is None else cu_lists.shape[0] - 1
+    loss, work = scores.new_empty(num_lists), scores.new_empty(3 * s)
+    c = torch.empty_like(scores) if cu_lists is None else torch.zeros_like(scores)  # wrong borders leave some out
     if num_lists:
-        with on_device(logps):
-            lists.list_stage[(num_lists,)](
-                logps, _int8(counted, logps), cu_lists if cu_tokens is None else cu_tokens, cu_lists, relevance,
-                relevance if ref_logps is None else ref_logps, loss, candidates, scores, c, work,
-                logps.numel(), s, beta, temperature, k,
-                TOKEN_IS_CANDIDATE=cu_tokens is None, MEAN=counted is not None, HAS_REF=ref_logps is not None,
-                OBJECTIVE=objective, WEIGHTING=weighting, TIES=ties, TOKENS=TOKENS, M=PAIRS,
-                **options(logps, PAIR_WARPS, registers=255),
+        with on_device(scores):
+            lists.list_losses[(num_lists,)](
+                scores, _contiguous(cu_lists), relevance.contiguous(), loss, share, c, work, s, list_size, beta, temperature, k,
+                OBJECTIVE=objective, WEIGHTING=weighting, TIES=ties, I=i, J=j, **options(scores, PAIR_WARPS, registers=255),
             )  # fmt: skip
     return loss, candidates, scores, c
 
 
-def _borders(cu_tokens: Tensor | None, logps: Tensor) -> Tensor:
-    if cu_tokens is not None:
-        return cu_tokens
-    s, t = logps.shape
-    return torch.arange(s + 1, device=logps.device) * t
-
-
-def _int8(counted: Tensor | None, like: Tensor) -> Tensor:
-    return like if counted is None else counted.contiguous().view(torch.int8)
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

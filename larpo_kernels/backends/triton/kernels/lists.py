@@ -1,6 +1,7 @@
-"""The list side: token log-probs -> candidates -> scores -> loss of each list and its gradient. One program per list.
+"""The list side: token log-probs -> candidates and their scores, one program per candidate -> loss of each list and its
+gradient, one program per list.
 
-A list of m candidates is visited in tiles of M x M pairs, so any m works and nothing of size m x m exists. Orders are
+A list of m candidates is visited in tiles of I x J pairs, so any m works and nothing of size m x m exists. Orders are
 ranks counted by comparison, never sorted: candidate i stands before j if its value is larger, or equal and earlier in
 the input; where TIES is "mean" or "skip", equal values share the first of their ranks and several candidates may be best
 or worst. No atomics, fixed order of every sum.
@@ -9,57 +10,63 @@ or worst. No atomics, fixed order of every sum.
 import triton
 import triton.language as tl
 
-from .math import LN2, LOG2E, one_minus_exp, sigmoid, softplus
+from .math import LN2, LOG2E, logistic, one_minus_exp
 
 FINITE: tl.constexpr = tl.constexpr(1e300)  # what infinite relevance counts as: its difference from another's is a number
 
 
 @triton.jit
-def candidate_sum(logps_ptr, counted_ptr, start, stop, MEAN: tl.constexpr, TOKENS: tl.constexpr):
-    """-> L of the candidate that owns tokens start:stop, and dL/dl of each of its tokens."""
+def segment(cu_ptr, size, i, segments, n):
+    """-> the items of segment i, start:stop, and whether its borders are wrong: not in order, or not from 0 to n over all.
+    Without borders every segment has `size` items.
+
+    Borders are data: none may lead outside, whatever it says.
+    """
+    if cu_ptr is None:
+        start = i.to(tl.int64) * size
+        stop = start + size
+        wrong = stop > n
+    else:
+        start, stop = tl.load(cu_ptr + i), tl.load(cu_ptr + i + 1)
+        wrong = (start > stop) | (start < 0) | (stop > n) | ((i == 0) & (start != 0)) | ((i == segments - 1) & (stop != n))
+    return tl.minimum(tl.maximum(start, 0), n), tl.minimum(tl.maximum(stop, 0), n), wrong
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def candidate_logps(
+    logps_ptr,  # [N] float32, 0 where ignored
+    counted_ptr,  # [N] int8: the mean over the tokens that count; None: the sum
+    cu_tokens_ptr,  # [S+1] int64, or None: every candidate has T tokens
+    ref_ptr,  # [S] float32, or None
+    out_ptr,  # [S] float32: L
+    share_ptr,  # [S] float32: dL/dl of each token of the candidate
+    scores_ptr,  # [S] float32: g, or None where none are asked for
+    N,
+    T,
+    beta,
+    TOKENS: tl.constexpr,
+):
+    s = tl.program_id(0)
+    start, stop, wrong = segment(cu_tokens_ptr, T, s, tl.num_programs(0), N)
     total = tl.zeros([TOKENS], tl.float32)
     count = tl.zeros([TOKENS], tl.int32)
     for t in range(start, stop, TOKENS):
         at = t + tl.arange(0, TOKENS)
         total += tl.load(logps_ptr + at, mask=at < stop, other=0.0)
-        if MEAN:
+        if counted_ptr is not None:
             count += tl.load(counted_ptr + at, mask=at < stop, other=0).to(tl.int32)
     logp = tl.sum(total)
     share = 1.0
-    if MEAN:
+    if counted_ptr is not None:
         share = 1.0 / tl.maximum(tl.sum(count), 1).to(tl.float32)
-        logp = logp * share
-    return logp, share
-
-
-@triton.jit
-def candidate_logps(
-    logps_ptr,  # [N] float32, 0 where ignored
-    counted_ptr,  # [N] int8, with MEAN
-    cu_tokens_ptr,  # [S+1] int64
-    out_ptr,  # [S] float32
-    share_ptr,  # [S] float32
-    N,
-    MEAN: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """One program per candidate."""
-    s = tl.program_id(0)
-    start, stop, wrong = segment(cu_tokens_ptr, s, tl.num_programs(0), N)
-    logp, share = candidate_sum(logps_ptr, counted_ptr, start, stop, MEAN, TOKENS)
-    tl.store(out_ptr + s, tl.where(wrong, float("nan"), logp))
+        logp *= share
+    logp = tl.where(wrong, float("nan"), logp)
+    tl.store(out_ptr + s, logp)
     tl.store(share_ptr + s, tl.where(wrong, float("nan"), share))
-
-
-@triton.jit
-def segment(cu_ptr, i, segments, n):
-    """-> the items of segment i, start:stop, and whether its borders are wrong: not in order, or not from 0 to n over all.
-
-    Borders are data: none may lead outside, whatever it says.
-    """
-    start, stop = tl.load(cu_ptr + i), tl.load(cu_ptr + i + 1)
-    wrong = (start > stop) | (start < 0) | (stop > n) | ((i == 0) & (start != 0)) | ((i == segments - 1) & (stop != n))
-    return tl.minimum(tl.maximum(start, 0), n), tl.minimum(tl.maximum(stop, 0), n), wrong
+    if scores_ptr is not None:
+        if ref_ptr is not None:
+            logp -= tl.load(ref_ptr + s)
+        tl.store(scores_ptr + s, beta * logp)
 
 
 @triton.jit
@@ -119,85 +126,62 @@ def rank_change(rank_i, rank_j, cut, WEIGHTING: tl.constexpr):
     return change
 
 
-@triton.jit
-def list_stage(
-    logps_ptr,  # [N] float32, 0 where ignored
-    counted_ptr,  # [N] int8, with MEAN
-    cu_tokens_ptr,  # [S+1] int64, unless TOKEN_IS_CANDIDATE
-    cu_lists_ptr,  # [L+1] int64
-    relevance_ptr,  # [S] float64: close rewards keep their order
-    ref_ptr,  # [S] float32, with HAS_REF
-    loss_ptr,  # [L] float32
-    candidate_ptr,  # [S] float32: L
+@triton.jit(do_not_specialize=["S", "list_size", "k"])
+def list_losses(
     scores_ptr,  # [S] float32: g
+    cu_lists_ptr,  # [L+1] int64, or None: every list has list_size candidates
+    relevance_ptr,  # [S] float64: close rewards keep their order
+    loss_ptr,  # [L] float32
+    share_ptr,  # [S] float32: dL/dl of each token of the candidate, NaN where its borders are wrong
     c_ptr,  # [S] float32: d loss / d l of each token of the candidate
     work_ptr,  # [3, S] float32, this program's own between its phases
-    N,
     S,
+    list_size,
     beta,
     temperature,
     k,  # cut-off of the DCG, 0 for none
-    TOKEN_IS_CANDIDATE: tl.constexpr,
-    MEAN: tl.constexpr,
-    HAS_REF: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     WEIGHTING: tl.constexpr,
     TIES: tl.constexpr,
-    TOKENS: tl.constexpr,
-    M: tl.constexpr,
+    I: tl.constexpr,
+    J: tl.constexpr,
 ):
     lst = tl.program_id(0)
-    start, stop, wrong = segment(cu_lists_ptr, lst, tl.num_programs(0), S)
-    unknown = (wrong | (start == stop)).to(tl.int32)  # counts what makes the list's loss NaN: borders, relevance that is NaN
+    start, stop, wrong = segment(cu_lists_ptr, list_size, lst, tl.num_programs(0), S)
 
-    # 1. candidates and scores; c holds the share of a token until phase 3
-    for s in range(start, stop):
-        if TOKEN_IS_CANDIDATE:
-            logp = tl.load(logps_ptr + s)
-            share = 1.0
-        else:
-            first, last, astray = segment(cu_tokens_ptr, s, S, N)
-            unknown += astray.to(tl.int32)
-            logp, share = candidate_sum(logps_ptr, counted_ptr, first, last, MEAN, TOKENS)
-            logp = tl.where(astray, float("nan"), logp)
-        tl.store(candidate_ptr + s, logp)
-        tl.store(c_ptr + s, share)
-        if HAS_REF:
-            logp -= tl.load(ref_ptr + s)
-        tl.store(scores_ptr + s, beta * logp)
-    tl.debug_barrier()
-
-    # 2. what phase 3 needs of every candidate j: level_j, log_j and part_j
+    # 1. what phase 2 needs of every candidate j: level_j, log_j and part_j
     #    suffixes: logsumexp from j on as largest score + log of the rest (a sum of the two would round away differences
     #    of large scores), and a_j, 0 if all of these scores are -inf;   pairs: rank by score (LambdaRank) or by relevance
     cut = tl.where(k == 0, stop - start, k).to(tl.float32)
     ideal = 0.0
-    num_best = 0  # candidates with none before them, and with none after them: more than one only where ties are not ordered
-    num_worst = 0
-    num_ranks = 0  # candidates that know how many are before and after them: all, unless some are tied
+    unknown = tl.zeros([I], tl.int32)  # candidates without relevance, or with wrong borders
+    num_best = tl.zeros([I], tl.int32)  # with none before them, or after them: several only where ties are not ordered
+    num_worst = tl.zeros([I], tl.int32)
+    num_ranks = tl.zeros([I], tl.int32)  # that know how many are before and after them: all, unless some are tied
     top = 0.0  # the largest relevance
     target = 0.0  # sum of exp((relevance - top) / temperature)
     if OBJECTIVE == "listnet" or WEIGHTING != "none":
-        top = list_max(relevance_ptr, start, stop, M)
+        top = list_max(relevance_ptr, start, stop, I)
         if OBJECTIVE == "listnet":
-            target = list_sum_exp(relevance_ptr, start, stop, top, temperature, M)
+            target = list_sum_exp(relevance_ptr, start, stop, top, temperature, I)
         else:
             top = tl.maximum(top, 0.0)  # of the terms 2^r and 1 of a gain
-    for i0 in range(start, stop, M):
-        i = i0 + tl.arange(0, M)
+    for i0 in range(start, stop, I):
+        i = i0 + tl.arange(0, I)
         g_i = tl.load(scores_ptr + i, mask=i < stop, other=-float("inf"))
         r_i = tl.load(relevance_ptr + i, mask=i < stop, other=0.0)
-        unknown += tl.sum((r_i != r_i).to(tl.int32))
+        share = tl.load(share_ptr + i, mask=i < stop, other=0.0)
+        unknown += ((r_i != r_i) | (share != share)).to(tl.int32)
         peak = g_i
-        total = tl.zeros([M], tl.float32)
-        ahead = tl.zeros([M], tl.int32)  # candidates before i by relevance
-        behind = tl.zeros([M], tl.int32)  # and after it
-        ahead_by_score = tl.zeros([M], tl.int32)
-        left = tl.full([M], 1.0, tl.float32)  # the share of those tied with i that its log-sum-exp runs over
+        total = tl.zeros([I], tl.float32)
+        ahead = tl.zeros([I], tl.int32)  # candidates before i by relevance
+        behind = tl.zeros([I], tl.int32)  # and after it
+        ahead_by_score = tl.zeros([I], tl.int32)
+        left = tl.full([I], 1.0, tl.float32)  # the share of those tied with i that its log-sum-exp runs over
         if TIES == "efron":
-            left = share_left(relevance_ptr, i, r_i, start, stop, M)
-        for j0 in range(start, stop, M):
-            j = j0 + tl.arange(0, M)
+            left = share_left(relevance_ptr, i, r_i, start, stop, I, J)
+        for j0 in range(start, stop, J):
+            j = j0 + tl.arange(0, J)
             g_j = tl.load(scores_ptr + j, mask=j < stop, other=-float("inf"))
             r_j = tl.load(relevance_ptr + j, mask=j < stop, other=0.0)
             real = (j < stop)[None, :]
@@ -246,31 +230,35 @@ def list_stage(
             part = tl.where((peak == -float("inf")) & (total == 0.0), 0.0, part)
         tl.store(work_ptr + i, level, mask=i < stop)
         tl.store(work_ptr + S + i, part, mask=i < stop)
-        num_best += tl.sum(((i < stop) & (ahead == 0)).to(tl.int32))
-        num_worst += tl.sum(((i < stop) & (behind == 0)).to(tl.int32))
-        num_ranks += tl.sum(((i < stop) & (ahead + behind == stop - start - 1)).to(tl.int32))
+        if TIES == "skip" or TIES == "mean":
+            num_best += ((i < stop) & (ahead == 0)).to(tl.int32)
+            num_worst += ((i < stop) & (behind == 0)).to(tl.int32)
+            num_ranks += ((i < stop) & (ahead + behind == stop - start - 1)).to(tl.int32)
     tl.debug_barrier()
 
-    # 3. loss and gradient
+    # 2. loss and gradient
     ideal = tl.where(ideal == 0.0, 1.0, tl.abs(ideal))
-    orders = tie_share(num_best, num_worst, num_ranks, stop - start, OBJECTIVE, TIES)
-    loss = 0.0
-    for i0 in range(start, stop, M):
-        i = i0 + tl.arange(0, M)
+    is_number = ~wrong & (start < stop) & (tl.sum(unknown) == 0)
+    orders = 1.0
+    if TIES == "skip" or TIES == "mean":
+        orders = tie_share(tl.sum(num_best), tl.sum(num_worst), tl.sum(num_ranks), stop - start, OBJECTIVE, TIES)
+    loss = tl.zeros([I], tl.float32)
+    for i0 in range(start, stop, I):
+        i = i0 + tl.arange(0, I)
         g_i = tl.load(scores_ptr + i, mask=i < stop, other=0.0)
         r_i = tl.load(relevance_ptr + i, mask=i < stop, other=0.0)
         level_i = tl.load(work_ptr + i, mask=i < stop, other=1.0)
         part_i = tl.load(work_ptr + S + i, mask=i < stop, other=0.0)
-        d = tl.zeros([M], tl.float32)
+        d = tl.zeros([I], tl.float32)
         if OBJECTIVE == "contrastive" or OBJECTIVE == "listmle" or OBJECTIVE == "listnet":
             log_i = tl.load(work_ptr + 2 * S + i, mask=i < stop, other=0.0)
             own = part_i
             if TIES == "efron":
                 own = (part_i > 0).to(tl.float32)
-            loss += tl.sum(tl.where((i < stop) & (part_i > 0), own * ((level_i - g_i) + log_i), 0.0))
+            loss += tl.where((i < stop) & (part_i > 0), own * ((level_i - g_i) + log_i), 0.0)
             d -= own
-        for j0 in range(start, stop, M):
-            j = j0 + tl.arange(0, M)
+        for j0 in range(start, stop, J):
+            j = j0 + tl.arange(0, J)
             g_j = tl.load(scores_ptr + j, mask=j < stop, other=0.0)
             r_j = tl.load(relevance_ptr + j, mask=j < stop, other=0.0)
             level_j = tl.load(work_ptr + j, mask=j < stop, other=1.0)
@@ -293,11 +281,11 @@ def list_stage(
                     two = real & (i[:, None] != j[None, :])
                     i_wins = two & (level_i == 0.0)[:, None] & (part_j == 0.0)[None, :]
                     j_wins = two & (level_j == 0.0)[None, :] & (part_i == 0.0)[:, None]
-                    w = tl.full([M, M], 1.0, tl.float32)
+                    w = tl.full([I, J], 1.0, tl.float32)
                 else:
                     i_wins = real & (r_i[:, None] > r_j[None, :])
                     j_wins = real & (r_i[:, None] < r_j[None, :])
-                    w = tl.full([M, M], 1.0, tl.float32)
+                    w = tl.full([I, J], 1.0, tl.float32)
                     if WEIGHTING != "none":
                         x_i, x_j = value(relevance_ptr, i, stop), value(relevance_ptr, j, stop)
                         w = tl.abs(gain_difference(x_i[:, None], x_j[None, :], top)) / ideal
@@ -306,24 +294,23 @@ def list_stage(
                 mute = both_lost | ((w == 0.0) & (tl.abs(gap) == float("inf")))
                 i_wins = i_wins & ~mute
                 j_wins = j_wins & ~mute
-                loss += tl.sum(tl.where(i_wins, w * softplus(gap), 0.0))
-                d -= tl.sum(tl.where(i_wins, w * sigmoid(gap), 0.0), 1)
-                d += tl.sum(tl.where(j_wins, w * sigmoid(-gap), 0.0), 1)
-        share = tl.load(c_ptr + i, mask=i < stop, other=0.0)
+                term, up, down = logistic(gap)
+                loss += tl.sum(tl.where(i_wins, w * term, 0.0), 1)
+                d += tl.sum(tl.where(j_wins, w * down, 0.0) - tl.where(i_wins, w * up, 0.0), 1)
+        share = tl.load(share_ptr + i, mask=i < stop, other=0.0)
         d = tl.where(orders > 0, orders * d, 0.0)
-        c = tl.where(unknown > 0, float("nan"), beta * share * d)
-        tl.store(c_ptr + i, c, mask=i < stop)
-    loss = tl.where(orders > 0, orders * loss, 0.0)
-    tl.store(loss_ptr + lst, tl.where(unknown > 0, float("nan"), loss))
+        tl.store(c_ptr + i, tl.where(is_number, beta * share * d, float("nan")), mask=i < stop)
+    total_loss = tl.where(orders > 0, orders * tl.sum(loss), 0.0)
+    tl.store(loss_ptr + lst, tl.where(is_number, total_loss, float("nan")))
 
 
 @triton.jit
-def share_left(relevance_ptr, i, r_i, start, stop, M: tl.constexpr):
+def share_left(relevance_ptr, i, r_i, start, stop, I: tl.constexpr, J: tl.constexpr):
     """1 - l / k for the l-th (from 0) of k candidates of equal relevance: what is left of them, on average, at its turn."""
-    size = tl.zeros([M], tl.int32)
-    earlier = tl.zeros([M], tl.int32)
-    for j0 in range(start, stop, M):
-        j = j0 + tl.arange(0, M)
+    size = tl.zeros([I], tl.int32)
+    earlier = tl.zeros([I], tl.int32)
+    for j0 in range(start, stop, J):
+        j = j0 + tl.arange(0, J)
         r_j = tl.load(relevance_ptr + j, mask=j < stop, other=0.0)
         tied = (j < stop)[None, :] & (r_j[None, :] == r_i[:, None])
         size += tl.sum(tied.to(tl.int32), 1)
@@ -334,7 +321,6 @@ def share_left(relevance_ptr, i, r_i, start, stop, M: tl.constexpr):
 @triton.jit
 def tie_share(num_best, num_worst, num_ranks, m, OBJECTIVE: tl.constexpr, TIES: tl.constexpr):
     """What a list's terms are multiplied by: one over the number of equally possible ones, or 0 for a list that is skipped."""
-    share = 1.0
     if TIES == "skip":
         settled = num_best == 1
         if OBJECTIVE == "pairwise":
@@ -342,7 +328,7 @@ def tie_share(num_best, num_worst, num_ranks, m, OBJECTIVE: tl.constexpr, TIES: 
         if OBJECTIVE == "listmle":
             settled = num_ranks == m
         share = settled.to(tl.float32)
-    elif TIES == "mean":
+    else:
         terms = num_best
         if OBJECTIVE == "pairwise":
             terms = num_best * num_worst - tl.where(num_best == m, m, 0)  # all tied: a candidate makes no pair with itself

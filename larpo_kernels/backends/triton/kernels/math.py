@@ -31,12 +31,9 @@ def one_minus_exp(l):
 
 
 @triton.jit
-def sigmoid(x):
+def logistic(x):
+    """-> softplus(x) = log(1 + exp(x)), sigmoid(x) and sigmoid(-x), at any x, by one exp of a negative number."""
     e = tl.exp2(tl.abs(x) * (-LOG2E))
-    return tl.where(x < 0, e, 1.0) / (1 + e)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), at any x."""
-    return tl.maximum(x, 0.0) + log1p(tl.exp2(tl.abs(x) * (-LOG2E)))
+    large = 1.0 / (1 + e)
+    small = e * large
+    return tl.maximum(x, 0.0) + log1p(e), tl.where(x < 0, small, large), tl.where(x < 0, large, small)
