@@ -248,16 +248,23 @@ def check_scores(scores: torch.Tensor) -> None:
     check_floats("scores", scores, (1,), "[S], one per candidate")
 
 
-def _per_candidate(name: str, x: Any, num_candidates: int, like: torch.Tensor, like_name: str) -> torch.Tensor:
+def _per_candidate(
+    name: str, x: Any, num_candidates: int, like: torch.Tensor, *, why_finite: str | None = None
+) -> torch.Tensor:
+    """why_finite: what it would say of a candidate if it were infinite; None where it may be."""
     _tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must be real, got {x.dtype}")
     if tuple(x.shape) != (num_candidates,):
         raise ValueError(f"{name} must be [{int(num_candidates)}], one value per candidate, got shape {shape(x)}")
-    _same_device(name, x, like_name, like)
-    x = x.detach()
-    if readable(x) and x.is_floating_point() and x.isnan().any():
-        raise ValueError(f"{name} must not be NaN, got NaN at position {int(x.isnan().nonzero()[0])}")
+    _same_device(name, x, "the data", like)
+    x = x.detach() if x.requires_grad else x
+    if x.is_floating_point() and readable(x) and not math.isfinite(x.sum()):  # NaN, infinity or an overflow: one read tells
+        if x.isnan().any():
+            raise ValueError(f"{name} must not be NaN, got NaN at position {int(x.isnan().nonzero()[0])}")
+        if why_finite and x.isinf().any():
+            at = int(x.isinf().nonzero()[0])
+            raise ValueError(f"{name} must be finite: {why_finite} has {float(x[at])} at position {at}")
     return x
 
 
@@ -275,7 +282,7 @@ def relevance(
     Integers that are too large for that are replaced by their ranks among all candidates, unless by_value: the objective
     reads more than an order. Then they are refused; NaN where only the device knows them.
     """
-    x = _per_candidate("relevance", x, num_candidates, like, "the data")
+    x = _per_candidate("relevance", x, num_candidates, like)
     number = x.to(wide(like.device))
     exact = 2 ** {torch.float64: 53, torch.float32: 24}[number.dtype]
     if is_integer(x) and torch.iinfo(x.dtype).max > exact:
@@ -308,12 +315,8 @@ def _dense_ranks(x: torch.Tensor) -> torch.Tensor:
 def ref_logps(x: Any, num_candidates: int, like: torch.Tensor) -> torch.Tensor | None:
     if x is None:
         return None
-    x = _per_candidate("ref_logps", x, num_candidates, like, "the data")
-    if readable(x) and x.is_floating_point() and x.isinf().any():  # less that of the policy it would be no number
-        at = int(x.isinf().nonzero()[0])
-        raise ValueError(
-            f"ref_logps must be finite: a reference that rules a candidate out has {float(x[at])} at position {at}"
-        )
+    why = "a reference that rules a candidate out"  # less that of the policy it would be no number
+    x = _per_candidate("ref_logps", x, num_candidates, like, why_finite=why)
     return x.to(torch.promote_types(like.dtype, torch.float32))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -20,6 +21,7 @@ import torch
 MODULES = {"torch": ".pytorch", "triton": ".triton"}  # a subpackage named torch would hide torch here
 
 
+@cache  # asked of by every op; imported when needed, as Triton may not be there
 def get(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name], __name__)
 

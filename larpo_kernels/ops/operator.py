@@ -21,7 +21,7 @@ from .flops import known_to_counters
 
 NAMESPACE = "larpo_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str})
 
 
 def looked_at(args: Sequence[Any]) -> bool:
@@ -31,7 +31,8 @@ def looked_at(args: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta) for x in args)
+        or not PLAIN.issuperset(map(type, args))
+        or args[0].is_meta
     )
 
 

@@ -40,40 +40,38 @@ def token_logps(
     checked: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rows = _Rows(logits, labels, ignore_index, logit_scale, softcap, keep, checked)
-    scratch = rows.scratch()
     out = None
     for at, y, n in rows:
-        found = _forward(rows, at, y, scratch, stats)
-        if n == labels.numel() and n > 1:
-            out = found
-            break
-        if out is None:
-            out = [x.new_zeros(labels.numel()) for x in found]
-        for x, part in zip(out, found, strict=True):
-            x[at] = part[:n]
-    if out is None:
-        out = [scratch.new_zeros(labels.numel()) for _ in range(3 if stats else 1)]
+        found = _forward(rows, at, y, n, stats)
+        if at is ALL:
+            out = [x[:n] for x in found] if n == 1 else found
+        else:
+            out = out or [x.new_zeros(labels.numel()) for x in found]
+            for x, part in zip(out, found, strict=True):
+                x[at] = part[:n]
+    out = out or [torch.zeros(labels.numel(), dtype=rows.dtype, device=logits.device) for _ in range(3 if stats else 1)]
     if rows.wrong is not None:
         out = [x.masked_fill_(rows.wrong, torch.nan) for x in out]
-    out = [x.view(labels.shape) for x in out]
+    if labels.dim() > 1:
+        out = [x.view(labels.shape) for x in out]
     return tuple(out) if stats else (*out, None, None)
 
 
-def _forward(rows: _Rows, at: At, y: Tensor, scratch: Tensor, stats: bool) -> list[Tensor]:
-    """logps, with stats entropy and top1 of the rows that stand there; of one row alone twice."""
-    z = rows.read(at, scratch)
-    if z.shape[0] == 1:  # one row alone is summed in another order: a candidate would feel its neighbours
+def _forward(rows: _Rows, at: At, y: Tensor, n: int, stats: bool) -> list[Tensor]:
+    """logps, with stats entropy and top1 of these rows; of one row alone twice."""
+    z = rows.read(at, n)
+    if n == 1:  # one row alone is summed in another order: a candidate would feel its neighbours
         z, y = z.repeat(2, 1), y.repeat(2, 1)
-    x = torch.sub(z, z.gather(1, y), out=_first(scratch, z.shape[0]))
+    x = torch.sub(z, z.gather(1, y), out=rows.scratch(z.shape[0]))
     if stats:
         e, entropy, top1 = _stats(x)
     else:
         e = x.exp_()
     s = e.scatter_(1, y, 0).sum(1)
-    rare = None if float(s.amax()) < MOST else ~(s < MOST)
+    rare = None if s.amax().item() < MOST else ~(s < MOST)
     l = s.log1p_().neg_()
     if rare is not None:
-        z = rows.read(at, scratch).expand(s.shape[0], -1)[rare]
+        z = rows.read(at, n).expand(s.shape[0], -1)[rare]
         l[rare] = z.log_softmax(-1).gather(1, y[rare])[:, 0]
         if stats:
             entropy[rare] = torch.special.entr(z.softmax(-1)).sum(1)
@@ -113,18 +111,14 @@ def token_logps_backward(
         return
     l, minus_c = logps.reshape(-1, 1), grad.neg().to(rows.dtype).reshape(-1, 1)
     target = minus_c * l.expm1()
-    some_are_far = not float(l.amin()) >= FAR
-    flat, scratch = _flat(out), None
-    for at, y, _ in rows:
-        own = flat is not None and out.dtype == rows.dtype and isinstance(at, slice)
-        if not own and scratch is None:
-            scratch = rows.scratch()
-        x = _part(flat, at) if own else scratch
-        z = rows.read(at, x)
-        x = _first(x, z.shape[0])
+    far_ones = not l.amin().item() >= FAR
+    own = _flat(out) if out.dtype == rows.dtype else None
+    for at, y, n in rows:
+        x = rows.scratch(n) if own is None or isinstance(at, Tensor) else _part(own, at)
+        z = rows.read(at, n, into=x)
         l_, minus_c_ = _part(l, at), _part(minus_c, at)
         slope = None if softcap is None else (z / softcap).square_().neg_().add_(1)
-        far = l_[:, 0] < FAR if some_are_far and whole else None
+        far = l_[:, 0] < FAR if far_ones and whole else None
         redone = None if far is None else z[far].softmax(-1)
         torch.sub(z, z.gather(1, y), out=x).add_(l_).exp_()
         if redone is not None:
@@ -134,22 +128,25 @@ def token_logps_backward(
             x.mul_(slope)
         if logit_scale != 1:
             x.mul_(logit_scale)
-        if some_are_far:
+        if far_ones:
             x.masked_fill_(l_ == -torch.inf, 0)  # a target at -inf: no direction would help
-        if not own:
+        if own is None or isinstance(at, Tensor):
             _write(x, at, out)
 
 
-At = slice | Tensor  # positions on the flat axis of tokens: a run, or an index in ascending order
+ALL = None
+At = slice | Tensor | None  # positions on the flat axis of tokens: a run, an index in ascending order, or ALL of them
 
 
 class _Rows:
-    """The rows that count, in blocks of z in a float scratch: (positions, labels [n, 1], n)."""
+    """The rows that count, in blocks: positions, labels [n, 1], n."""
 
     def __init__(self, logits, labels, ignore_index, logit_scale, softcap, keep, checked):
         self.logits, self.scale, self.softcap = logits, logit_scale, softcap
-        self.flat = _flat(logits)
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.in_place = None  # the logits as [N, V], if they are z as they stand
+        if logit_scale == 1 and softcap is None and logits.dtype == self.dtype:
+            self.in_place = _flat(logits)
         self.wrong = None
         if not checked:
             counted = (labels != ignore_index).reshape(-1)
@@ -157,32 +154,37 @@ class _Rows:
             safe = labels.clamp(0, logits.shape[-1] - 1)
             self.wrong = counted & (labels != safe).reshape(-1)  # a label that names no column
             labels = safe
-        self.labels = labels.long().reshape(-1, 1)
+        self.labels = labels.reshape(-1, 1) if labels.dtype == torch.int64 else labels.long().reshape(-1, 1)
         self.keep = keep
-        self.count = self.labels.shape[0] if keep is None else keep.shape[0]
+        self.count = (self.labels if keep is None else keep).shape[0]
         row_bytes = logits.shape[-1] * self.dtype.itemsize
         fits, few = SCRATCH_BYTES // row_bytes, SMALL_SCRATCH_BYTES // row_bytes
         self.block = max(2, min(fits, max(few, labels.shape[-1]), self.count))
+        self._scratch = None
 
-    def scratch(self) -> Tensor:
-        return torch.empty(self.block, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
+    def scratch(self, n: int) -> Tensor:
+        if self._scratch is None:
+            self._scratch = torch.empty(self.block, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
+        return self._scratch if n == self.block else self._scratch[:n]
 
     def __iter__(self) -> Iterator[tuple[At, Tensor, int]]:
+        if self.keep is None and 0 < self.count <= self.block:  # a small call feels what slices of everything take
+            yield ALL, self.labels, self.count
+            return
         for a in range(0, self.count, self.block):
             b = min(a + self.block, self.count)
             at = slice(a, b) if self.keep is None else _as_run(self.keep[a:b])
-            yield at, _part(self.labels, at), b - a
+            yield at, self.labels[at], b - a
 
-    def read(self, at: At, scratch: Tensor) -> Tensor:
-        """z of these rows [n, V]: in the scratch, or where they lie if they are z as they stand."""
-        as_it_stands = self.scale == 1 and self.softcap is None and self.logits.dtype == self.dtype
-        if as_it_stands and self.flat is not None and isinstance(at, slice):
-            return _part(self.flat, at)
+    def read(self, at: At, n: int, into: Tensor | None = None) -> Tensor:
+        """z of these n rows: where they lie if they are z as they stand, else in the scratch or where told."""
+        if self.in_place is not None and not isinstance(at, Tensor):
+            return _part(self.in_place, at)
+        x = self.scratch(n) if into is None else into
         n = 0
         for values in _parts(self.logits, at):
-            scratch[n : n + values.shape[0]].copy_(values)
+            x[n : n + values.shape[0]] = values
             n += values.shape[0]
-        x = scratch[:n]
         if self.scale != 1:
             x.mul_(self.scale)
         if self.softcap is not None:
@@ -195,14 +197,8 @@ def _as_run(index: Tensor) -> At:
     return slice(first, last + 1) if last - first == index.shape[0] - 1 else index
 
 
-def _first(x: Tensor, n: int) -> Tensor:
-    return x if x.shape[0] == n else x[:n]
-
-
 def _part(x: Tensor, at: At) -> Tensor:
-    """x[at]; a small call feels what it takes to ask for all of x."""
-    whole = isinstance(at, slice) and at.stop - at.start == x.shape[0]
-    return x if whole else x[at]
+    return x if at is ALL else x[at]
 
 
 def _flat(values: Tensor) -> Tensor | None:
@@ -215,7 +211,7 @@ def _flat(values: Tensor) -> Tensor | None:
 
 def _parts(values: Tensor, at: At) -> Iterator[Tensor]:
     """Rows of values, in order: small rows that do not follow each other by one call, of others views of runs."""
-    flat, length = _flat(values), values.shape[-2]
+    flat, length, at = _flat(values), values.shape[-2], _without_all(at, values)
     if _are_gathered(values, flat, at):
         yield flat.index_select(0, at) if flat is not None else values[_places(at, length)]
     elif flat is not None:
@@ -226,7 +222,7 @@ def _parts(values: Tensor, at: At) -> Iterator[Tensor]:
 
 def _write(x: Tensor, at: At, out: Tensor) -> None:
     """x [n, V] to these rows of out."""
-    flat, length = _flat(out), out.shape[-2]
+    flat, length, at = _flat(out), out.shape[-2], _without_all(at, out)
     if not _are_gathered(out, flat, at):
         runs = _runs(at, length if flat is None else flat.shape[0])
         for (s, run), rows in zip(runs, x.split([run.stop - run.start for _, run in runs]), strict=True):
@@ -235,6 +231,10 @@ def _write(x: Tensor, at: At, out: Tensor) -> None:
         flat.index_copy_(0, at, x.to(out.dtype))
     else:
         out[_places(at, length)] = x.to(out.dtype)
+
+
+def _without_all(at: At, values: Tensor) -> slice | Tensor:
+    return slice(0, values.shape[:-1].numel()) if at is ALL else at
 
 
 def _zero_ignored(labels: Tensor, ignore_index: int, out: Tensor) -> None:
@@ -246,18 +246,18 @@ def _zero_ignored(labels: Tensor, ignore_index: int, out: Tensor) -> None:
         out[ignored] = 0
 
 
-def _are_gathered(values: Tensor, flat: Tensor | None, at: At) -> bool:
+def _are_gathered(values: Tensor, flat: Tensor | None, at: slice | Tensor) -> bool:
     one_run = isinstance(at, slice) and flat is not None
     return values.shape[-1] * values.element_size() < GATHERED_ROW_BYTES and not one_run
 
 
-def _places(at: At, length: int) -> tuple[Tensor, Tensor]:
+def _places(at: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(sequence, token in it) of each position."""
     at = torch.arange(at.start, at.stop) if isinstance(at, slice) else at
     return at // length, at % length
 
 
-def _runs(at: At, length: int) -> list[tuple[int, slice]]:
+def _runs(at: slice | Tensor, length: int) -> list[tuple[int, slice]]:
     """(sequence, tokens in it) of the runs of tokens that follow each other within a sequence of this length."""
     if isinstance(at, slice):
         starts = [at.start, *range((at.start // length + 1) * length, at.stop, length)]
