@@ -41,49 +41,51 @@ def token_logps(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rows = _Rows(logits, labels, ignore_index, logit_scale, softcap, keep, checked)
     out = None
-    for at, y, n in rows:
-        found = _forward(rows, at, y, n, stats)
+    for at, y in rows:
+        found = _forward(rows, at, y, stats)
         if at is ALL:
-            out = [x[:n] for x in found] if n == 1 else found
-        else:
-            out = out or [x.new_zeros(labels.numel()) for x in found]
-            for x, part in zip(out, found, strict=True):
-                x[at] = part[:n]
-    out = out or [torch.zeros(labels.numel(), dtype=rows.dtype, device=logits.device) for _ in range(3 if stats else 1)]
+            out = found
+            break
+        out = out or [x.new_zeros(labels.numel()) for x in found]
+        for x, part in zip(out, found, strict=True):
+            x[at] = part
+    else:
+        out = out or [torch.zeros(labels.numel(), dtype=rows.dtype, device=logits.device) for _ in range(3 if stats else 1)]
+        out = [x.view(labels.shape) for x in out]
     if rows.wrong is not None:
         out = [x.masked_fill_(rows.wrong, torch.nan) for x in out]
-    if labels.dim() > 1:
-        out = [x.view(labels.shape) for x in out]
     return tuple(out) if stats else (*out, None, None)
 
 
-def _forward(rows: _Rows, at: At, y: Tensor, n: int, stats: bool) -> list[Tensor]:
-    """logps, with stats entropy and top1 of these rows; of one row alone twice."""
-    z = rows.read(at, n)
-    if n == 1:  # one row alone is summed in another order: a candidate would feel its neighbours
-        z, y = z.repeat(2, 1), y.repeat(2, 1)
-    x = torch.sub(z, z.gather(1, y), out=rows.scratch(z.shape[0]))
+def _forward(rows: _Rows, at: At, y: Tensor, stats: bool) -> list[Tensor]:
+    """logps, with stats entropy and top1 of these rows."""
+    z = rows.read(at)
+    alone = y.numel() == 1
+    if alone:  # one row alone is summed in another order: a candidate would feel its neighbours
+        z, y = (x.expand(2, *x.shape).clone() for x in (z, y))
+    x = torch.sub(z, z.gather(-1, y), out=z if alone else rows.scratch(at))
     if stats:
         e, entropy, top1 = _stats(x)
     else:
         e = x.exp_()
-    s = e.scatter_(1, y, 0).sum(1)
+    s = e.scatter_(-1, y, 0).sum(-1)
     rare = None if s.amax().item() < MOST else ~(s < MOST)
     l = s.log1p_().neg_()
     if rare is not None:
-        z = rows.read(at, n).expand(s.shape[0], -1)[rare]
-        l[rare] = z.log_softmax(-1).gather(1, y[rare])[:, 0]
+        z = rows.read(at).expand(*rare.shape, -1)[rare]
+        l[rare] = z.log_softmax(-1).gather(-1, y[rare])[:, 0]
         if stats:
-            entropy[rare] = torch.special.entr(z.softmax(-1)).sum(1)
-    return [l, entropy, top1] if stats else [l]
+            entropy[rare] = torch.special.entr(z.softmax(-1)).sum(-1)
+    out = [l, entropy, top1] if stats else [l]
+    return [x[0] for x in out] if alone else out
 
 
 def _stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = z - k [rows, V] -> exp(x), the entropy of softmax(x), whether no x is above the target's 0."""
+    """x = z - k [..., V] -> exp(x), the entropy of softmax(x), whether no x is above the target's 0."""
     e = x.exp()
-    total = e.sum(1)  # below MOST, times an x still finite
-    mean = torch.where(e > 0, x, 0).mul_(e).sum(1) / total
-    return e, total.log() - mean, (x.amax(1) <= 0).to(x.dtype)
+    total = e.sum(-1)  # below MOST, times an x still finite
+    mean = torch.where(e > 0, x, 0).mul_(e).sum(-1) / total
+    return e, total.log() - mean, (x.amax(-1) <= 0).to(x.dtype)
 
 
 def token_logps_backward(
@@ -109,87 +111,102 @@ def token_logps_backward(
         _zero_ignored(labels, ignore_index, out)
     if not rows.count:
         return
-    l, minus_c = logps.reshape(-1, 1), grad.neg().to(rows.dtype).reshape(-1, 1)
-    target = minus_c * l.expm1()
+    l, minus_c = rows.per_token(logps), rows.per_token(grad.neg())
+    target = l.expm1() * minus_c
     far_ones = not l.amin().item() >= FAR
-    own = _flat(out) if out.dtype == rows.dtype else None
-    for at, y, n in rows:
-        x = rows.scratch(n) if own is None or isinstance(at, Tensor) else _part(own, at)
-        z = rows.read(at, n, into=x)
+    own = None if out.dtype != rows.dtype else out if rows.at_once else _flat(out)
+    for at, y in rows:
+        in_place = own is not None and not isinstance(at, Tensor)
+        x = _part(own, at) if in_place else rows.scratch(at)
+        z = rows.read(at, into=x)
         l_, minus_c_ = _part(l, at), _part(minus_c, at)
         slope = None if softcap is None else (z / softcap).square_().neg_().add_(1)
-        far = l_[:, 0] < FAR if far_ones and whole else None
+        far = l_[..., 0] < FAR if far_ones and whole else None
         redone = None if far is None else z[far].softmax(-1)
-        torch.sub(z, z.gather(1, y), out=x).add_(l_).exp_()
+        torch.sub(z, z.gather(-1, y), out=x).add_(l_).exp_()
         if redone is not None:
             x[far] = redone
-        x.mul_(minus_c_).scatter_(1, y, _part(target, at))
+        x.mul_(minus_c_).scatter_(-1, y, _part(target, at))
         if slope is not None:
             x.mul_(slope)
         if logit_scale != 1:
             x.mul_(logit_scale)
         if far_ones:
             x.masked_fill_(l_ == -torch.inf, 0)  # a target at -inf: no direction would help
-        if own is None or isinstance(at, Tensor):
+        if not in_place:
             _write(x, at, out)
 
 
 ALL = None
-At = slice | Tensor | None  # positions on the flat axis of tokens: a run, an index in ascending order, or ALL of them
+At = slice | Tensor | None  # positions on the flat axis of tokens: a run, an index in ascending order; or ALL tokens, in shape
 
 
 class _Rows:
-    """The rows that count, in blocks: positions, labels [n, 1], n."""
+    """The rows that count, in blocks: positions, labels [n, 1]. All of a small call at once, in the shape they come in."""
 
     def __init__(self, logits, labels, ignore_index, logit_scale, softcap, keep, checked):
         self.logits, self.scale, self.softcap = logits, logit_scale, softcap
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.in_place = None  # the logits as [N, V], if they are z as they stand
-        if logit_scale == 1 and softcap is None and logits.dtype == self.dtype:
-            self.in_place = _flat(logits)
         self.wrong = None
         if not checked:
-            counted = (labels != ignore_index).reshape(-1)
-            keep = counted.nonzero().view(-1)
+            counted = labels != ignore_index
+            keep = counted.reshape(-1).nonzero().view(-1)
             safe = labels.clamp(0, logits.shape[-1] - 1)
-            self.wrong = counted & (labels != safe).reshape(-1)  # a label that names no column
+            self.wrong = counted & (labels != safe)  # a label that names no column
             labels = safe
-        self.labels = labels.reshape(-1, 1) if labels.dtype == torch.int64 else labels.long().reshape(-1, 1)
         self.keep = keep
-        self.count = (self.labels if keep is None else keep).shape[0]
+        self.count = labels.numel() if keep is None else keep.shape[0]
         row_bytes = logits.shape[-1] * self.dtype.itemsize
         fits, few = SCRATCH_BYTES // row_bytes, SMALL_SCRATCH_BYTES // row_bytes
-        self.block = max(2, min(fits, max(few, labels.shape[-1]), self.count))
+        self.block = max(1, min(fits, max(few, labels.shape[-1]), self.count))
+        self.at_once = keep is None and 0 < self.count == self.block
+        self.labels = self.per_token(labels if labels.dtype == torch.int64 else labels.long())
+        self.in_place = None  # the logits, if they are z as they stand
+        if logit_scale == 1 and softcap is None and logits.dtype == self.dtype:
+            self.in_place = logits if self.at_once else _flat(logits)
         self._scratch = None
 
-    def scratch(self, n: int) -> Tensor:
-        if self._scratch is None:
-            self._scratch = torch.empty(self.block, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
-        return self._scratch if n == self.block else self._scratch[:n]
+    def per_token(self, x: Tensor) -> Tensor:
+        """x of the labels' shape as it is cut into blocks, with an axis for the vocabulary."""
+        return x.unsqueeze(-1) if self.at_once else x.reshape(-1, 1)
 
-    def __iter__(self) -> Iterator[tuple[At, Tensor, int]]:
-        if self.keep is None and 0 < self.count <= self.block:  # a small call feels what slices of everything take
-            yield ALL, self.labels, self.count
+    def scratch(self, at: At) -> Tensor:
+        """Room for z of these rows."""
+        if self._scratch is None:
+            shape = self.logits.shape if at is ALL else (self.block, self.logits.shape[-1])
+            self._scratch = torch.empty(shape, dtype=self.dtype, device=self.logits.device)
+        return self._scratch if at is ALL else self._scratch[: _count(at)]
+
+    def __iter__(self) -> Iterator[tuple[At, Tensor]]:
+        if self.at_once:
+            yield ALL, self.labels
             return
         for a in range(0, self.count, self.block):
             b = min(a + self.block, self.count)
             at = slice(a, b) if self.keep is None else _as_run(self.keep[a:b])
-            yield at, self.labels[at], b - a
+            yield at, self.labels[at]
 
-    def read(self, at: At, n: int, into: Tensor | None = None) -> Tensor:
-        """z of these n rows: where they lie if they are z as they stand, else in the scratch or where told."""
+    def read(self, at: At, into: Tensor | None = None) -> Tensor:
+        """z of these rows: where they lie if they are z as they stand, else in the scratch or where told."""
         if self.in_place is not None and not isinstance(at, Tensor):
             return _part(self.in_place, at)
-        x = self.scratch(n) if into is None else into
-        n = 0
-        for values in _parts(self.logits, at):
-            x[n : n + values.shape[0]] = values
-            n += values.shape[0]
+        x = self.scratch(at) if into is None else into
+        if at is ALL:
+            x.copy_(self.logits)
+        else:
+            n = 0
+            for values in _parts(self.logits, at):
+                x[n : n + values.shape[0]] = values
+                n += values.shape[0]
         if self.scale != 1:
             x.mul_(self.scale)
         if self.softcap is not None:
             x.div_(self.softcap).tanh_().mul_(self.softcap)
         return x
+
+
+def _count(at: slice | Tensor) -> int:
+    return at.stop - at.start if isinstance(at, slice) else at.shape[0]
 
 
 def _as_run(index: Tensor) -> At:
@@ -209,9 +226,9 @@ def _flat(values: Tensor) -> Tensor | None:
     return values.view(-1, v) if s == 1 or t == 1 or values.stride(0) == t * values.stride(1) else None
 
 
-def _parts(values: Tensor, at: At) -> Iterator[Tensor]:
+def _parts(values: Tensor, at: slice | Tensor) -> Iterator[Tensor]:
     """Rows of values, in order: small rows that do not follow each other by one call, of others views of runs."""
-    flat, length, at = _flat(values), values.shape[-2], _without_all(at, values)
+    flat, length = _flat(values), values.shape[-2]
     if _are_gathered(values, flat, at):
         yield flat.index_select(0, at) if flat is not None else values[_places(at, length)]
     elif flat is not None:
@@ -222,7 +239,10 @@ def _parts(values: Tensor, at: At) -> Iterator[Tensor]:
 
 def _write(x: Tensor, at: At, out: Tensor) -> None:
     """x [n, V] to these rows of out."""
-    flat, length, at = _flat(out), out.shape[-2], _without_all(at, out)
+    if at is ALL:
+        out.copy_(x)
+        return
+    flat, length = _flat(out), out.shape[-2]
     if not _are_gathered(out, flat, at):
         runs = _runs(at, length if flat is None else flat.shape[0])
         for (s, run), rows in zip(runs, x.split([run.stop - run.start for _, run in runs]), strict=True):
@@ -231,10 +251,6 @@ def _write(x: Tensor, at: At, out: Tensor) -> None:
         flat.index_copy_(0, at, x.to(out.dtype))
     else:
         out[_places(at, length)] = x.to(out.dtype)
-
-
-def _without_all(at: At, values: Tensor) -> slice | Tensor:
-    return slice(0, values.shape[:-1].numel()) if at is ALL else at
 
 
 def _zero_ignored(labels: Tensor, ignore_index: int, out: Tensor) -> None:
