@@ -244,8 +244,9 @@ class LinearTokens:
             self.options |= dict(ignore_index=IGNORED, group=shard.name)
         num_tokens = self.labels.numel() if self.keep is None else self.keep.shape[0]
         self.plan = schedules.plan_for(
-            hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold, None if shard is None else shard.size
-        )
+            hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold, None if shard is None else shard.size,
+            one_tile=self.tokens.checked and self.backend == "torch" and shard is None,
+        )  # fmt: skip
 
     def step(self, stats: bool = False) -> ops.Step:
         """logps, entropy, top1 of the labels' shape."""

@@ -31,6 +31,7 @@ class Plan:
     held_rows: int = 0  # vocabulary rows whose E is held for the backward
     tail_threshold: float | None = None  # gradients of the rows that some token gives more; the figures above are then bounds
     tail_tile: tuple[int, int] | None = None  # tokens and rows of a tile then
+    one_tile: bool = False  # all logits are formed at once (ops/small_linear.py) and held for the backward
 
     def __str__(self) -> str:
         held = f", E of {self.held_rows} vocabulary rows held" if self.held_rows else ""
@@ -174,8 +175,29 @@ def tail_bytes(
     return gathered + sums.itemsize * (slab + num_tokens + -(-num_tokens // max(tokens, 1)) * hidden_size)
 
 
-def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold=None, whole_vocab_size=None) -> Plan:
-    """`make_plan` for the tensors of a call, num_tokens of which count. whole_vocab_size: where weight is one rank's rows."""
+def one_tile_plan(hidden, weight, num_tokens: int, needs: Needs, compute: torch.dtype) -> Plan | None:
+    """Of a call whose logits are one tile on a CPU: they are formed and held as they are. None if they are more, or bfloat16,
+    which would round what is not centred."""
+    (h, v), size = (hidden.shape[-1], weight.shape[0]), compute.itemsize
+    if compute == torch.bfloat16 or tile_shape(num_tokens, h, v, compute, hidden.device) != (num_tokens, v):
+        return None
+    extra = 2 * num_tokens * v * size  # the logits, and E or their gradient
+    extra += num_tokens * h * (size * (hidden.dtype != compute) + hidden.dtype.itemsize)
+    extra += v * h * size * (weight.dtype != compute)
+    if not (needs.hidden or needs.parameters):
+        return Plan("score_only", "nothing requires grad", 1, extra, one_tile=True)
+    if not needs.parameters:
+        return Plan("frozen_head", "only hidden requires grad", 2, extra, one_tile=True)
+    return Plan("list_hold", "all logits fit one tile", 1 + sum((needs.hidden, needs.weight)), extra, v, one_tile=True)
+
+
+def plan_for(
+    hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold=None, whole_vocab_size=None, one_tile=False
+) -> Plan:
+    """`make_plan` for the tensors of a call, num_tokens of which count.
+
+    whole_vocab_size: where weight is one rank's rows. one_tile: nothing but their size stands against forming all logits.
+    """
     enabled = torch.is_grad_enabled()
     wants = lambda x: enabled and x is not None and x.requires_grad  # noqa: E731
     needs = Needs(wants(hidden), wants(weight), wants(bias))
@@ -185,6 +207,11 @@ def plan_for(hidden, weight, bias, num_tokens, schedule, memory_budget, tail_thr
     if torch.compiler.is_compiling() or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
         tail_threshold = None  # how many rows count is known to the device alone
     compute = dtype_of_tiles(hidden, weight, sharded=whole_vocab_size is not None)
+    small = tail_threshold is None or weight.numel() < TAIL_HEAD
+    if one_tile and small and schedule == "auto" and memory_budget is None:
+        plan = one_tile_plan(hidden, weight, num_tokens, needs, compute)
+        if plan is not None:
+            return plan
     return make_plan(
         walked_tokens(num_tokens), hidden.shape[-1], weight.shape[0], needs, (hidden.dtype, weight.dtype), compute,
         stored_dtype(compute, hidden.dtype), hidden.device, schedule, memory_budget, tail_threshold,

@@ -2,6 +2,7 @@
 
     token_logps     logits, labels        -> l_t                      backward: one row pass over the logits
     linear_logps    hidden, weight        -> l_t                      backward: GEMMs (linear/schedules.py)
+    small_linear_logps, the same of a few tokens and a small head on a CPU
     candidate_logps l_t                   -> L_s                      backward: a gather
     list_stage      l_t                   -> loss, L_s, g_s           backward: a gather of c_s, formed in the forward
 

@@ -20,6 +20,8 @@ def known_to_counters() -> None:
     formulas = {
         torch.ops.larpo_kernels.linear_logps: linear_logps_flops,
         torch.ops.larpo_kernels.linear_logps_backward: linear_logps_backward_flops,
+        torch.ops.larpo_kernels.small_linear_logps: small_linear_logps_flops,
+        torch.ops.larpo_kernels.small_linear_logps_backward: small_linear_logps_backward_flops,
     }
     for op, formula in formulas.items():
         sys.modules[COUNTER].register_flop_formula(op)(formula)
@@ -43,6 +45,17 @@ def linear_logps_backward_flops(
         return 0
     again = _gemm(total, (weight[0] - held[0], weight[1]))
     return (int(needs_hidden) + int(needs_weight)) * _gemm(total, weight) + again
+
+
+def small_linear_logps_flops(hidden, weight, *args, out_shape, **options) -> int:
+    return _gemm(out_shape[-1], weight)
+
+
+def small_linear_logps_backward_flops(
+    grad, hidden, weight, bias, labels, keep, logps, logits, ignore_index, logit_scale, softcap, needs_hidden, needs_weight,
+    *args, out_shape, **options,
+) -> int:  # fmt: skip
+    return (int(needs_hidden) + int(needs_weight)) * _gemm(logits, weight)
 
 
 def _gemm(tokens, weight) -> int:

@@ -11,6 +11,7 @@ from ..linear import schedules, walk
 from ..linear.tail import Tail
 from ..linear.vocab_shard import ELSEWHERE
 from .operator import Differentiable, EagerOnly, Operator, Step
+from .small_linear import small_linear_step
 
 
 class _Walked:
@@ -262,6 +263,11 @@ def linear_step(
     group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
     """
     compute = schedules.dtype_of_tiles(hidden, weight, sharded=bool(group))
+    if plan.one_tile:
+        return small_linear_step(
+            hidden, weight, bias, labels, keep, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap,
+            compute=compute, stats=stats, backend=backend,
+        )  # fmt: skip
     stored, one_pass = schedules.stored_dtype(compute, hidden.dtype), plan.schedule == "frozen_head"
     args = (
         hidden, weight, bias, labels, keep, checked, ignore_index, float(logit_scale), softcap, compute, stored,

@@ -97,7 +97,8 @@ def test_nothing_to_walk_has_a_plan(device):
         assert plan_of(head, **options).extra_bytes >= 0
 
 
-def test_a_plan_explains_itself(device):
+def test_a_plan_explains_itself(device, monkeypatch):
+    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", 16 << 10)  # several tiles: of one there is little to tell
     head = make_head(1000, 16, (8,), device=device)
     for wanted, options, words in (
         ((), {}, ["score_only", "1 GEMM", "nothing requires grad"]),
