@@ -31,8 +31,8 @@ def looked_at(args: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or not PLAIN.issuperset(map(type, args))
         or args[0].is_meta
+        or not (PLAIN.issuperset(map(type, args)) or all(type(x) in PLAIN or not isinstance(x, Tensor) for x in args))
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -206,6 +207,20 @@ def test_registered_ops_are_opcheck_clean(recorded, name):
         shapes = str(tree_map(lambda x: (x.shape, x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else x, args))
         if shapes not in seen:
             seen.add(shapes)
+            torch.library.opcheck(op, args, kwargs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU walks small heads too")
+def test_the_ops_of_small_heads_are_opcheck_clean():
+    with Recorder() as recorder:
+        for dtype, wanted in ((torch.float32, ALL), (torch.bfloat16, ("hidden",)), (torch.float64, ())):
+            head = make_head(31, 8, (2, 3), dtype, bias=True)
+            head.labels[0, 1] = IGNORE
+            run(partial(lk.linear_token_logps, labels=head.labels), head, wanted)
+    ops = torch.ops.larpo_kernels
+    assert recorder.calls.keys() == {ops.small_linear_logps.default, ops.small_linear_logps_backward.default}
+    for op, calls in recorder.calls.items():
+        for args, kwargs in calls:
             torch.library.opcheck(op, args, kwargs)
 
 
