@@ -18,10 +18,10 @@ from .runs.identity import changed, content
 from .runs.intact import Damaged
 from .runs.lock import locked
 from .runs.secrets import masked, without_secrets
-from .runs.yaml_config import as_meant, json_object, load_yaml, nearest
+from .runs.yaml_config import as_meant, json_object, json_value, load_yaml, nearest
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from .config import LarPOConfig
     from .trainer import LarPOTrainer
@@ -40,16 +40,24 @@ WHAT = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulati
         "train_sampling_strategy", "group_by_length", "bf16", "fp16")  # fmt: skip
 
 
+TRAIN_DATA = (
+    "Candidate lists: .jsonl, .json, .csv (.gz, .zst), .parquet, a saved dataset or a hub name; or a dict with path, split, "
+    "config, revision and how to read it, or a list of such with weight, to be mixed (JSON on a command line)."
+)
+
+
 @dataclass
 class TrainJob(Reading):
     """The settings of `larpo train` that are not in LarPOConfig."""
 
     model: str = field(metadata={"help": "Name or folder of a causal LM."})
-    train_data: str = field(metadata={"help": "Candidate lists: .jsonl, .json, .parquet, a saved dataset or a hub name."})
+    train_data: list[Any] | str | dict[str, Any] | None = field(default=None, metadata={"help": TRAIN_DATA})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, where it has splits."})
     eval_data: str | None = field(default=None, metadata={"help": "Lists to evaluate on."})
     eval_split: str = field(default="test", metadata={"help": "Split of eval_data, where it has splits."})
     ref_model: str | None = field(default=None, metadata={"help": "The reference; by default the model as it is at the start."})
+    streaming: bool = field(default=False, metadata={"help": "Read train_data as training goes on, with max_steps."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Lists of a stream from which the next one is drawn; 0: none."})
     peft: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of peft.LoraConfig, a dict (JSON on a command line): trains an adapter."}
     )
@@ -97,6 +105,8 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
     job, args = (kind(**{f.name: found[f.name] for f in fields(kind) if f.init}) for kind in kinds)
     if isinstance(job.peft, str):
         job.peft = json_object("peft", job.peft)
+    if isinstance(job.train_data, str) and job.train_data.lstrip().startswith(("{", "[")):
+        job.train_data = json_value("train_data", job.train_data)
     _refuse_what_scripts_read(job, args)
     return job, args
 
@@ -155,7 +165,7 @@ def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     from .trainer import LarPOTrainer
 
     adapter = None if job.peft is None else lora_config(job.peft)
-    data = load_lists(job.train_data, split=job.train_split, **job.reading())
+    data = _train_lists(job, args)
     held_out = None if job.eval_data is None else load_lists(job.eval_data, split=job.eval_split, **job.reading())
     folder, identity = Path(args.output_dir), _identity(job, args, data)
     _claim(folder, identity, write=args.should_save)
@@ -177,14 +187,26 @@ def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     return trainer
 
 
-def _identity(job: TrainJob, args: LarPOConfig, data: Dataset) -> dict[str, Any]:
-    """What makes a training run this one and no other: its models, data and settings."""
+def _train_lists(job: TrainJob, args: LarPOConfig) -> Dataset | IterableDataset:
+    """The lists to train on; of a stream in a random order, as far as its buffer reaches."""
+    from .data.loading import load_lists
+
+    seed = args.seed if args.data_seed is None else args.data_seed
+    lists = load_lists(job.train_data, split=job.train_split, streaming=job.streaming, seed=seed, **job.reading())
+    return lists.shuffle(seed=seed, buffer_size=job.shuffle_buffer) if job.streaming and job.shuffle_buffer else lists
+
+
+def _identity(job: TrainJob, args: LarPOConfig, data: Dataset | IterableDataset) -> dict[str, Any]:
+    """What makes a training run this one and no other: its models, data (of a stream its first lists) and settings."""
     from .config import LarPOConfig
+    from .data.loading import as_lists
+    from .data.training_stream import FIRST
 
     settings = args.to_dict()
     names = [name for name in LarPOConfig.__annotations__ if name not in HOW]
     what = {name: settings[name] for name in (*names, *WHAT) if name in settings}
-    own = {"model": _place(job.model), "ref_model": _place(job.ref_model), "peft": job.peft, "train_data": content(data)}
+    own = {"model": _place(job.model), "ref_model": _place(job.ref_model), "peft": job.peft}
+    own["train_data"] = f"a stream, at first {content(as_lists(list(data.take(FIRST))))}" if job.streaming else content(data)
     return json.loads(json.dumps(without_secrets(own | what), default=str))  # as it is read back
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, set_seed
+from torch.utils.data import IterableDataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 
 import larpo_kernels as lk
@@ -27,15 +27,16 @@ from .config import LarPOConfig
 from .data.collator import ListCollator
 from .data.preprocessing import is_tokenised, training_lists
 from .data.text_tokenizer import text_tokenizer
+from .data.training_stream import ListStream, training_stream
 from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
-from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, warn_half_precision
+from .modeling.checks import check_tokens, refuse_foreign_optimizer, refuse_frozen, vocabulary, warn_half_precision
 from .modeling.loading import load_causal_lm, load_tokenizer
 from .modeling.policy import Policy, attach, compute_dtype, detach
 from .modeling.reference_model import SyncReference, without_dropout
 from .modeling.reference_policy import ReferencePolicy, Way
 from .modeling.router_loss import RouterLoss
 from .modeling.sharding import is_sharded, on_deepspeed, will_replace_parameters
-from .runs.checkpoints import checkpoint_to_go_on_from, refuse_incomplete
+from .runs.checkpoints import STATE, checkpoint_to_go_on_from, refuse_incomplete
 from .training import model_card
 from .training.list_log import ListLog
 from .training.list_weights import batches_of_window, lists_of_window, without_repeats
@@ -63,7 +64,7 @@ class LarPOTrainer(Trainer):
             where the data has `ref_logps` (data sets may differ in that), or with `reference_free`.
         args: a `LarPOConfig`.
         train_dataset, eval_dataset: datasets.Dataset with `prompt`, `completions`, `scores`, or anything `larpo.as_lists`
-            converts; eval_dataset may be a dict of them.
+            converts; eval_dataset may be a dict of them. train_dataset may be a datasets.IterableDataset, with max_steps.
         processing_class: the tokenizer, or a processor that holds one, which is saved whole; None loads the model's tokenizer.
         peft_config: puts this adapter on the model.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in transformers.Trainer; a class that is given no `lr` gets
@@ -134,13 +135,18 @@ class LarPOTrainer(Trainer):
         self._applies_settings = False  # known once a loss has been computed: list_loss may be overridden
         self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), args)
 
-        tokenised = {"train": train_dataset} if train_dataset is not None else {}
+        stream = training_stream(train_dataset, tokenizer, args) if isinstance(train_dataset, IterableDataset) else None
+        whole = {"train": train_dataset} if train_dataset is not None and stream is None else {}
         several = isinstance(eval_dataset, dict)
         evals = eval_dataset if several else {"": eval_dataset} if eval_dataset is not None else {}
-        tokenised |= {f"eval {name}".strip(): data for name, data in evals.items()}
-        tokenised = {name: training_lists(data, tokenizer, args, name) for name, data in tokenised.items()}
+        whole |= {f"eval {name}".strip(): data for name, data in evals.items()}
+        tokenised = {"train": stream.first} if stream is not None else {}
+        tokenised |= {name: training_lists(data, tokenizer, args, name) for name, data in whole.items()}
         for name, data in tokenised.items():
             check_tokens(data, lm_config, name)
+        if stream is not None:
+            stream.vocabulary = vocabulary(lm_config)
+            args.accelerator_config.dispatch_batches = False  # each rank reads for itself: lists can't be cut as tensors are
         ids, start = adapter_start.sample(tokenised.values()), None
         if peft_config is not None:
             if not (will_replace_parameters(args) or hasattr(model, "hf_device_map")):
@@ -179,7 +185,7 @@ class LarPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=tokenised.get("train"),
+            train_dataset=tokenised.get("train") if stream is None else stream,
             eval_dataset={name: tokenised[f"eval {name}".strip()] for name in evals} if several else tokenised.get("eval"),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -271,6 +277,7 @@ class LarPOTrainer(Trainer):
         if self._sharded:
             return None  # parameters are not whole here: the table of known architectures has to do
         dataset = self.train_dataset if self.train_dataset is not None else self._eval_datasets()[0]
+        dataset = dataset.first if isinstance(dataset, ListStream) else dataset
         if len(dataset) == 0:
             return None
         logps = []
@@ -590,12 +597,24 @@ class LarPOTrainer(Trainer):
             refuse_incomplete(resume_from_checkpoint, self.args)
         if resume_from_checkpoint and self._sync is not None:
             self._sync.load(resume_from_checkpoint)
+        if isinstance(self.train_dataset, ListStream):
+            self.train_dataset.skip = self._lists_before(resume_from_checkpoint)
         self._time_of_log = time.monotonic()
         self._attach()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._detach()
+
+    def _lists_before(self, checkpoint: str | None) -> int:
+        """Lists of the stream, on all ranks, that transformers skips as it goes on from there; 0 where several workers share
+        files out, and each has its own."""
+        if not checkpoint or self.args.ignore_data_skip or self.args.dataloader_num_workers > 1:
+            return 0
+        batches = (
+            TrainerState.load_from_json(os.path.join(checkpoint, STATE)).global_step * self.args.gradient_accumulation_steps
+        )
+        return batches * self.args.per_device_train_batch_size * self.args.world_size
 
     def _save(self, *args, **kwargs):
         """transformers pickles the settings beside the model: without the secrets among them."""

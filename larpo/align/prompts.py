@@ -75,7 +75,8 @@ def _read(source: Any, split: str, name: str) -> list[Prompt]:
 
 
 def _read_file(path: Path) -> list:
-    from ..data.loading import read_json, read_parquet
+    from ..data import files
+    from ..data.loading import read_parquet
     from ..runs.files import read_text
 
     if not path.is_file():
@@ -83,7 +84,7 @@ def _read_file(path: Path) -> list:
     if path.suffix == ".txt":  # not splitlines, which also parts prompts at form feeds, U+2028 and the like
         lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
         return [line for line in lines if line.strip()]
-    return list(json_text.write_dataset(read_parquet(path), str(path))) if path.suffix == ".parquet" else read_json(path)[0]
+    return list(json_text.write_dataset(read_parquet([path]), str(path))) if path.suffix == ".parquet" else files.read(path)[0]
 
 
 def _row(row: Any, where: str) -> Prompt:

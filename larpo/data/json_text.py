@@ -57,14 +57,12 @@ def write_dataset(dataset: Dataset, name: str) -> Dataset:
     Keys that are None go, with a warning where arguments had some: a struct of Arrow has them in every row that lacks the
     key, and a null that was meant looks the same. Arguments that are `datasets.Json` keep theirs.
     """
-    columns = {column: _with_text(feature) for column, feature in dataset.features.items()}
-    columns = {column: feature for column, feature in columns.items() if feature != dataset.features[column]}
-    if not columns:
+    exact = columns_with_calls(dataset.features)
+    if not exact:
         return dataset
-    exact = {column: _holds_json(dataset.features[column]) for column in columns}
-    features = type(dataset.features)({**dataset.features, **columns})
-    written = dataset.with_format(None).map(_write_columns, fn_kwargs={"exact": exact}, features=features, desc="tool calls")
-    if any(not exact[column] and _has_none(row[column]) for row in dataset.select_columns(list(columns)) for column in columns):
+    features = type(dataset.features)({**dataset.features, **{name: _with_text(dataset.features[name]) for name in exact}})
+    written = dataset.with_format(None).map(write_columns, fn_kwargs={"exact": exact}, features=features, desc="tool calls")
+    if any(not exact[column] and _has_none(row[column]) for row in dataset.select_columns(list(exact)) for column in exact):
         warnings.warn(
             f"{name}: arguments of tool calls held keys that are None, which were left out: a Dataset puts the keys of all its "
             "rows into each. Where null is meant, give tool_calls as JSON text, or the rows as a list or a .jsonl file",
@@ -73,7 +71,13 @@ def write_dataset(dataset: Dataset, name: str) -> Dataset:
     return written
 
 
-def _write_columns(row: Mapping[str, Any], exact: Mapping[str, bool]) -> dict[str, Any]:
+def columns_with_calls(features: Mapping[str, Any]) -> dict[str, bool]:
+    """The columns whose messages have tool calls that are no text, and whether what they hold is exact (`datasets.Json`)."""
+    return {name: _holds_json(feature) for name, feature in features.items() if _with_text(feature) != feature}
+
+
+def write_columns(row: Mapping[str, Any], exact: Mapping[str, bool]) -> dict[str, Any]:
+    """These columns of a row, with tool calls as text and without the keys that Arrow has filled in."""
     return {column: _in_messages(row[column], keep="arguments" if exact[column] else "") for column in exact}
 
 

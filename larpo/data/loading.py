@@ -11,32 +11,46 @@ Lists may differ in size. Other columns are kept. Tool calls, `tools` and `chat_
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import files
 from .converting import Read, convert_dataset, convert_rows
 from .reading import Reading
+from .streaming import stream_files, stream_rows
 from .validation import check_row
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from ..offline import CandidateList
 
 __all__ = ["Reading", "as_lists", "check_row", "from_candidate_lists", "load_lists", "read_lists"]
 
-FILES = (".jsonl", ".json", ".parquet")
 
-
-def load_lists(source: Any, *, split: str = "train", scored: bool = True, **how: Any) -> Dataset:
+def load_lists(
+    source: Any,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    seed: int = 0,
+    scored: bool = True,
+    **how: Any,
+) -> Dataset | IterableDataset:
     """Reads candidate lists, in any form that `as_lists` knows, and checks every row.
 
     Args:
-        source: a .jsonl, .json (an array of objects, or lines) or .parquet file; a folder written by `save_to_disk`;
-            the name of a dataset on the hub; a Dataset, a DatasetDict or a list of dicts.
+        source: a .jsonl, .json (an array of objects, or lines), .csv or .parquet file, the former also in .gz or .zst; a folder
+            of such files, or one written by `save_to_disk`; the name of a dataset on the hub; a Dataset, an IterableDataset, a
+            DatasetDict or a list of dicts. Several are mixed: a list of `larpo.data.sources.Source` or of dicts with `path`,
+            `weight` and, where they differ, the settings below.
         split: of a DatasetDict, saved or not, or of a dataset on the hub. A file, a Dataset and a list have no splits.
+        config, revision: of a dataset on the hub: which of its configurations, and which commit, branch or tag.
+        streaming: an IterableDataset, which reads and checks a row when it comes to it.
+        seed: of the order in which several sources are mixed.
         scored, how: as in `as_lists`.
 
     Raises:
@@ -44,13 +58,24 @@ def load_lists(source: Any, *, split: str = "train", scored: bool = True, **how:
         ValueError: the file, its line (from 1) or row (from 0, as `dataset[0]`), the field, what it holds and what is
             expected; columns of no known form; a split that is not there.
     """
-    return read_lists(source, Reading(**how), split=split, scored=scored).said()
+    from .sources import load_mixed, sources_of
+
+    settings = {"split": split, "config": config, "revision": revision} | how
+    if (sources := sources_of(source, settings)) is not None:
+        return load_mixed(sources, streaming=streaming, seed=seed, scored=scored)
+    where = {"split": split, "config": config, "revision": revision}
+    if streaming:
+        return stream_lists(source, Reading(**how), scored=scored, **where)
+    return read_lists(source, Reading(**how), scored=scored, **where).said()
 
 
-def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = True, **how: Any) -> Dataset:
+def as_lists(
+    dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]], *, scored: bool = True, **how: Any
+) -> Dataset | IterableDataset:
     """Candidate lists in the form of this module, from a Dataset or a list of dicts; every row is checked.
 
-    The form is told by the columns: docs/data.md has a table of those that are known. Other columns are kept.
+    The form is told by the columns: docs/data.md has a table of those that are known. Other columns are kept. Of an
+    IterableDataset it is one again, whose rows are checked when they come.
 
     Args:
         scored: False takes {prompt, completions} without scores too, and leaves them so.
@@ -70,29 +95,107 @@ def as_lists(dataset: Dataset | Sequence[Mapping[str, Any]], *, scored: bool = T
     >>> as_lists(posts, columns={"prompt": "question", "completions": "answers[].text", "scores": "answers[].votes"})[0]
     {'prompt': '2 + 2', 'completions': ['4', '5'], 'scores': [7.0, -1.0]}
     """
+    import datasets
+
+    if isinstance(dataset, datasets.IterableDataset):
+        return stream_rows(dataset, "dataset", Reading(**how), scored)
     return _convert(dataset, Reading(**how), scored).said()
 
 
-def read_lists(source: Any, reading: Reading, *, split: str = "train", scored: bool = True) -> Read:
+def read_lists(
+    source: Any,
+    reading: Reading,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    scored: bool = True,
+) -> Read:
     """What `load_lists` loads, with the form of the data and what was left out."""
     if not isinstance(source, str | Path):
         return _convert(_pick_split(source, split, "source"), reading, scored)
+    path = Path(source).expanduser()
+    name = str(path)
+    if paths := _files(path, config, revision):
+        if files.kind(path := paths[0]) == ".parquet":
+            return convert_dataset(read_parquet(paths), name, reading, scored)
+        rows, places = files.read(path) if len(paths) == 1 else map(_joined, zip(*map(files.read, paths), strict=True))
+        return convert_rows(rows, places.__getitem__, name, reading, scored)
+    if path.is_dir():
+        return convert_dataset(_pick_split(_load_from_disk(path), split, name), name, reading, scored)
+    return convert_dataset(_from_hub(source, split, config, revision), str(source), reading, scored)
+
+
+def stream_lists(
+    source: Any, reading: Reading, *, split: str, config: str | None, revision: str | None, scored: bool = True
+) -> IterableDataset:
+    """What `load_lists` streams."""
     import datasets
 
+    if not isinstance(source, str | Path):
+        return stream_rows(_as_stream(_pick_split(source, split, "source")), "source", reading, scored)
     path = Path(source).expanduser()
-    if path.suffix in FILES and not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-        if path.suffix == ".parquet":
-            return convert_dataset(read_parquet(path), str(path), reading, scored)
-        return convert_rows(*read_json(path), str(path), reading, scored)
-    if path.is_file():
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(FILES)}")
-    if not path.is_dir():
-        return convert_dataset(datasets.load_dataset(str(source), split=split), str(source), reading, scored)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return convert_dataset(_pick_split(_load_from_disk(path), split, str(path)), str(path), reading, scored)
-    raise ValueError(f"{path}: expected a folder written by Dataset.save_to_disk; it has no state.json or dataset_dict.json")
+    if paths := _files(path, config, revision):
+        if files.kind(paths[0]) != ".parquet":
+            return stream_files(paths, reading, scored)
+        _check_parquet(paths)
+        found = datasets.load_dataset("parquet", data_files=list(map(str, paths)), split="train", streaming=True)
+        return stream_rows(found, str(path), reading, scored)
+    if path.is_dir():
+        found = _pick_split(_load_from_disk(path), split, str(path))
+    else:
+        found = _from_hub(source, split, config, revision, streaming=True)
+    return stream_rows(_as_stream(found), str(source), reading, scored)
+
+
+def _files(path: Path, config: str | None, revision: str | None) -> list[Path]:
+    """The files that a source is, all of one kind; none where it is a saved dataset or a name on the hub."""
+    known = files.kind(path) in files.FILES and (path.suffix in files.FILES or files.kind(path) in files.TEXT)
+    paths = [path]
+    if path.is_dir():
+        paths = [] if (path / "dataset_dict.json").exists() or (path / "state.json").exists() else _in_folder(path)
+    elif known and not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    elif path.is_file() and not known:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(files.FILES)}, or in .gz or .zst behind that")
+    elif not path.is_file():
+        return []
+    for name, value in (("config", config), ("revision", revision)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r} is for a dataset on the hub, and {path} is here")
+    return paths
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The files of data in a folder, in the order of their names."""
+    found = sorted(path for path in folder.iterdir() if files.kind(path) in files.FILES and not path.name.startswith("."))
+    kinds = {files.kind(path) for path in found}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{folder}: expected a folder written by Dataset.save_to_disk (it has no state.json or dataset_dict.json), or "
+            f"files of one kind; found {', '.join(sorted(kinds)) or 'none'}"
+        )
+    return found
+
+
+def _from_hub(name: str, split: str, config: str | None, revision: str | None, streaming: bool = False) -> Any:
+    import datasets
+
+    return datasets.load_dataset(str(name), config, split=split, revision=revision, streaming=streaming)
+
+
+def _as_stream(dataset: Any) -> IterableDataset:
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.to_iterable_dataset()
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    raise TypeError(f"source of a stream must be an IterableDataset, a file or a name, got {type(dataset).__name__}")
+
+
+def _joined(parts: Iterable[list]) -> list:
+    return [item for part in parts for item in part]
 
 
 def _convert(dataset: Any, reading: Reading, scored: bool) -> Read:
@@ -118,43 +221,25 @@ def from_candidate_lists(lists: Iterable[CandidateList]) -> Dataset:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> tuple[list[Any], Callable[[int], str]]:
-    """The objects in a file of JSON lines or of one array, and the place of the i-th one."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            return json.loads(text), lambda i: f"{path}, row {i}"
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: invalid JSON: {error.msg} (column {error.colno})") from None
-    rows, lines = [], []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: strings may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: invalid JSON: {error.msg} (column {error.colno})") from None
-        lines.append(number)
-    return rows, lambda i: f"{path}, line {lines[i]}"
-
-
-def read_parquet(path: Path) -> Dataset:
-    """The rows of a parquet file; ValueError where it is none."""
+def read_parquet(paths: Sequence[Path]) -> Dataset:
+    """The rows of parquet files; ValueError where one is none."""
     import datasets
+
+    _check_parquet(paths)
+    try:
+        return datasets.Dataset.from_parquet(list(map(str, paths)))
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{', '.join(map(str, paths))}: damaged: {error.__cause__ or error}") from None
+
+
+def _check_parquet(paths: Sequence[Path]) -> None:
     import pyarrow.parquet
 
-    try:
-        pyarrow.parquet.read_schema(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a parquet file, or cut: {error}") from None
-    try:
-        return datasets.Dataset.from_parquet(str(path))
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{path}: damaged: {error.__cause__ or error}") from None
+    for path in paths:
+        try:
+            pyarrow.parquet.read_schema(path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}: not a parquet file, or cut: {error}") from None
 
 
 def _advice(dataset: Any) -> str:

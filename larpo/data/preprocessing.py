@@ -52,7 +52,7 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
         _refuse_implicit_prompts(lists, name)
     if args.list_top is not None:
         options = {"top": args.list_top, "bottom": args.list_bottom}
-        lists = lists.map(_subset, fn_kwargs=options, desc="choosing candidates")
+        lists = lists.map(subset, fn_kwargs=options, desc="choosing candidates")
     tokenised, report = tokenize_lists(
         lists,
         tokenizer,
@@ -135,6 +135,7 @@ def _lengths(tokenised: Dataset) -> list[int]:
     return [len(prompt) * len(completions) + sum(map(len, completions)) for prompt, completions in rows]
 
 
-def _subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:
+def subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:
+    """What a row has for each candidate, of its best and its worst ones."""
     keep = top_bottom_indices(row["scores"], top, bottom)
     return {name: [row[name][i] for i in keep] for name in PER_CANDIDATE if row.get(name) is not None}

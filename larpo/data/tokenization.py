@@ -115,6 +115,7 @@ def tokenize_row(
     max_prompt_length: int | None = PROMPT_LENGTH,
     truncation: Truncation = "keep_end",
     append_eos: bool = True,
+    where: str = "row",
 ) -> dict[str, Any]:
     """Tokens of one list, by the rules at the top of this module.
 
@@ -126,6 +127,7 @@ def tokenize_row(
             not given: half of max_length, 512 at most.
         truncation: which part of a long prompt is kept.
         append_eos: end completions with EOS where step 3 above says so. Tokens given in the row never get one.
+        where: starts the message of what is refused.
 
     Returns:
         {"prompt_ids": [P] ints, "completion_ids": m lists of ints, "scores": m floats}, "completion_mask" (m lists of bools)
@@ -139,7 +141,7 @@ def tokenize_row(
     tokenizer = text_tokenizer(tokenizer)
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
-    tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, "row")
+    tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, where)
     if not report.tokens_read:
         del tokens["completion_mask"]
     return tokens

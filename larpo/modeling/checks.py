@@ -65,12 +65,11 @@ def check_tokens(dataset: Dataset, config: PretrainedConfig, name: str) -> None:
     dataset: tokenised rows; name: what it is called in messages.
     """
     longest, smallest, largest = _survey(dataset)
-    config = config.get_text_config()
-    vocabulary, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    if vocabulary is not None and (smallest < 0 or largest >= vocabulary):
+    positions, size = getattr(config.get_text_config(), "max_position_embeddings", None), vocabulary(config)
+    if size is not None and (smallest < 0 or largest >= size):
         raise ValueError(
             f"the {name} data holds the token {smallest if smallest < 0 else largest}, the model's vocabulary has "
-            f"{vocabulary}: are tokenizer and tokens those of this model?"
+            f"{size}: are tokenizer and tokens those of this model?"
         )
     if isinstance(positions, int) and 0 < positions < longest:
         warnings.warn(
@@ -78,6 +77,11 @@ def check_tokens(dataset: Dataset, config: PretrainedConfig, name: str) -> None:
             "set max_length",
             stacklevel=3,
         )
+
+
+def vocabulary(config: PretrainedConfig) -> int | None:
+    """How many tokens a model of this config has; None where it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _survey(dataset: Dataset) -> tuple[int, int, int]:

@@ -160,12 +160,17 @@ def number(value: Any) -> Any:
     return value
 
 
+def json_value(name: str, text: str, expected: str = "JSON text") -> Any:
+    """A setting that was given as JSON text; ValueError, without secrets, where it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be {expected}, got {masked(text)!r}: {error}") from None
+
+
 def json_object(name: str, text: str) -> dict[str, Any]:
     """A setting that was given as JSON text; ValueError, without secrets, where that is no object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}: {error}") from None
+    value = json_value(name, text, "a dict or JSON text of one")
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a dict or JSON text of one, got {masked(text)!r}")
     return value

@@ -51,7 +51,7 @@ class Infinite(LarPOTrainer):
 
 def make_trainer(
     folder, ranks, *, fsdp=False, kind=LarPOTrainer, ref_model=None, adapter=False, model=None, evaluate=False, lists=16,
-    **options,
+    streaming=False, **options,
 ):  # fmt: skip
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
@@ -77,7 +77,8 @@ def make_trainer(
         peft_config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
     data = Dataset.from_list(tiny.lists(lists, m=None, seed=3))
     return ((fsdp if isinstance(fsdp, type) else OnFSDP) if fsdp else kind)(
-        tiny.causal_lm() if model is None else model, ref_model, args, train_dataset=data,
+        tiny.causal_lm() if model is None else model, ref_model, args,
+        train_dataset=data.to_iterable_dataset() if streaming else data,
         eval_dataset=data.select(range(min(8, lists))) if evaluate else None, processing_class=tiny.tokenizer(),
         peft_config=peft_config,
     )  # fmt: skip
@@ -129,6 +130,7 @@ EXPECTED = {  # by one process, on the same global batch
     "reference follows": dict(sync_ref_model=True, ref_model_sync_steps=1),
     "five lists": dict(evaluate=True, lists=5, per_device_train_batch_size=5),
     "a batch is skipped": dict(kind=lambda: Infinite, **SKIPPING, per_device_train_batch_size=2),
+    "a stream": dict(streaming=True, max_steps=6),
     "seven lists": dict(evaluate=True, lists=7, per_device_train_batch_size=4),
 }
 NOT_COMPARED = ("memory/rss_mib", "tokens_per_second")
@@ -179,6 +181,11 @@ def check_ddp_in_micro_batches_of_which_ranks_have_different_numbers(rank, ranks
 
 def check_ddp_accumulating_gradients(rank, ranks):
     assert_like_one_process("other reference", ranks, gradient_accumulation_steps=2)
+
+
+def check_ddp_of_a_stream_gives_each_list_to_one_rank(rank, ranks):
+    assert_like_one_process("a stream", ranks)
+    assert_like_one_process("a stream", ranks, gradient_accumulation_steps=2)
 
 
 def check_ddp_with_an_adapter(rank, ranks):

@@ -200,9 +200,9 @@ def test_rows_of_different_kinds_are_an_error_that_names_both(tmp_path):
 def test_what_is_no_data_is_said_plainly(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere\.jsonl"):
         load_lists(tmp_path / "nowhere.jsonl")
-    (tmp_path / "lists.csv").write_text("prompt,completions,scores")
-    with pytest.raises(ValueError, match=r"lists\.csv: expected a file that ends in \.jsonl, \.json, \.parquet"):
-        load_lists(tmp_path / "lists.csv")
+    (tmp_path / "lists.txt").write_text("prompt,completions,scores")
+    with pytest.raises(ValueError, match=r"lists\.txt: expected a file that ends in \.jsonl, \.json, \.csv, \.parquet"):
+        load_lists(tmp_path / "lists.txt")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match=r"empty\.jsonl: holds no rows"):
         load_lists(tmp_path / "empty.jsonl")
@@ -215,7 +215,7 @@ def test_what_is_no_data_is_said_plainly(tmp_path):
     (tmp_path / "cut.json").write_text('[\n{"prompt": "a",\n')
     with pytest.raises(ValueError, match=r"cut\.json, line 3: invalid JSON"):
         load_lists(tmp_path / "cut.json")
-    with pytest.raises(ValueError, match=r"written by Dataset\.save_to_disk"):
+    with pytest.raises(ValueError, match=r"written by Dataset\.save_to_disk.*one kind; found \.json, \.jsonl, \.parquet"):
         load_lists(tmp_path)
     with pytest.raises(TypeError, match=r"dataset must be a datasets\.Dataset or a list of dicts, got int"):
         load_lists(3)
@@ -415,7 +415,6 @@ def test_other_containers_are_refused_with_what_to_do():
             datasets.IterableDatasetDict(train=dataset.to_iterable_dataset()),
             r"the splits train: choose one, as in dataset\['train'\]",
         ),
-        (dataset.to_iterable_dataset(), r"got IterableDataset; .*list\(\.\.\.\)"),
         (iter(ROWS), r"got list_iterator; .*list\(\.\.\.\)"),
         ({"prompt": [], "completions": [], "scores": []}, r"got dict; .*from_dict"),
         (pandas.DataFrame(ROWS), r"got DataFrame; .*to_dict\('records'\)"),

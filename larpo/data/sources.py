@@ -1,0 +1,97 @@
+"""Several sources of lists, mixed by weight."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ..runs.yaml_config import nearest
+from .loading import read_lists, stream_lists
+from .reading import Reading
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Source(Reading):
+    """One source of lists, and how it is read; `weight` says how often a list comes from it, beside the other sources."""
+
+    path: Any  # as `larpo.load_lists` takes it: a file, a folder, a name on the hub
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
+            raise ValueError(f"weight of {self.path} must be a finite number above 0, got {self.weight!r}")
+
+    def load(self, *, streaming: bool, scored: bool) -> Dataset | IterableDataset:
+        where = {"split": self.split, "config": self.config, "revision": self.revision}
+        reading = Reading(**self.reading())
+        if streaming:
+            return stream_lists(self.path, reading, scored=scored, **where)
+        return read_lists(self.path, reading, scored=scored, **where).said()
+
+
+def sources_of(source: Any, settings: Mapping[str, Any]) -> list[Source] | None:
+    """The sources that are named in a dict with a `path`, or in a list of such; None for anything else.
+
+    settings: those of `Source` that they share; a source's own win.
+    """
+    several = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+    if not several or not all(isinstance(one, Source) or (isinstance(one, Mapping) and "path" in one) for one in several):
+        return None
+    known = [one.name for one in fields(Source)]
+    if any(isinstance(one, Mapping) and {"prompt", "completions", "chosen"} & set(one) for one in several):
+        return None  # rows, with a column of that name
+    for one in several:
+        for name in one if isinstance(one, Mapping) else ():
+            if name not in known:
+                raise ValueError(f"source {one['path']} has no setting {name!r}{nearest(str(name), known)}")
+    return [one if isinstance(one, Source) else Source(**{**settings, **one}) for one in several]
+
+
+def load_mixed(sources: Sequence[Source], *, streaming: bool, seed: int, scored: bool) -> Dataset | IterableDataset:
+    """Lists of all sources in a random order, each next one from a source with the probability of its weight.
+
+    It ends when every list of every source has come, so that smaller sources are repeated. Only the columns of lists are kept.
+    """
+    import datasets
+
+    parts = [source.load(streaming=streaming, scored=scored) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    total = math.fsum(source.weight for source in sources)
+    shares = [source.weight / total for source in sources]
+    if not streaming:
+        parts = _alike(parts, sources)
+    mixed = datasets.interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    of = ", ".join(f"{share:.0%} {source.path}" for share, source in zip(shares, sources, strict=True))
+    logger.info("mixed%s: %s", "" if streaming else f", {len(mixed):,} lists", of)
+    return mixed
+
+
+def _alike(parts: Sequence[Dataset], sources: Sequence[Source]) -> list[Dataset]:
+    """The data sets without the columns that mean nothing to training and are not in all of them."""
+    from .reader import KNOWN, OF_THE_LIST
+
+    kept = {*KNOWN, *OF_THE_LIST, *set.intersection(*(set(part.column_names) for part in parts))}
+    parts = [part.select_columns([name for name in part.column_names if name in kept]) for part in parts]
+    for name in ("prompt", "completions"):
+        first = (part[0][name] for part in parts)
+        kinds = [isinstance(one if name == "prompt" else one[0], str) for one in first]
+        if len(set(kinds)) > 1:
+            text, turns = sources[kinds.index(True)].path, sources[kinds.index(False)].path
+            raise ValueError(
+                f"{name} is text in {text} and messages in {turns}, which can't be mixed: as_messages=True (or False) makes "
+                "them the same"
+            )
+    return parts

@@ -1,0 +1,115 @@
+"""A stream of lists as training takes it: tokenised when they come, again and again, and each rank's own only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .loading import as_lists
+from .preprocessing import subset, training_lists
+from .reader import IMPLICIT
+from .tokenization import tokenize_row
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config import LarPOConfig
+
+FIRST = 100  # lists that are looked at before training, as all are that are loaded whole
+NEEDS_ALL = {  # setting: why a stream can't have it
+    "precompute_ref_log_probs": "it scores all lists before training. `larpo score` writes ref_logps that a stream can bring",
+    "max_tokens_per_batch": "it puts lists of similar length together, and those of all lists must be known for that",
+}
+
+
+class ListStream(IterableDataset):
+    """The tokenised lists of a stream, which begins anew at its end: how long it is nobody knows before.
+
+    accelerate's IterableDatasetShard gives each rank every so many batches, counting the lists that come. In the place of a
+    list that is another rank's stands None, and is thrown away: each rank reads all lists and tokenises its own. Where training
+    goes on from a checkpoint, the first list stands in for those that transformers skips (`skip`).
+
+    first: the first lists, tokenised as data that is loaded whole.
+    """
+
+    def __init__(self, lists: datasets.IterableDataset, first: datasets.Dataset, tokenizer: Any, args: LarPOConfig):
+        self.lists, self.first, self.tokenizer, self.args = lists, first, tokenizer, args
+        self.vocabulary: int | None = None
+        self.optional = [name for name in ("ref_logps",) if name in first.column_names]
+        self.skip = 0  # lists of all ranks
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        args, place = self.args, 0
+        for epoch in itertools.count():
+            self.lists.set_epoch(epoch)  # which shuffles anew
+            before = place
+            for number, row in enumerate(self.lists):
+                mine = place // args.per_device_train_batch_size % args.world_size == args.process_index
+                if place < self.skip:
+                    yield self.first[0]
+                else:
+                    yield self._tokenised(row, number) if mine else None
+                place += 1
+            if place == before:
+                if get_worker_info() is not None:
+                    return  # a worker that has no file to read
+                raise ValueError("the train data is a stream that holds no lists")
+
+    def _tokenised(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        where = f"list {number} of the train data"
+        args = self.args
+        _refuse(row, where, args)
+        if args.list_top is not None:
+            row = row | subset(row, args.list_top, args.list_bottom)
+        tokens = tokenize_row(
+            row,
+            self.tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation=args.truncation_mode,
+            append_eos=args.append_eos,
+            where=where,
+        )
+        if self.optional != [name for name in ("ref_logps",) if name in tokens]:
+            raise ValueError(f"ref_logps: {where} and the first list differ in whether they have any; give them for every list")
+        largest = max(map(max, filter(None, [tokens["prompt_ids"], *tokens["completion_ids"]])))
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise ValueError(f"{where} holds the token {largest}, the model's vocabulary has {self.vocabulary}")
+        return tokens | {"row_number": number}
+
+
+def training_stream(dataset: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig) -> ListStream:
+    """`training_lists` for a stream. Its first lists are looked at as all lists are that are loaded whole.
+
+    Raises ValueError for settings and columns that need the whole data.
+    """
+    if args.max_steps <= 0:
+        raise ValueError("max_steps must be given where train_dataset is a stream: how many lists it has is not known before")
+    for name, why in NEEDS_ALL.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{name} does not work with a stream: {why}")
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError("train_sampling_strategy='group_by_length' does not work with a stream: not all lengths are known")
+    lists = as_lists(dataset)
+    rows = list(lists.take(FIRST))
+    for i, row in enumerate(rows):
+        _refuse(row, f"list {i} of the train data", args)
+    first = training_lists(rows, tokenizer, args, name=f"train (first {len(rows)} lists)")
+    return ListStream(lists, first, tokenizer, args)
+
+
+def _refuse(row: dict[str, Any], where: str, args: LarPOConfig) -> None:
+    if row.get("weight") is not None:
+        raise ValueError(
+            f"weight: {where} has one, and weights are divided by their mean over all lists, which a stream does not know; "
+            "drop the column, or load the data without streaming"
+        )
+    if args.length_normalized and row.get(IMPLICIT):
+        raise ValueError(
+            f"length_normalized needs to know where prompts end, and {where} has none: what its texts share at their start may "
+            "be words of the answers. Give the data a column 'prompt'"
+        )
