@@ -31,6 +31,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,6 @@ class MetricMeans:
         return means
 
 
-@torch.no_grad()
 def list_metric_sums(
     scores: Tensor,
     relevance: Tensor,
@@ -113,7 +113,8 @@ def list_metric_sums(
     sizes, columns = _on_cpu(list_sizes, scores, relevance, logps)
     found = MetricMeans()
     for lists, candidates in _parts(sizes.tolist()):
-        found.add_sums(_sums(sizes[lists], [x[candidates] for x in columns], ndcg_k))
+        with np.errstate(divide="ignore", invalid="ignore"):  # where a list does not define a metric
+            found.add_sums(_sums(sizes[lists], [x[candidates] for x in columns], ndcg_k))
     return found.sums
 
 
@@ -130,24 +131,26 @@ def _parts(sizes: list[int]) -> Iterator[tuple[slice, slice]]:
         yield slice(first, len(sizes)), slice(begin, end)
 
 
-def _sums(sizes: Tensor, columns: Sequence[Tensor], ndcg_k: int | None) -> Sums:
-    """Of sizes [L], at least one, and float64 columns [S] on the CPU: scores, relevance and perhaps logps."""
-    there = torch.arange(int(sizes.max())) < sizes[:, None]  # [L, M]
-    g, r, *rest = (torch.zeros(there.shape, dtype=torch.float64).masked_scatter_(there, x) for x in columns)
-    pairs = there[:, :, None] & there[:, None, :]  # [L, M, M]
-    m = sizes.double()
-    g_above, r_above = (pairs & (x[:, None, :] > x[:, :, None]) for x in (g, r))  # of i, j: whether j is above i
-    g_below, r_below = (x.transpose(1, 2) for x in (g_above, r_above))
+def _sums(sizes: np.ndarray, columns: Sequence[np.ndarray], ndcg_k: int | None) -> Sums:
+    """Of sizes [L], at least one, and float64 columns [S]: scores, relevance and perhaps logps.
 
-    best_r = r.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
+    In numpy, whose calls cost a fraction of torch's where arrays are this small."""
+    there = np.arange(sizes.max()) < sizes[:, None]  # [L, M]
+    g, r, *rest = (_padded(x, there) for x in columns)
+    pairs = there[:, :, None] & there[:, None, :]  # [L, M, M]
+    m = sizes.astype(float)
+    g_above, r_above = (pairs & (x[:, None, :] > x[:, :, None]) for x in (g, r))  # of i, j: whether j is above i
+    g_below, r_below = (x.transpose(0, 2, 1) for x in (g_above, r_above))
+
+    best_r = np.where(there, r, -np.inf).max(1, keepdims=True)
     equally_good = there & (r == best_r)
     others = there & (r < best_r)
     ordered = others.any(1)  # [L]
-    everywhere = torch.ones_like(ordered)
+    everywhere = np.ones_like(ordered)
 
-    per_list: dict[str, tuple[Tensor, Tensor]] = {}  # values [L], where they are defined [L]
+    per_list: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # values [L], where they are defined [L]
 
-    def against_others(prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def against_others(prefix: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         chosen, rejected = _mean(x, equally_good), _mean(x, others)
         per_list[f"{prefix}/chosen"] = chosen, ordered
         per_list[f"{prefix}/rejected"] = rejected, ordered
@@ -155,14 +158,14 @@ def _sums(sizes: Tensor, columns: Sequence[Tensor], ndcg_k: int | None) -> Sums:
 
     chosen, rejected = against_others("rewards", g)
     per_list["rewards/margins"] = chosen - rejected, ordered
-    best_to_others = (equally_good[:, :, None] & others[:, None, :]).flatten(1)
-    per_list["rewards/accuracies"] = _mean(g_below.double().flatten(1), best_to_others), ordered
+    best_to_others = equally_good[:, :, None] & others[:, None, :]
+    per_list["rewards/accuracies"] = (best_to_others & g_below).sum((1, 2)) / best_to_others.sum((1, 2)), ordered
     if rest:
         against_others("logps", rest[0])
 
     above = g_above.sum(2)  # [L, M] candidates that score higher than this one
     level = (pairs & (g[:, None, :] == g[:, :, None])).sum(2)  # that score the same, itself included
-    gains = r_below.sum(2) / (m[:, None] - 1).clamp(min=1)
+    gains = r_below.sum(2) / np.maximum(m[:, None] - 1, 1)
     per_list["ndcg"] = _ndcg(gains, above, level, None), ordered
     if ndcg_k is not None:
         per_list[f"ndcg@{ndcg_k}"] = _ndcg(gains, above, level, ndcg_k), ordered
@@ -170,62 +173,67 @@ def _sums(sizes: Tensor, columns: Sequence[Tensor], ndcg_k: int | None) -> Sums:
 
     untied_g, untied_r = above.sum(1), r_above.sum((1, 2))  # pairs
     agree = (g_above & r_above).sum((1, 2)) - (g_above & r_below).sum((1, 2))
-    tau = agree / (untied_g * untied_r).double().sqrt()
-    per_list["kendall_tau"] = tau.where(untied_g > 0, 0.0), ordered
+    per_list["kendall_tau"] = np.where(untied_g > 0, agree / np.sqrt(untied_g * untied_r), 0.0), ordered
 
     per_list["list/size"] = m, everywhere
     per_list["list/frac_tied"] = 1 - 2 * untied_r / (m * (m - 1)), sizes > 1
 
     names = list(per_list)
-    defined = torch.stack([per_list[name][1] for name in names])
-    values = torch.stack([per_list[name][0] for name in names])
-    totals, lists = values.where(defined, 0.0).sum(1).tolist(), defined.sum(1).tolist()
+    values, defined = (np.stack(both) for both in zip(*per_list.values(), strict=True))
+    totals, lists = np.where(defined, values, 0.0).sum(1).tolist(), defined.sum(1).tolist()
     return {name: (total, n) for name, total, n in zip(names, totals, lists, strict=True) if n}
 
 
-def _mean(x: Tensor, where: Tensor) -> Tensor:
+def _padded(x: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """[S] -> [L, M], 0 where no candidate is."""
+    out = np.zeros(there.shape)
+    out[there] = x
+    return out
+
+
+def _mean(x: np.ndarray, where: np.ndarray) -> np.ndarray:
     """[L, M] -> [L]: the mean of the entries of each row in `where`; NaN where there are none."""
-    return x.where(where, 0.0).sum(1) / where.sum(1)
+    return np.where(where, x, 0.0).sum(1) / where.sum(1)
 
 
-def _ndcg(gains: Tensor, above: Tensor, level: Tensor, k: int | None) -> Tensor:
+def _ndcg(gains: np.ndarray, above: np.ndarray, level: np.ndarray, k: int | None) -> np.ndarray:
     """[L] from gains, and how many candidates score above and level with each [L, M]; NaN where all gains are 0.
 
     Equal scores share the ranks above + 1 .. above + level: each gets the mean of their discounts.
     """
     size = gains.shape[1]
     discounts, summed = _discounts(size, k)
-    last = (above + level).clamp(max=size)
-    mean_discounts = (summed[last] - summed[above]) / level.clamp(min=1)  # padding has level 0, and gain 0
-    ideal = gains.sort(1, descending=True).values @ discounts
+    last = np.minimum(above + level, size)
+    mean_discounts = (summed[last] - summed[above]) / np.maximum(level, 1)  # padding has level 0, and gain 0
+    ideal = np.sort(gains)[:, ::-1] @ discounts
     return (gains * mean_discounts).sum(1) / ideal
 
 
 @functools.lru_cache(64)
-def _discounts(size: int, k: int | None) -> tuple[Tensor, Tensor]:
+def _discounts(size: int, k: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Of ranks 1 to size, 0 behind rank k; and their sums over the first 0 to size ranks."""
-    discounts = 1 / torch.arange(2, size + 2, dtype=torch.float64).log2()
+    discounts = 1 / np.log2(np.arange(2, size + 2))
     if k is not None:
         discounts[k:] = 0
-    return discounts, torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
+    return discounts, np.concatenate([[0.0], discounts.cumsum()])
 
 
-def _reciprocal_rank(g: Tensor, there: Tensor, good: Tensor) -> Tensor:
+def _reciprocal_rank(g: np.ndarray, there: np.ndarray, good: np.ndarray) -> np.ndarray:
     """[L]: the mean of 1 / rank of the first good candidate over all orders of candidates with equal scores."""
-    top = g.masked_fill(~good, -torch.inf).amax(1, keepdim=True)  # the best score of a good one: the first comes here
+    top = np.where(good, g, -np.inf).max(1, keepdims=True)  # the best score of a good one: the first comes here
     above = (there & (g > top)).sum(1)
     tied = (there & (g == top)).sum(1)
     good_tied = (good & (g == top)).sum(1)
-    not_yet = torch.ones(len(g), dtype=torch.float64)  # the chance that the first ranks of the tie hold no good one
-    total = torch.zeros_like(not_yet)
-    for place in range(int(tied.max())):
-        found = not_yet * (good_tied / (tied - place).clamp(min=1)).clamp(max=1) * (place < tied)
+    not_yet = np.ones(len(g))  # the chance that the first ranks of the tie hold no good one
+    total = np.zeros_like(not_yet)
+    for place in range(tied.max()):
+        found = not_yet * np.minimum(good_tied / np.maximum(tied - place, 1), 1) * (place < tied)
         total += found / (above + place + 1)
         not_yet = not_yet - found
     return total
 
 
-def _on_cpu(list_sizes: int | Sequence[int] | Tensor, *columns: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def _on_cpu(list_sizes: int | Sequence[int] | Tensor, *columns: Tensor | None) -> tuple[np.ndarray, list[np.ndarray]]:
     """Sizes [L] int64 and the columns [S] float64 on the CPU, in one copy; a column that is None is left out."""
     named = [(name, x) for name, x in zip(("scores", "relevance", "logps"), columns, strict=True) if x is not None]
     for name, x in named:
@@ -252,4 +260,4 @@ def _on_cpu(list_sizes: int | Sequence[int] | Tensor, *columns: Tensor | None) -
         sizes = torch.tensor(list(list_sizes), dtype=torch.int64)
     if (sizes < 1).any() or int(sizes.sum()) != s:
         raise ValueError(f"list_sizes must all be >= 1 and sum to the number of candidates, {s}; got {sizes.tolist()}")
-    return sizes, copied
+    return sizes.numpy(), [x.numpy() for x in copied]

@@ -151,6 +151,10 @@ def test_ragged_lists_average_over_the_lists_that_define_a_metric(lists):
             assert value == pytest.approx(sum(values) / len(values))
 
 
+def test_a_rank_is_not_rounded_to_float32():
+    assert of_list([3.0, 2.0, 1.0], [0.0, 0.0, 1.0])["mrr"] == 1 / 3
+
+
 # --- what lists can be
 
 
