@@ -66,8 +66,14 @@ def check_floats(name: str, x: Any, dims: Sequence[int], what: str) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() not in dims:
         raise ValueError(f"{name} must be {what}, got shape {shape(x)}")
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(f"{name} carries a tangent: these ops have no forward-mode derivative (jvp, jacfwd)")
+    if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise NotImplementedError(
+            f"{name} is inside a transform of torch.func (grad, vjp, vmap): these ops have no rule for it, use torch.autograd"
+        )
 
 
 def tokens(

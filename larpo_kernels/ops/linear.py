@@ -44,14 +44,16 @@ class _Walked:
         """
         if self.all:
             return x
+        if self.counted is not None:
+            x = torch.where(self.counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
+        if self.total == self.count:
+            return x if self.keep is None else x.index_select(0, self.keep)
         out = x.new_empty(self.total, *x.shape[1:])
         out[self.count :] = 0
-        if self.keep is not None:
-            torch.index_select(x, 0, self.keep, out=out[: self.count])
-        elif self.counted is None:
+        if self.keep is None:
             out[: self.count] = x
         else:
-            out[: self.count] = torch.where(self.counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            torch.index_select(x, 0, self.keep, out=out[: self.count])
         return out
 
     def put(self, x: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ are replaced by a check of their arguments. GUARD is a do-nothing device guard (
 """
 
 import contextlib
+import json
 import sys
 from collections import Counter
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.ops.load_library(sys.argv[1])
 
@@ -19,7 +21,7 @@ import larpo_kernels as lk
 from larpo_kernels.backends import triton as primitives
 from larpo_kernels.backends.triton import launch, lists, rows, tiles
 from larpo_kernels.linear import schedules, walk
-from larpo_kernels.ops import linear
+from larpo_kernels.ops import linear, operator
 
 S, T, H, V = 8, 16, 256, 1000
 BF16 = torch.bfloat16
@@ -119,6 +121,45 @@ def the_api():
     lk.listwise_loss(randn(S).requires_grad_(), relevance, list_sizes=4, objective="listnet")
 
 
+class Aten(TorchDispatchMode):
+    """Counts what is asked of PyTorch."""
+
+    def __enter__(self):
+        self.ops = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops += op.namespace == "aten"  # not what a tensor tells of itself
+        return op(*args, **(kwargs or {}))
+
+
+def the_costs():
+    """Forward and backward of each public call, as plain tensors are served: (operations of PyTorch, launches)."""
+    y, relevance, ref_logps, borders = labels(S, T), randn(S), randn(S), torch.arange(S + 1, device="cuda") * T
+    sizes = (S, T, V), (S * T, V), (S, T, H), (V, H), (S,)
+    logits, packed, hidden, weight, scores = (randn(*size, dtype=BF16).requires_grad_() for size in sizes)
+    lists = {"list_sizes": 4, "ref_logps": ref_logps}
+    calls = {
+        "token_logps": lambda: lk.token_logps(logits, y),
+        "sequence_logps": lambda: lk.sequence_logps(logits, y),
+        "packed sequence_logps": lambda: lk.sequence_logps(packed, y.view(-1), cu_seqlens=borders),
+        "listwise_loss": lambda: lk.listwise_loss(scores, relevance, list_sizes=4),
+        "fused_listwise_loss": lambda: lk.fused_listwise_loss(logits, y, relevance, **lists).loss,
+        "frozen_head": lambda: lk.fused_linear_listwise_loss(hidden, weight.detach(), y, relevance, **lists).loss,
+        "list_hold": lambda: lk.fused_linear_listwise_loss(hidden, weight, y, relevance, **lists, schedule="list_hold").loss,
+        "recompute": lambda: lk.fused_linear_listwise_loss(hidden, weight, y, relevance, **lists, schedule="recompute").loss,
+    }
+    operator.looked_at = lambda args: False  # the tensors here are not plain ones
+    costs = {}
+    for name, call in calls.items():
+        before = LAUNCHED.total()
+        with Aten() as aten:
+            out = call()
+            out.grad_fn.apply(torch.ones_like(out), *(None,) * 4)  # without the engine, which wants an accelerator
+        costs[name] = aten.ops, LAUNCHED.total() - before
+    print("costs:", json.dumps(costs))
+
+
 if __name__ == "__main__":
     stand_in_for_a_gpu()
     with FakeTensorMode():
@@ -128,4 +169,5 @@ if __name__ == "__main__":
         for widens in (True, False):  # torch 2.9's addmm does not write float32
             tiles.ADDMM_WIDENS = widens
             the_walk()
+        the_costs()
     print("launched:", *sorted(LAUNCHED))

@@ -1,5 +1,6 @@
 """What can be known of the GPU's path without a GPU: it mixes no devices, and never asks the device for a value."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,17 @@ HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 KERNELS = {
     *("token_logps_forward", "token_logps_backward", "candidate_logps", "list_losses"),
     *("exp_tile", "merge_spans", "level_spans", "scale_rows", "put_target"),
+}
+
+COSTS = {  # of a step from 8 candidates x 16 tokens: operations of PyTorch, launches
+    "token_logps": (12, 2),
+    "sequence_logps": (16, 3),
+    "packed sequence_logps": (21, 3),
+    "listwise_loss": (18, 2),
+    "fused_listwise_loss": (25, 4),
+    "frozen_head": (168, 7),
+    "list_hold": (195, 7),
+    "recompute": (201, 8),
 }
 
 
@@ -43,10 +55,21 @@ def run(guard, *change):
     return subprocess.run([sys.executable, "-c", code, str(guard)], capture_output=True, text=True, timeout=HANGS)
 
 
-def test_it_mixes_no_devices_and_waits_for_nothing(guard):
-    done = run(guard)
+@pytest.fixture(scope="module")
+def done(guard):
+    return run(guard)
+
+
+def test_it_mixes_no_devices_and_waits_for_nothing(done):
     assert done.returncode == 0, done.stderr[-3000:]
     assert set(done.stdout.split("launched: ")[1].split()) == KERNELS
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_step_asks_no_more_of_the_host_than_it_did(done, name):
+    """Operations of PyTorch and launches of kernels, forward and backward: each takes the host some microseconds."""
+    ops, launches = json.loads(done.stdout.split("costs: ")[1].split("\n")[0])[name]
+    assert ops <= COSTS[name][0] and launches <= COSTS[name][1], (ops, launches)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Derivatives that these ops do not have are refused: a second one, which would be silently zero, and forward mode."""
+"""Derivatives that these ops do not have are refused: a second one, which would be silently zero, forward mode, torch.func."""
 
 import pytest
 import torch
@@ -39,3 +39,10 @@ def test_a_tangent_is_refused_and_not_lost(name, backend, device):
     function, x = operation(name, backend, device)
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transform_of_torch_func_is_refused_in_one_sentence(name, backend, device):
+    function, x = operation(name, backend, device)
+    with pytest.raises(NotImplementedError, match=r"inside a transform of torch\.func .*, use torch\.autograd$"):
+        torch.func.grad(function)(x)
