@@ -202,27 +202,29 @@ class _NDCGChange:
     def __init__(self, r: Tensor, terms: Terms):
         self.r, self.k, self.weighting = r, terms.k or r.shape[1], terms.weighting
         self.rank = torch.arange(1, r.shape[1] + 1, dtype=r.dtype, device=r.device)
+        self.discount = _discount(self.rank)
+        self.discount[self.k :] = 0
         top = r.amax(1, keepdim=True).clamp_(min=0)  # gains are taken relative to 2^top, or they would overflow
         best = r.sort(dim=1, descending=True).values
-        gains = torch.exp2(best - top) * _lead(best, 0) - torch.exp2(-top) * _lead(0, best)
-        ideal = (gains * _discount(self.rank))[:, : self.k].sum(1, keepdim=True).abs_()
-        self.gain = (torch.exp2(r - top) / torch.where(ideal == 0, 1, ideal))[:, :, None]
+        gains = torch.exp2(best.clamp(min=0) - top) * _less_than_one(best.abs()) * best.sign()
+        ideal = (gains * self.discount).sum(1, keepdim=True).abs_()
+        self.gain = (torch.exp2(r - top) / ideal.masked_fill_(ideal == 0, 1))[:, :, None]
 
     def __call__(self, columns: slice) -> Tensor:
-        return self.gain * _lead(self.r[:, :, None], self.r[:, None, columns]) * self._of_ranks(columns)
+        lead = (self.r[:, :, None] - self.r[:, None, columns]).clamp_(min=0)
+        return self.gain * _less_than_one(lead) * self._of_ranks(columns)
 
     def _of_ranks(self, columns: slice) -> Tensor:
-        i, j = self.rank[:, None], self.rank[columns]
         if self.weighting == "dcg":
-            of_i, of_j = (torch.where(rank <= self.k, _discount(rank), 0) for rank in (i, j))
-            return (of_i - of_j).abs_()
+            return (self.discount[:, None] - self.discount[columns]).abs_()
+        i, j = self.rank[:, None], self.rank[columns]
         apart, lower = (i - j).abs_().clamp_(min=1), torch.maximum(i, j)  # only i = j is 0 apart, and that is no pair
         return (_discount(apart) - _discount(apart + 1)) * torch.where(lower > self.k, 1 / (1 - _discount(lower)), 1)
 
 
-def _lead(a: Tensor | float, b: Tensor | float) -> Tensor:
-    """(2^a - 2^b) / 2^a or 0, with full relative accuracy however close or large a and b are."""
-    return torch.expm1(-math.log(2) * (a - b).clamp_(min=0)).neg_()
+def _less_than_one(x: Tensor) -> Tensor:
+    """1 - 2^-x for x >= 0, with full relative accuracy however small x is."""
+    return torch.expm1(-math.log(2) * x).neg_()
 
 
 def _discount(rank: Tensor) -> Tensor:
