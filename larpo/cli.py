@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Align language models on ranked lists of candidates (LarPO, arXiv 2502.03699).",
 )
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+Text = Optional[str]  # noqa: UP045
 Config = Annotated[Optional[Path], typer.Option(help="A YAML file of settings; flags win over it.")]  # noqa: UP045
 
 
@@ -36,6 +37,29 @@ def train(context: typer.Context, config: Config = None) -> None:
     with _shown("larpo.data"):
         commands.train(job, args)
     typer.echo(f"saved in {args.output_dir}")
+
+
+@app.command(context_settings=FORWARDED)
+def data(
+    context: typer.Context,
+    source: Annotated[Text, typer.Argument(metavar="FILE_OR_NAME", help="Data, or the larpo-data.json of a run.")] = None,
+    model: Annotated[Text, typer.Option(help="Whose tokenizer counts the tokens.")] = None,
+    config: Config = None,
+    limit: Annotated[Optional[int], typer.Option(help="Tokenise and describe only the first so many lists.")] = None,  # noqa: UP045
+    html: Annotated[Text, typer.Option(help="Write a page with plots here.")] = None,
+    json: Annotated[Text, typer.Option(help="Write the facts here; - is standard output, in place of the tables.")] = None,
+) -> None:
+    """Show what a training run would see of its data, before it is trained on.
+
+    Takes every setting of `larpo train` (--max_length 2048, --columns, --form, --train_split ...; `larpo settings` lists them),
+    from a run's file too: `larpo data --config train.yaml` is of that run's train_data.
+    """
+    from . import commands
+
+    given = [source, *context.args] if (source or "").startswith("--") else context.args  # no data but flags
+    source = None if given is not context.args else source
+    summaries = commands.describe(source, model, config, given, limit=limit)
+    commands.show_summaries(summaries, html=html, json_to=json)
 
 
 @app.command(context_settings=FORWARDED)
@@ -150,26 +174,21 @@ def score(
 ) -> None:
     """Write the log-likelihood and implicit reward of every candidate in a file of lists.
 
-    For ref_logps to train with, give the lengths, truncation_mode and append_eos of that training. A run that was killed
-    goes on where it was; `accelerate launch -m larpo.cli score ...` shares the work of several GPUs.
+    For ref_logps to train with, give the lengths, truncation_mode and append_eos of that training.
     """
     from . import commands
     from .data.tokenization import PROMPT_LENGTH
-    from .runs.parts import processes
 
     how = reading.Reading(
         columns=columns, form=form, score=score_of, group_by=group_by, as_messages=as_messages, bad_rows=bad_rows
     )
-    with _shown("larpo.runs"):
-        scored = commands.score(
-            model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
-            max_length=max_length, max_prompt_length=PROMPT_LENGTH if max_prompt_length is None else max_prompt_length,
-            truncation_mode=truncation_mode, append_eos=append_eos, split=split, dtype=dtype,
-            trust_remote_code=trust_remote_code, reading=how,
-        )  # fmt: skip
-    if processes().is_main_process:
-        typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
-    processes().destroy_process_group()
+    scored = commands.score(
+        model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
+        max_length=max_length, max_prompt_length=PROMPT_LENGTH if max_prompt_length is None else max_prompt_length,
+        truncation_mode=truncation_mode, append_eos=append_eos, split=split, dtype=dtype, trust_remote_code=trust_remote_code,
+        reading=how,
+    )  # fmt: skip
+    typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
 
 
 def main() -> None:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from .data.reading import Reading
 from .data.tokenization import PROMPT_LENGTH
 from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
-from .runs.files import read_json, remove, write_json, write_whole
+from .runs.files import read_json, write_json, write_text, write_whole
 from .runs.identity import changed, content
 from .runs.intact import Damaged
 from .runs.lock import locked
-from .runs.parts import processes
 from .runs.secrets import masked, without_secrets
 from .runs.yaml_config import as_meant, json_object, json_value, load_yaml, nearest
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from .config import LarPOConfig
+    from .data.converting import Read
+    from .data.summary import DataSummary
     from .trainer import LarPOTrainer
 
 
@@ -160,14 +161,17 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
 
 
 def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
-    from .data.loading import load_lists
+    from .data.loading import read_lists
     from .modeling.adapters import lora_config
     from .runs.divergence import remembered
     from .trainer import LarPOTrainer
 
     adapter = None if job.peft is None else lora_config(job.peft)
-    data = _train_lists(job, args)
-    held_out = None if job.eval_data is None else load_lists(job.eval_data, split=job.eval_split, **job.reading())
+    data, read = _train_lists(job, args)
+    held_out = None
+    if job.eval_data is not None:
+        read["eval"] = read_lists(job.eval_data, Reading(**job.reading()), split=job.eval_split)
+        held_out = read["eval"].said()
     folder, identity = Path(args.output_dir), _identity(job, args, data)
     _claim(folder, identity, write=args.should_save)
     checkpoint = checkpoint_to_go_on_from(args.output_dir, args) if job.resume else None
@@ -179,6 +183,7 @@ def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
         eval_dataset=held_out,
         peft_config=adapter,
     )
+    trainer.data_summaries = {name: one.of(read[name]) if name in read else one for name, one in trainer.data_summaries.items()}
     with remembered(folder, identity | {"on_nonfinite": args.on_nonfinite}, write=args.should_save):
         trainer.train(resume_from_checkpoint=checkpoint)
         if held_out is not None:
@@ -188,13 +193,21 @@ def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     return trainer
 
 
-def _train_lists(job: TrainJob, args: LarPOConfig) -> Dataset | IterableDataset:
-    """The lists to train on; of a stream in a random order, as far as its buffer reaches."""
-    from .data.loading import load_lists
+def _train_lists(job: TrainJob, args: LarPOConfig) -> tuple[Dataset | IterableDataset, dict[str, Read]]:
+    """The lists to train on, of a stream in a random order as far as its buffer reaches; and how they were read, if at once."""
+    from .data.loading import load_lists, read_lists
+    from .data.sources import sources_of
 
-    seed = args.seed if args.data_seed is None else args.data_seed
+    if not job.streaming and sources_of(job.train_data, {}) is None:
+        read = read_lists(job.train_data, Reading(**job.reading()), split=job.train_split)
+        return read.said(), {"train": read}
+    seed = _data_seed(args)
     lists = load_lists(job.train_data, split=job.train_split, streaming=job.streaming, seed=seed, **job.reading())
-    return lists.shuffle(seed=seed, buffer_size=job.shuffle_buffer) if job.streaming and job.shuffle_buffer else lists
+    return lists.shuffle(seed=seed, buffer_size=job.shuffle_buffer) if job.streaming and job.shuffle_buffer else lists, {}
+
+
+def _data_seed(args: LarPOConfig) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _identity(job: TrainJob, args: LarPOConfig, data: Dataset | IterableDataset) -> dict[str, Any]:
@@ -235,6 +248,50 @@ def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
         write_json(file, job)
 
 
+def describe(
+    source: str | None, model: str | None, config: str | Path | None, flags: list[str], *, limit: int | None = None
+) -> dict[str, DataSummary]:
+    """The facts of a run's training data by its split; those in the file where `source` is a run's larpo-data.json.
+
+    source, model: win over the config file's train_data and model; flags: settings of `larpo train`.
+    """
+    from .data.preprocessing import describe
+    from .data.summary import FILE, read_summaries
+    from .modeling.loading import load_tokenizer
+
+    if source is not None and Path(source).name == FILE:
+        return read_summaries(Path(source))
+    if source is None and config is None:
+        raise ValueError("say which data: larpo data FILE_OR_NAME --model MODEL, or --config with a file that has train_data")
+    own = {"train_data": source, "model": model, "output_dir": "unused"}
+    given = [f"--{name}={value}" for name, value in own.items() if value is not None]
+    job, args = train_settings(config, [*given, *flags])
+    tokenizer = load_tokenizer(os.path.expanduser(job.model), args.model_init_kwargs)
+    how = {"split": job.train_split, "streaming": job.streaming, "seed": _data_seed(args)} | job.reading()
+    found = describe(job.train_data, tokenizer, args, limit=limit, **how)
+    return {job.train_split: found}
+
+
+def show_summaries(summaries: dict[str, DataSummary], *, html: str | None = None, json_to: str | None = None) -> None:
+    """Prints tables of them, or JSON where json_to is "-"; writes a page and a file of JSON where they are asked for."""
+    from rich.console import Console
+
+    from .data.summary import as_json
+    from .data.summary.terminal import show
+
+    if json_to == "-":
+        print(json.dumps(as_json(summaries), ensure_ascii=False))
+    else:
+        for name, summary in summaries.items():
+            show(summary, Console(), name)
+    if json_to not in (None, "-"):
+        write_json(Path(json_to), as_json(summaries))
+    if html is not None:
+        from .data.summary.page import page
+
+        write_text(Path(html), page(summaries))
+
+
 def score(
     model: str,
     data: str,
@@ -254,11 +311,9 @@ def score(
     reading: Reading | None = None,
 ) -> Any:
     """Scores the lists in `data`, with or without scores, and writes them with the new columns to `out`, .parquet or .jsonl;
-    see `score_lists`.
+    see `score_lists`."""
+    import torch
 
-    Results are kept in a folder beside `out` as they come, whose name ends in .parts, until `out` is written: a run that was
-    killed goes on there. Processes of `accelerate launch` or `torchrun` share the work; the first one writes.
-    """
     from .data.loading import load_lists
     from .modeling.loading import load_causal_lm, load_tokenizer
     from .scoring import score_lists
@@ -268,10 +323,10 @@ def score(
         raise ValueError(f"out must end in .parquet or .jsonl, got {str(out)!r}")
     lists = load_lists(data, split=split, scored=False, **(reading or Reading()).reading())
     out.parent.mkdir(parents=True, exist_ok=True)
-    state, parts = processes(), out.with_name(f"{out.name}.parts")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ref_model = (None if name is None else os.path.expanduser(name) for name in (model, ref_model))
     options = {"trust_remote_code": trust_remote_code} | ({} if dtype is None else {"dtype": dtype})
-    load = lambda name: load_causal_lm(name, options).to(state.device)  # noqa: E731
+    load = lambda name: load_causal_lm(name, options).to(device)  # noqa: E731
     scored = score_lists(
         load(model),
         lists,
@@ -284,10 +339,9 @@ def score(
         max_prompt_length=max_prompt_length,
         truncation_mode=truncation_mode,
         append_eos=append_eos,
-        parts=parts,
     )
-    if state.is_main_process:
-        write_whole(out, scored.to_parquet if out.suffix == ".parquet" else partial(scored.to_json, force_ascii=False))
-        remove(parts)
-    state.wait_for_everyone()
+    if out.suffix == ".parquet":
+        write_whole(out, scored.to_parquet)
+    else:
+        write_whole(out, partial(scored.to_json, force_ascii=False))
     return scored

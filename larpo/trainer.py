@@ -25,7 +25,8 @@ import larpo_kernels as lk
 
 from .config import LarPOConfig
 from .data.collator import ListCollator
-from .data.preprocessing import is_tokenised, training_lists
+from .data.preprocessing import is_tokenised, prepare, training_lists
+from .data.summary import write_summaries
 from .data.text_tokenizer import text_tokenizer
 from .data.training_stream import ListStream, training_stream
 from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
@@ -140,8 +141,11 @@ class LarPOTrainer(Trainer):
         several = isinstance(eval_dataset, dict)
         evals = eval_dataset if several else {"": eval_dataset} if eval_dataset is not None else {}
         whole |= {f"eval {name}".strip(): data for name, data in evals.items()}
-        tokenised = {"train": stream.first} if stream is not None else {}
-        tokenised |= {name: training_lists(data, tokenizer, args, name) for name, data in whole.items()}
+        prepared = {name: prepare(data, tokenizer, args, name) for name, data in whole.items()}
+        if stream is not None:
+            prepared = {"train": stream.prepared} | prepared
+        tokenised = {name: one.lists for name, one in prepared.items()}
+        self.data_summaries = {name: one.summary for name, one in prepared.items()}
         for name, data in tokenised.items():
             check_tokens(data, lm_config, name)
         if stream is not None:
@@ -599,6 +603,8 @@ class LarPOTrainer(Trainer):
             self._sync.load(resume_from_checkpoint)
         if isinstance(self.train_dataset, ListStream):
             self.train_dataset.skip = self._lists_before(resume_from_checkpoint)
+        if self.args.should_save:
+            write_summaries(Path(self.args.output_dir), self.data_summaries, examples=not self.args.push_to_hub)
         self._time_of_log = time.monotonic()
         self._attach()
         try:

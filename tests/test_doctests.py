@@ -13,7 +13,7 @@ import larpo_kernels
 
 PACKAGES = (larpo_kernels, larpo)
 MODULES = sorted(m.name for package in PACKAGES for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
-OPTIONAL = ("triton", "transformers", "accelerate", "peft", "datasets", "pandas", "typer", "yaml", "tqdm", "gymnasium")
+OPTIONAL = ("triton", "transformers", "accelerate", "peft", "datasets", "pandas", "typer", "rich", "yaml", "tqdm", "gymnasium")
 PUBLIC = ["fused_listwise_loss", "logps", "objectives"]  # what a user calls shows an example
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import Any
 
+from ..data.visible import visible
 from ..rewards import text_of
 
 SPECIAL = frozenset("\\|`*_[]<>#~$&")
-JOINERS = "\u200c\u200d"  # letters and emoji are written with them
 
 
 def cell(text: Any, limit: int = 200) -> str:
@@ -22,19 +21,6 @@ def cell(text: Any, limit: int = 200) -> str:
     shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
     escaped = "".join("\\" + c if c in SPECIAL else c for c in visible(shown))
     return escaped.replace("://", ":\\//").replace("www.", "www\\.")
-
-
-def visible(text: str) -> str:
-    """The text with characters that show nothing and change how others are shown as their code: control characters but the
-    newline, bidirectional overrides, other invisible ones, and halves of surrogate pairs, which no file can hold.
-
-    >>> print(visible("a\\x1b[31m b\\u202ec\\n"), end="")
-    a\\u001b[31m b\\u202ec
-    """
-    return "".join(
-        f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in JOINERS + "\n" else c
-        for c in text
-    )
 
 
 def block(text: str, language: str) -> str:

@@ -99,7 +99,7 @@ def as_lists(
 
     if isinstance(dataset, datasets.IterableDataset):
         return stream_rows(dataset, "dataset", Reading(**how), scored)
-    return _convert(dataset, Reading(**how), scored).said()
+    return read_rows(dataset, Reading(**how), scored=scored).said()
 
 
 def read_lists(
@@ -113,7 +113,7 @@ def read_lists(
 ) -> Read:
     """What `load_lists` loads, with the form of the data and what was left out."""
     if not isinstance(source, str | Path):
-        return _convert(_pick_split(source, split, "source"), reading, scored)
+        return read_rows(_pick_split(source, split, "source"), reading, scored=scored)
     path = Path(source).expanduser()
     name = str(path)
     if paths := _files(path, config, revision):
@@ -198,7 +198,8 @@ def _joined(parts: Iterable[list]) -> list:
     return [item for part in parts for item in part]
 
 
-def _convert(dataset: Any, reading: Reading, scored: bool) -> Read:
+def read_rows(dataset: Any, reading: Reading, *, scored: bool = True) -> Read:
+    """What `as_lists` converts, with the form of the data and what was left out."""
     import datasets
 
     if isinstance(dataset, datasets.Dataset):

@@ -5,23 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..candidates import top_bottom_indices
 from ..training.losses import is_settled
-from .loading import as_lists
+from .converting import Read
+from .loading import load_lists, read_lists, read_rows
 from .reader import IMPLICIT
+from .reading import Reading
 from .scored_tokens import TOKEN_HASHES
+from .summary import DataSummary, summarise
+from .summary.words import sentences
+from .text_tokenizer import text_tokenizer
 from .tokenization import TokenizationReport, tokenize_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from ..config import LarPOConfig
 
 logger = logging.getLogger(__name__)
 
+STREAMED = 1000  # lists of a stream that are described, if nothing is said
+LIMITS = ("max_length", "max_prompt_length", "truncation_mode", "append_eos", "list_top", "list_bottom")
 PER_CANDIDATE = (
     "completions",
     "scores",
@@ -47,13 +54,115 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
 
     Raises ValueError where no list teaches anything, as well as for what `as_lists` and `tokenize_lists` refuse.
     """
-    lists = as_lists(dataset)
+    return prepare(dataset, tokenizer, args, name).lists
+
+
+class Prepared(NamedTuple):
+    """Tokenised rows, and the facts of them."""
+
+    lists: Dataset
+    summary: DataSummary
+
+
+def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, name: str = "train") -> Prepared:
+    """`training_lists` with what it found."""
+    tokenizer = text_tokenizer(tokenizer)
+    read = read_rows(dataset, Reading())
+    read.said()
     if args.length_normalized:
-        _refuse_implicit_prompts(lists, name)
+        _refuse_implicit_prompts(read.lists, name)
+    data = _tokenised(read, tokenizer, args)
+    summary = data.summary(tokenizer, args)
+    if args.should_log:
+        logger.info("%s data: %s", name, sentences(summary))
+        logger.info("%s data: %s What counts is in [[ ]]:\n%s", name, data.report, data.report.example)
+    return Prepared(_for_training(data, args, name), summary)
+
+
+def describe(
+    data: Any,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    args: LarPOConfig | None = None,
+    *,
+    limit: int | None = None,
+    **how: Any,
+) -> DataSummary:
+    """What a training run would see of data: its form, sizes, ties, repeats, scores, tokens, what is cut and left out.
+
+    Args:
+        data: anything that `larpo.load_lists` reads.
+        processing_class: the tokenizer, or a processor that holds one.
+        args: the run's settings; the defaults where there are none.
+        limit: only the first so many lists are tokenised and described; of a stream 1000 if it is not given.
+        how: as in `larpo.load_lists`.
+
+    Raises ValueError for data that cannot be read or tokenised. What cannot be trained on for another reason is described,
+    and the reason is in `refused`.
+    """
+    from ..config import LarPOConfig
+
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(f"limit must be None or an int >= 1, got {limit!r}")
+    args = LarPOConfig(report_to="none") if args is None else args
+    tokenizer = text_tokenizer(processing_class)
+    read, in_all = _read(data, limit, how)
+    refused = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the summary says what they say
+        tokens = _tokenised(read, tokenizer, args)
+        try:
+            if args.length_normalized:
+                _refuse_implicit_prompts(read.lists, "train")
+            _for_training(tokens, args, "train")
+        except ValueError as error:
+            refused = str(error)
+    summary = tokens.summary(tokenizer, args, lists_read=in_all, refused=refused)
+    return summary if in_all is not None else summary.of_stream()
+
+
+def _read(data: Any, limit: int | None, how: dict[str, Any]) -> tuple[Read, int | None]:
+    """At most `limit` lists of what `load_lists` loads, and how many there are, which of a stream is not known."""
+    from .sources import sources_of
+
+    if sources_of(data, {}) is not None or how.get("streaming") or _is_stream(data):
+        lists = load_lists(data, **how)
+        if not _is_stream(lists):
+            read = read_rows(lists, Reading())
+        else:
+            return read_rows(list(lists.take(limit or STREAMED)), Reading()), None
+    else:
+        where = {name: how[name] for name in ("split", "config", "revision") if name in how}
+        settings = {name: value for name, value in how.items() if name not in (*where, "streaming", "seed")}
+        read = read_lists(data, Reading(**settings), **where)
+    in_all = len(read.lists)
+    return read._replace(lists=read.lists.select(range(min(in_all, limit or in_all)))), in_all
+
+
+def _is_stream(data: Any) -> bool:
+    import datasets
+
+    return isinstance(data, datasets.IterableDataset)
+
+
+class Tokenised(NamedTuple):
+    """Lists on their way to training."""
+
+    read: Read
+    lists: Dataset
+    tokens: Dataset
+    report: TokenizationReport
+
+    def summary(self, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, **more: Any) -> DataSummary:
+        limits = {name: getattr(args, name) for name in LIMITS}
+        return summarise(self.read, self.tokens, self.report, tokenizer, limits, **more)
+
+
+def _tokenised(read: Read, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig) -> Tokenised:
+    lists = read.lists
     if args.list_top is not None:
         options = {"top": args.list_top, "bottom": args.list_bottom}
         lists = lists.map(subset, fn_kwargs=options, desc="choosing candidates")
-    tokenised, report = tokenize_lists(
+    tokens, report = tokenize_lists(
         lists,
         tokenizer,
         max_length=args.max_length,
@@ -62,8 +171,12 @@ def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPO
         append_eos=args.append_eos,
         num_proc=args.dataset_num_proc,
     )
-    if args.should_log:
-        logger.info("%s data: %s What counts is in [[ ]]:\n%s", name, report, report.example)
+    return Tokenised(read, lists, tokens, report)
+
+
+def _for_training(data: Tokenised, args: LarPOConfig, name: str) -> Dataset:
+    """With the columns that training reads. Raises ValueError for what cannot be trained on."""
+    lists, tokenised, report = data.lists, data.tokens, data.report
     _refuse_equal(report, name, args)
     tokenised = tokenised.add_column("row_number", range(len(tokenised)))
     if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
@@ -126,7 +239,7 @@ def _warn_all_tied(name: str, args: LarPOConfig) -> None:
     teaches = "there is no preference to learn from them"
     if getattr(args.resolved_objective(), "ties", None) == "order":
         teaches = "candidates count in the order in which they stand, so that order is what is trained on"
-    warnings.warn(f"no list of the {name} data has two scores that differ: {teaches}", stacklevel=4)
+    warnings.warn(f"no list of the {name} data has two scores that differ: {teaches}", stacklevel=5)
 
 
 def _lengths(tokenised: Dataset) -> list[int]:

@@ -18,9 +18,11 @@ No candidate is dropped; what was cut or is empty is counted.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -33,6 +35,7 @@ from .turns import Reply, Turns
 from .validation import check_row
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +49,7 @@ USER_TURN = re.compile(
 )
 
 Truncation = Literal["keep_end", "keep_start"]
+EACH = ("prompt_lengths", "completion_lengths", "prompt_hashes")  # fields of the report that are not sums
 
 
 class _Default(int):
@@ -84,7 +88,13 @@ class TokenizationReport:
     lists_all_tied: int = 0  # two candidates or more, all with one score
     lists_all_equal: int = 0  # two candidates or more, all with the same tokens, or none with any that counts: no gradient
     tokens_read: int = 0  # of completions, written by the template, a user or a tool: they do not count
+    completions_repeated: int = field(default=0, compare=False)  # their text stood before in the list
+    completions_equal: int = field(default=0, compare=False)  # their tokens did, as they are trained on: cut
     example: str = field(default="", compare=False)  # a completion behind its prompt, what counts in [[ ]]
+    # one for each list, or for each completion, in the order of the data
+    prompt_lengths: Sequence[int] = field(default=(), compare=False, repr=False)  # tokens before anything is cut
+    completion_lengths: Sequence[int] = field(default=(), compare=False, repr=False)
+    prompt_hashes: Sequence[int] = field(default=(), compare=False, repr=False)  # of what it says: equal for equal prompts
 
     @property
     def lossy(self) -> bool:
@@ -165,12 +175,12 @@ def tokenize_lists(
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
     optional = [name for name in ("ref_logps", SCORED_WITH, "source") if name in dataset.column_names]
-    counts = [one.name for one in dataclasses.fields(TokenizationReport) if one.name != "example"]
+    counts = [one.name for one in dataclasses.fields(TokenizationReport) if isinstance(one.default, int)]
 
     def tokenize(row: dict[str, Any], i: int) -> dict[str, Any]:
         tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, f"row {i}")
         # Arrow wants every row to have every column
-        return tokens | {name: row[name] for name in optional} | {name: getattr(report, name) for name in counts}
+        return tokens | {name: row[name] for name in optional} | {name: getattr(report, name) for name in (*counts, *EACH)}
 
     import datasets
 
@@ -185,7 +195,11 @@ def tokenize_lists(
         desc="tokens",
     )
     example = marked(tokenizer, mapped[0]) if len(mapped) else ""
-    report = TokenizationReport(**{name: sum(mapped[name]) for name in counts}, example=example)
+    report = TokenizationReport(
+        **{name: int(values_of(mapped, name).sum()) for name in counts},
+        **{name: values_of(mapped, name) for name in EACH},
+        example=example,
+    )
     if report.lossy:
         warnings.warn(f"{report} Limits: max_length={max_length}, max_prompt_length={max_prompt_length}.", stacklevel=2)
     masks = ["completion_mask"] if report.tokens_read else []
@@ -198,14 +212,17 @@ def marked(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], most: int
     most: characters of the prompt (its end) and of the completion (its start) that are shown.
     """
     best = max(range(len(row["scores"])), key=row["scores"].__getitem__)
-    ids = row["completion_ids"][best]
-    mask = row["completion_mask"][best] if row.get("completion_mask") else [True] * len(ids)
     prompt = prompt_boundary.decode(tokenizer, row["prompt_ids"])
-    text = ""
-    for counted, part in groupby(zip(mask, ids, strict=True), key=itemgetter(0)):
-        piece = prompt_boundary.decode(tokenizer, [id for _, id in part])
-        text += f"[[{piece}]]" if counted else piece
+    text = "".join(f"[[{piece}]]" if counted else piece for counted, piece in parts_of(tokenizer, row, best))
     return ("..." if len(prompt) > most else "") + prompt[-most:] + text[:most] + ("..." if len(text) > most else "")
+
+
+def parts_of(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], i: int) -> list[tuple[bool, str]]:
+    """The i-th completion of a tokenised row as text, in parts of which all tokens count or none."""
+    ids = row["completion_ids"][i]
+    mask = row["completion_mask"][i] if row.get("completion_mask") else [True] * len(ids)
+    runs = groupby(zip(mask, ids, strict=True), key=itemgetter(0))
+    return [(bool(counted), prompt_boundary.decode(tokenizer, [id for _, id in run])) for counted, run in runs]
 
 
 # --- one row -----------------------------------------------------------------------------------------------
@@ -262,8 +279,39 @@ def _tokenize(
         lists_all_tied=int(len(scores) > 1 and len(set(scores)) == 1),
         lists_all_equal=int(len(scores) > 1 and _all_equal(kept, kept_masks)),
         tokens_read=sum(map(len, kept)) - sum(map(sum, kept_masks)),
+        completions_repeated=_repeats(row["completions"] if text else map(_as_json, row["completions"])),
+        completions_equal=_repeats(zip(map(tuple, kept), map(tuple, kept_masks), strict=True)),
+        prompt_lengths=[len(prompt)],
+        completion_lengths=[*map(len, completions)],
+        prompt_hashes=[_hash(row["prompt"] if isinstance(row["prompt"], str) else _as_json(row["prompt"]))],
     )
     return tokens, report
+
+
+def _repeats(values: Iterable[Hashable]) -> int:
+    """How many of them are equal to one before them."""
+    values = list(values)
+    return len(values) - len(set(values))
+
+
+def _as_json(messages: Any) -> str:
+    return json.dumps(messages, sort_keys=True, default=str)
+
+
+def _hash(text: str) -> int:
+    """A number that Arrow holds in 8 bytes."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+
+
+def values_of(dataset: Dataset, column: str) -> np.ndarray:
+    """A column of numbers as one array; of lists of numbers, one list after the other."""
+    import pyarrow
+    import pyarrow.compute
+
+    values = dataset.select_columns(column).with_format("arrow")[:][column]
+    while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+        values = pyarrow.compute.list_flatten(values)
+    return values.to_numpy()
 
 
 def _all_equal(completions: list[list[int]], masks: list[list[bool]]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .loading import as_lists
-from .preprocessing import subset, training_lists
+from .preprocessing import Prepared, prepare, subset
 from .reader import IMPLICIT
 from .tokenization import tokenize_row
 
@@ -33,11 +33,12 @@ class ListStream(IterableDataset):
     list that is another rank's stands None, and is thrown away: each rank reads all lists and tokenises its own. Where training
     goes on from a checkpoint, the first list stands in for those that transformers skips (`skip`).
 
-    first: the first lists, tokenised as data that is loaded whole.
+    prepared: the first lists, tokenised as data that is loaded whole; first: their tokens.
     """
 
-    def __init__(self, lists: datasets.IterableDataset, first: datasets.Dataset, tokenizer: Any, args: LarPOConfig):
-        self.lists, self.first, self.tokenizer, self.args = lists, first, tokenizer, args
+    def __init__(self, lists: datasets.IterableDataset, prepared: Prepared, tokenizer: Any, args: LarPOConfig):
+        self.lists, self.prepared, self.tokenizer, self.args = lists, prepared, tokenizer, args
+        first = self.first = prepared.lists
         self.vocabulary: int | None = None
         self.optional = [name for name in ("ref_logps",) if name in first.column_names]
         self.skip = 0  # lists of all ranks
@@ -98,8 +99,8 @@ def training_stream(dataset: datasets.IterableDataset, tokenizer: PreTrainedToke
     rows = list(lists.take(FIRST))
     for i, row in enumerate(rows):
         _refuse(row, f"list {i} of the train data", args)
-    first = training_lists(rows, tokenizer, args, name=f"train (first {len(rows)} lists)")
-    return ListStream(lists, first, tokenizer, args)
+    first = prepare(rows, tokenizer, args, name=f"train (first {len(rows)} lists)")
+    return ListStream(lists, first._replace(summary=first.summary.of_stream()), tokenizer, args)
 
 
 def _refuse(row: dict[str, Any], where: str, args: LarPOConfig) -> None:

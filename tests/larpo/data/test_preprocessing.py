@@ -87,6 +87,8 @@ def test_the_report_shows_what_counts(tokenizer, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="larpo.data"):
         training_lists(rows, tokenizer, config(tmp_path), "eval")
     assert caplog.messages == [
+        "eval data: 2 candidates a list, scores 0 to 1, tied pairs none; tokens of a prompt 17 (median) to 17, of a completion "
+        "2 (median) to 3.",
         "eval data: 1 list of 2 candidates: nothing cut, none empty. What counts is in [[ ]]:\n"
-        "<s><|user|>\nhello</s>\n<|assistant|>\n[[yes</s>]]"
+        "<s><|user|>\nhello</s>\n<|assistant|>\n[[yes</s>]]",
     ]
