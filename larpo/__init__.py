@@ -14,7 +14,7 @@ _WHERE = {
     "describe": "data.preprocessing",
     "from_candidate_lists": "data",
     "load_lists": "data",
-    "tokenize_lists": "tokenization",
+    "tokenize_lists": "data.tokenization",
     "list_metrics": "training.metrics",
     "score_lists": "scoring",
     "Candidate": "candidates",

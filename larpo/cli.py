@@ -174,21 +174,26 @@ def score(
 ) -> None:
     """Write the log-likelihood and implicit reward of every candidate in a file of lists.
 
-    For ref_logps to train with, give the lengths, truncation_mode and append_eos of that training.
+    For ref_logps to train with, give the lengths, truncation_mode and append_eos of that training. A run that was killed
+    goes on where it was; `accelerate launch -m larpo.cli score ...` shares the work of several GPUs.
     """
     from . import commands
     from .data.tokenization import PROMPT_LENGTH
+    from .runs.parts import processes
 
     how = reading.Reading(
         columns=columns, form=form, score=score_of, group_by=group_by, as_messages=as_messages, bad_rows=bad_rows
     )
-    scored = commands.score(
-        model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
-        max_length=max_length, max_prompt_length=PROMPT_LENGTH if max_prompt_length is None else max_prompt_length,
-        truncation_mode=truncation_mode, append_eos=append_eos, split=split, dtype=dtype, trust_remote_code=trust_remote_code,
-        reading=how,
-    )  # fmt: skip
-    typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
+    with _shown("larpo.runs"):
+        scored = commands.score(
+            model, data, out, ref_model=ref_model, beta=beta, batch_size=batch_size, candidate_batch_size=candidate_batch_size,
+            max_length=max_length, max_prompt_length=PROMPT_LENGTH if max_prompt_length is None else max_prompt_length,
+            truncation_mode=truncation_mode, append_eos=append_eos, split=split, dtype=dtype,
+            trust_remote_code=trust_remote_code, reading=how,
+        )  # fmt: skip
+    if processes().is_main_process:
+        typer.echo(f"{len(scored)} lists in {out}: {', '.join(scored.column_names)}")
+    processes().destroy_process_group()
 
 
 def main() -> None:

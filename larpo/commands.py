@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from .data.reading import Reading
 from .data.tokenization import PROMPT_LENGTH
 from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
-from .runs.files import read_json, write_json, write_text, write_whole
+from .runs.files import read_json, remove, write_json, write_text, write_whole
 from .runs.identity import changed, content
 from .runs.intact import Damaged
 from .runs.lock import locked
+from .runs.parts import processes
 from .runs.secrets import masked, without_secrets
 from .runs.yaml_config import as_meant, json_object, json_value, load_yaml, nearest
 
@@ -311,9 +312,11 @@ def score(
     reading: Reading | None = None,
 ) -> Any:
     """Scores the lists in `data`, with or without scores, and writes them with the new columns to `out`, .parquet or .jsonl;
-    see `score_lists`."""
-    import torch
+    see `score_lists`.
 
+    Results are kept in a folder beside `out` as they come, whose name ends in .parts, until `out` is written: a run that was
+    killed goes on there. Processes of `accelerate launch` or `torchrun` share the work; the first one writes.
+    """
     from .data.loading import load_lists
     from .modeling.loading import load_causal_lm, load_tokenizer
     from .scoring import score_lists
@@ -323,10 +326,10 @@ def score(
         raise ValueError(f"out must end in .parquet or .jsonl, got {str(out)!r}")
     lists = load_lists(data, split=split, scored=False, **(reading or Reading()).reading())
     out.parent.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    state, parts = processes(), out.with_name(f"{out.name}.parts")
     model, ref_model = (None if name is None else os.path.expanduser(name) for name in (model, ref_model))
     options = {"trust_remote_code": trust_remote_code} | ({} if dtype is None else {"dtype": dtype})
-    load = lambda name: load_causal_lm(name, options).to(device)  # noqa: E731
+    load = lambda name: load_causal_lm(name, options).to(state.device)  # noqa: E731
     scored = score_lists(
         load(model),
         lists,
@@ -339,9 +342,10 @@ def score(
         max_prompt_length=max_prompt_length,
         truncation_mode=truncation_mode,
         append_eos=append_eos,
+        parts=parts,
     )
-    if out.suffix == ".parquet":
-        write_whole(out, scored.to_parquet)
-    else:
-        write_whole(out, partial(scored.to_json, force_ascii=False))
+    if state.is_main_process:
+        write_whole(out, scored.to_parquet if out.suffix == ".parquet" else partial(scored.to_json, force_ascii=False))
+        remove(parts)
+    state.wait_for_everyone()
     return scored

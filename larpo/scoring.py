@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +19,14 @@ from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, score
 from .data.text_tokenizer import text_tokenizer
 from .data.tokenization import PROMPT_LENGTH, Truncation, prompt_limit, tokenize_lists
 from .modeling.policy import Policy, attached
+from .runs.parts import Parts, parts_of, processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+LISTS_OF_A_PART = 64  # what a killed run of `larpo score` may lose
+COLUMNS = ("logps", "num_tokens", TOKEN_HASHES, "ref_logps", "implicit_rewards", SCORED_WITH)  # that are added, in this order
 
 
 @torch.no_grad()
@@ -39,14 +47,12 @@ def candidate_logps(
 
     Longest lists come first, so that batches hold lists of similar length and memory runs out at once if it does.
     shard (rank, ranks): only every ranks-th batch, from the rank-th on.
-    collective: forwards are, since parameters are sharded: all ranks run as many, some of them for nothing.
+    collective: forwards are, since parameters are sharded: all ranks run as many, some of them for nothing. Without it they run
+        one at least: at the first they agree on how the model is called.
     """
-    lengths = [
-        len(p) * len(c) + sum(map(len, c)) for p, c in zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
-    ]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = longest_first(tokenised)
     batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)]
-    idle = -len(batches) % shard[1] if collective else 0
+    idle = -len(batches) % shard[1] if collective else max(shard[1] - len(batches), 0)
     batches = [*batches, *batches[:1] * idle][shard[0] :: shard[1]]
     training = model.training
     model.eval()
@@ -61,6 +67,14 @@ def candidate_logps(
             found |= {i: logps.tolist() for i, logps in zip(rows, each, strict=True)}
     model.train(training)
     return found
+
+
+def longest_first(tokenised: Dataset) -> list[int]:
+    """The rows of a tokenised data set by how many tokens all candidates of each run, with its prompt."""
+    lengths = [
+        len(p) * len(c) + sum(map(len, c)) for p, c in zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
+    ]
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def _most_of_all(n: int, device: torch.device) -> int:
@@ -83,6 +97,7 @@ def score_lists(
     truncation_mode: Truncation = "keep_end",
     append_eos: bool = True,
     progress: bool = True,
+    parts: Path | None = None,
 ) -> Dataset:
     """The data with logps, with a reference ref_logps and implicit_rewards, and what these are of (num_tokens, token_hashes,
     scored_with: see `larpo.data.scored_tokens`).
@@ -94,10 +109,15 @@ def score_lists(
         batch_size: lists at a time; candidate_batch_size: candidates at a time within them.
         max_length, max_prompt_length, truncation_mode, append_eos: as in `LarPOConfig`. Where ref_logps are to be trained
             with, these must be as they are there, and so must tokenizer and chat template: training refuses other tokens.
+        parts: a folder in which results are kept as they come, and are found again by a call that is killed and made anew.
+            Processes that `accelerate launch` or `torchrun` started share the work, and each returns all of it. Remove the
+            folder once what is returned is written.
 
     Returns:
         A Dataset with a list of floats per row in each new column of log-likelihoods: sums over a candidate's tokens, in nats.
         Without a reference, ref_logps that the data has are kept, and must be of the same tokens.
+
+    Raises ValueError where parts is the folder of another model, other data or other limits, naming what differs.
     """
     scored = (
         lists if "scores" in lists.column_names else lists.add_column("scores", [[0.0] * len(c) for c in lists["completions"]])
@@ -112,31 +132,52 @@ def score_lists(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = ListCollator(0 if pad is None else pad, slice_size=candidate_batch_size)
 
-    def under(model: nn.Module, name: str) -> list[list[float]]:
-        device = next(model.parameters()).device
-        with attached(model, Policy(model)):
-            found = candidate_logps(
-                model, tokenised, collator, batch_size=batch_size, device=device, description=name, progress=progress
-            )
-        return [found[i] for i in range(len(tokenised))]
-
+    limits = dict(
+        max_length=max_length, max_prompt_length=prompt_limit(max_length, max_prompt_length), truncation_mode=truncation_mode,
+        append_eos=append_eos,
+    )  # fmt: skip
+    record = scored_with(tokenizer, limits, model, ref_model)
     columns: dict[str, list[Any]] = {
-        "logps": under(model, "Policy"),
         "num_tokens": [counted_tokens(row) for row in tokenised],
         TOKEN_HASHES: [token_hashes(row) for row in tokenised],
     }
+
+    def under(model: nn.Module, name: str, kept: Parts | None) -> list[list[float]]:
+        device = next(model.parameters()).device
+        score = partial(candidate_logps, model, collator=collator, batch_size=batch_size, device=device)
+
+        def work(rows: list[int]) -> dict[int, list[float]]:
+            return {rows[i]: logps for i, logps in score(tokenised.select(rows), progress=False).items()}
+
+        with attached(model, Policy(model)):
+            if kept is None:
+                found = score(tokenised, description=name, progress=progress)
+            else:
+                found = kept.results(name, longest_first(tokenised), work, unit="list", progress=progress)
+        return [found[i] for i in range(len(tokenised))]
+
+    with nullcontext() if parts is None else _parts(parts, record, columns[TOKEN_HASHES], batch_size) as kept:
+        columns["logps"] = under(model, "logps", kept)
+        if ref_model is not None:
+            columns["ref_logps"] = under(ref_model, "ref_logps", kept)
     if ref_model is not None:
-        columns["ref_logps"] = under(ref_model, "Reference")
         columns["implicit_rewards"] = [
             [beta * (a - b) for a, b in zip(*row, strict=True)]
             for row in zip(columns["logps"], columns["ref_logps"], strict=True)
         ]
     if ref_model is not None or "ref_logps" not in lists.column_names:
-        limits = dict(
-            max_length=max_length, max_prompt_length=prompt_limit(max_length, max_prompt_length),
-            truncation_mode=truncation_mode, append_eos=append_eos,
-        )  # fmt: skip
-        columns[SCORED_WITH] = [scored_with(tokenizer, limits, model, ref_model)] * len(lists)
-    for name, values in columns.items():
-        lists = (lists.remove_columns(name) if name in lists.column_names else lists).add_column(name, values)
+        columns[SCORED_WITH] = [record] * len(lists)
+    for name in COLUMNS:
+        if name in columns:
+            lists = (lists.remove_columns(name) if name in lists.column_names else lists).add_column(name, columns[name])
     return lists
+
+
+def _parts(folder: Path, record: str, hashes: list[list[str]], batch_size: int) -> AbstractContextManager[Parts]:
+    """Parts of whole batches, so that batches are the same however many processes there are: about LISTS_OF_A_PART, fewer where
+    some process would have none."""
+    state = processes()
+    batches = min(LISTS_OF_A_PART, len(hashes) // state.num_processes) // batch_size
+    tokens = hashlib.sha256("\n".join(map(" ".join, hashes)).encode()).hexdigest()[:12]
+    what = json.loads(record) | {"lists": f"{len(hashes)}, tokens sha256 {tokens}"}
+    return parts_of(folder, what, max(1, batches) * batch_size, state)

@@ -101,3 +101,12 @@ def test_triton_on_cpu_tensors_without_the_interpreter_is_a_clear_error():
     """
     message = run(code)
     assert "backend" in message and "TRITON_INTERPRET" in message
+
+
+def test_every_public_name_of_larpo_exists():
+    for package in ("transformers", "accelerate", "peft", "datasets"):
+        pytest.importorskip(package)
+    import larpo
+
+    for name in larpo.__all__:
+        assert callable(getattr(larpo, name)), name

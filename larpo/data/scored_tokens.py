@@ -5,7 +5,8 @@ datasets, which metadata of a file or a schema do not, and rows of several files
 
     num_tokens    for each candidate, how many tokens its log-likelihood is a sum over
     token_hashes  for each candidate, a hash of its prompt's tokens, its own, and which of them count
-    scored_with   JSON text: the models' names and dtype, hashes of tokenizer and chat template, and the limits
+    scored_with   JSON text: the models' names and hashes of their weights, dtype, hashes of tokenizer and chat template, the
+                  limits, and versions
 
 Tokens decide whether ref_logps may be trained with. What made them differ is told from scored_with.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +33,14 @@ def counted_tokens(row: Mapping[str, Any]) -> list[int]:
 
 
 def token_hashes(row: Mapping[str, Any]) -> list[str]:
-    """Of each candidate of a tokenised row, 8 characters: equal tokens in equal places that count alike, equal text."""
+    """Of each candidate of a tokenised row, 16 characters: equal tokens in equal places that count alike, equal text."""
     masks = row.get("completion_mask") or [[True] * len(ids) for ids in row["completion_ids"]]
     prompt = hashlib.sha256(_bytes(row["prompt_ids"]))
     found = []
     for ids, mask in zip(row["completion_ids"], masks, strict=True):
         digest = prompt.copy()
         digest.update(b"|" + _bytes(ids) + b"|" + bytes(map(bool, mask)))
-        found.append(digest.hexdigest()[:8])
+        found.append(digest.hexdigest()[:16])  # 64 bits: no two of many million candidates are taken for one
     return found
 
 
@@ -46,10 +48,34 @@ def scored_with(
     tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], model: nn.Module, ref_model: nn.Module | None = None
 ) -> str:
     """The record of a scoring; limits: max_length, max_prompt_length, truncation_mode, append_eos."""
-    models = {"model": model_name(model)} | ({} if ref_model is None else {"ref_model": model_name(ref_model)})
+    import torch
+    import transformers
+
+    import larpo_kernels
+
+    record = {"model": model_name(model), "weights": weights(model)}
+    if ref_model is not None:
+        record |= {"ref_model": model_name(ref_model), "ref_weights": weights(ref_model)}
     dtype = next((model if ref_model is None else ref_model).parameters()).dtype
-    record = models | {"dtype": str(dtype).removeprefix("torch.")} | _of_tokenizer(tokenizer) | dict(limits)
-    return json.dumps(record, default=str)
+    record |= {"dtype": str(dtype).removeprefix("torch.")} | _of_tokenizer(tokenizer) | dict(limits)
+    versions = {package.__name__: package.__version__ for package in (larpo_kernels, torch, transformers)}
+    return json.dumps(record | versions, default=str)
+
+
+def weights(model: nn.Module) -> str | None:
+    """A hash of all parameters and buffers of a model, in the dtype in which it holds them; None where they are elsewhere.
+
+    The name of a folder says little: a run that goes on writes other weights into it.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=itemgetter(0)):
+        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+            return None
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256 {digest.hexdigest()[:12]}"
 
 
 def model_name(model: nn.Module) -> str:
@@ -60,10 +86,11 @@ def model_name(model: nn.Module) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def reference_name(record: str | None) -> str | None:
-    """Of which model ref_logps are, by the record beside them."""
+def reference(record: str | None) -> tuple[str | None, str | None]:
+    """Name and weights of the model that ref_logps are of, by the record beside them."""
     found = {} if record is None else json.loads(record)
-    return found.get("ref_model", found.get("model"))
+    names = ("ref_model", "ref_weights") if "ref_model" in found else ("model", "weights")
+    return tuple(found.get(name) for name in names)
 
 
 def check_scored_tokens(

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import fsdp2_prepare_model, gather_object
 from torch import Tensor, nn
 
-from ..data.scored_tokens import SCORED_WITH, counted_tokens, model_name, reference_name
+from ..data.scored_tokens import SCORED_WITH, counted_tokens, model_name, reference
 from ..scoring import candidate_logps
 from . import adapters
 from .checks import refuse_shared
@@ -173,7 +173,7 @@ class ReferencePolicy:
         per_token = sum(off) / sum(lengths)
         if per_token <= FAR_PER_TOKEN or not accelerator.is_main_process:
             return
-        of = reference_name(rows[0].get(SCORED_WITH))
+        of, _ = reference(rows[0].get(SCORED_WITH))
         figures = f"off by {per_token:.3g} nats a token, {max(off):.3g} a candidate, in the first {len(rows)} lists"
         if of is not None and of != model_name(policy):
             logger.warning("ref_logps of the %s data are of %s, not of the policy that is trained: %s", name, of, figures)

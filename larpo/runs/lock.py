@@ -26,7 +26,7 @@ def locked(folder: Path, *, rank: int = 0) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"output_dir={str(folder)!r}: another process is at work in this folder") from None
+        raise ValueError(f"{str(folder)!r}: another process is at work in this folder") from None
     except NotImplementedError:  # some network file systems
         logger.warning("%s is on a file system without locks: see to it that no other run is at work in it", folder)
     try:

@@ -198,6 +198,9 @@ def check_ddp_with_precomputed_reference_log_probs(rank, ranks):
     order."""
     assert_like_one_process("other reference", ranks, precompute_ref_log_probs=True)
     assert_precomputed_like_one_process(ranks)
+    alone = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, precompute_ref_log_probs=True, lists=2,
+                         per_device_train_batch_size=2)  # fmt: skip
+    assert len(alone.train_dataset["ref_logps"]) == 2, "one process has no batch to score"
 
 
 def check_ddp_listmle_of_means(rank, ranks):
@@ -282,6 +285,46 @@ def check_ddp_predictions_are_those_of_one_process_in_the_order_of_the_data(rank
             torch.testing.assert_close(got[: len(logps)].tolist(), logps, rtol=1e-4, atol=1e-4)
             assert relevance[: len(logps)].tolist() == row["scores"]
             assert (got[len(logps) :] != got[len(logps) :]).all() and len(got) == found.predictions.logps.shape[1]
+
+
+def check_scoring_is_shared_and_writes_what_one_process_does(rank, ranks):
+    from accelerate.utils import DistributedType
+
+    from larpo import commands, scoring
+    from larpo.runs.files import read_rows
+    from larpo.runs.parts import processes
+
+    processes()
+    distributed_type(DistributedType.MULTI_CPU)  # a trainer may have set another one
+    folder = Path(os.environ["CHECKS_FOLDER"]) / "scored"
+    if rank == 0:
+        tiny.causal_lm().save_pretrained(folder / "model")
+        tiny.tokenizer().save_pretrained(folder / "model")
+        for lists in (11, 1):  # of which the last part is not full, and one of two processes has none
+            Dataset.from_list(tiny.lists(lists, m=None, seed=3)).to_json(folder / f"{lists}.jsonl")
+    torch.distributed.barrier()
+    scored, score = [], scoring.candidate_logps
+
+    def counting(model, rows, *args, **options):
+        scored.append(len(rows))
+        return score(model, rows, *args, **options)
+
+    for lists in (11, 1):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(scoring, "LISTS_OF_A_PART", 2)
+            patched.setattr(scoring, "candidate_logps", counting)
+            commands.score(str(folder / "model"), str(folder / f"{lists}.jsonl"), folder / f"{lists}.parquet", batch_size=2)
+        data = Dataset.from_list(tiny.lists(lists, m=None, seed=3))
+        expected = score_alone(folder / "model", data)
+        assert [row["logps"] for row in read_rows(folder / f"{lists}.parquet")] == expected
+    assert scored == ([2, 2, 2, 1] if rank == 0 else [2, 2, 1, 1])  # the last of them for nothing
+
+
+def score_alone(model, data):
+    from larpo.modeling.loading import load_causal_lm
+    from larpo.scoring import score_lists
+
+    return score_lists(load_causal_lm(str(model)), data, tiny.tokenizer(), batch_size=2, progress=False)["logps"][:]
 
 
 def check_fsdp2(rank, ranks):

@@ -1,0 +1,148 @@
+"""`larpo score` in parts: what is killed goes on where it was, and is never taken for the results of another run."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("transformers", "accelerate", "datasets"):
+    pytest.importorskip(package)
+from larpo import commands, scoring
+from larpo.runs import parts
+from larpo.runs.files import read_rows
+from tests.helpers import HANGS, tiny
+
+LISTS = tiny.lists(10, m=None, seed=3)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Models, lists and parts of two lists, of which five hold all."""
+    for name, seed in (("model", 0), ("other", 1)):
+        tiny.causal_lm(seed=seed).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, LISTS)))
+    monkeypatch.setattr(scoring, "LISTS_OF_A_PART", 2)
+    return tmp_path
+
+
+def score(folder, *, out="out.parquet", batch_size=2, data="lists.jsonl", **options):
+    options = {"ref_model": str(folder / "other"), "batch_size": batch_size} | options
+    commands.score(str(folder / "model"), str(folder / data), folder / out, **options)
+    return read_rows(folder / out)
+
+
+def stopped_after(n, folder, monkeypatch, **options):
+    """A run that ends before it writes another part than the first n."""
+    written = []
+
+    def write(path, rows):
+        if len(written) == n:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_rows(path, rows)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        write_rows = parts.write_rows
+        patched.setattr(parts, "write_rows", write)
+        score(folder, **options)
+
+
+def test_a_killed_run_scores_only_what_is_missing_and_writes_what_one_in_peace_does(folder, caplog):
+    """SIGKILL when the seventh file has its name: of the parts, the first of the reference."""
+    code = """
+        import os, signal, sys
+        from larpo import commands, scoring
+        scoring.LISTS_OF_A_PART = 2
+        names, rename = [], os.replace
+        def replace(source, target):
+            rename(source, target)
+            names.append(target)
+            if len(names) == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = replace
+        folder = sys.argv[1]
+        commands.score(folder + "/model", folder + "/lists.jsonl", folder + "/out.parquet", ref_model=folder + "/other", batch_size=2)
+    """  # noqa: E501
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    lines = "\n".join(line[8:] for line in code.splitlines())
+    killed = subprocess.run(
+        [sys.executable, "-c", lines, str(folder)], env=environment, cwd=Path(__file__).parents[2], capture_output=True,
+        text=True, timeout=HANGS,
+    )  # fmt: skip
+    assert killed.returncode == -9, killed.stderr
+    kept = folder / "out.parquet.parts"
+    assert sorted(path.name for path in kept.glob("*/*")) == ["00000.parquet", *(f"{i:05d}.parquet" for i in range(5))]
+    (kept / "ref_logps" / ".00001.parquet.unfinished").write_bytes(b"PAR1")
+    with caplog.at_level(logging.INFO, logger="larpo.runs"):
+        score(folder)
+    assert "logps: 10 of 10 lists were there before" in caplog.text
+    assert "ref_logps: 2 of 10 lists were there before" in caplog.text
+    score(folder, out="whole.parquet")
+    assert (folder / "out.parquet").read_bytes() == (folder / "whole.parquet").read_bytes()
+    assert not list(folder.glob("*.parts"))
+
+
+def test_memory_that_ran_out_is_answered_with_a_smaller_batch(folder, monkeypatch, caplog):
+    stopped_after(3, folder, monkeypatch)
+    with caplog.at_level(logging.INFO, logger="larpo.runs"):
+        found = score(folder, batch_size=1)
+    assert "6 of 10 lists were there before" in caplog.text
+    for row, other in zip(found, score(folder, out="whole.parquet"), strict=True):
+        assert row["logps"] == pytest.approx(other["logps"], rel=1e-5)
+        assert row["ref_logps"] == pytest.approx(other["ref_logps"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model", "weights was 'sha256 .*' and is 'sha256"),
+        ("ref_model", "ref_model was '.*other' and is '.*model'; ref_weights was"),
+        ("data", "lists was '10, tokens sha256 .*' and is '9, tokens sha256"),
+        ("append_eos", "append_eos was True and is False"),
+        ("dtype", "weights was .*; dtype was 'float32' and is 'bfloat16'"),
+    ],
+)
+def test_results_of_another_run_are_refused_and_what_differs_is_named(folder, monkeypatch, change, said):
+    stopped_after(1, folder, monkeypatch)
+    options = {}
+    if change == "model":  # the same folder, with the weights of a run that went on
+        tiny.causal_lm(seed=1).save_pretrained(folder / "model")
+    elif change == "data":
+        (folder / "lists.jsonl").write_text("\n".join(map(json.dumps, LISTS[:-1])))
+    else:
+        options = {"ref_model": {"ref_model": str(folder / "model")}, "append_eos": {"append_eos": False},
+                   "dtype": {"dtype": "bfloat16"}}[change]  # fmt: skip
+    with pytest.raises(ValueError, match=rf"out\.parquet\.parts' holds results of another run: .*{said}.*Remove the folder"):
+        score(folder, **options)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def swapped(path):
+    path.write_bytes(path.with_name("00001.parquet").read_bytes())
+
+
+@pytest.mark.parametrize(("damage", "said"), [(cut, "it is cut or damaged"), (swapped, "it holds other rows")])
+def test_a_damaged_part_is_refused_and_can_be_removed(folder, monkeypatch, damage, said):
+    stopped_after(3, folder, monkeypatch)
+    part = folder / "out.parquet.parts" / "logps" / "00000.parquet"
+    damage(part)
+    with pytest.raises(ValueError, match=rf"00000\.parquet can't be read: {said}.*Remove it"):
+        score(folder)
+    part.unlink()
+    score(folder)
+    assert len(read_rows(folder / "out.parquet")) == 10
+
+
+def test_results_whose_identity_is_gone_are_refused(folder, monkeypatch):
+    stopped_after(1, folder, monkeypatch)
+    (folder / "out.parquet.parts" / "identity.json").unlink()
+    with pytest.raises(ValueError, match=r"holds results, but no identity\.json that says of what"):
+        score(folder)
