@@ -141,14 +141,15 @@ def _check_ties(objective: Any, allowed: tuple[str, ...]) -> None:
 Objective = Pairwise | Contrastive | ListMLE | LambdaRank | ListNet
 LARGEST_GRADE = 32  # of a gain of 2^grade: beyond, the best candidate of a list is all that weighs
 OBJECTIVES: dict[str, type] = {c.name: c for c in (Pairwise, Contrastive, ListMLE, LambdaRank, ListNet)}
+BY_NAME = {name: objective() for name, objective in OBJECTIVES.items()}
 
 
 def resolve(objective: str | Objective) -> Objective:
     """An objective from its name, or the object itself."""
-    if isinstance(objective, tuple(OBJECTIVES.values())):
+    if isinstance(objective, str) and objective in BY_NAME:
+        return BY_NAME[objective]
+    if isinstance(objective, Objective):
         return objective
-    if isinstance(objective, str) and objective in OBJECTIVES:
-        return OBJECTIVES[objective]()
     raise ValueError(f"objective must be one of {sorted(OBJECTIVES)} or an objective object, got {objective!r}")
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
+SIZES = int | Sequence | torch.Tensor  # of lists
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -198,7 +199,7 @@ def lists(
 
     The host knows that all have one size, or borders tell their sizes: borders are None then, or the size is 0.
     """
-    if isinstance(list_sizes, bool) or not isinstance(list_sizes, int | Sequence | torch.Tensor) or isinstance(list_sizes, str):
+    if not isinstance(list_sizes, SIZES) or isinstance(list_sizes, bool | str):
         raise TypeError(f"list_sizes must be an int, a sequence of ints or an int tensor, got {type(list_sizes).__name__}")
     if isinstance(list_sizes, int):
         if list_sizes < 1:
@@ -323,7 +324,7 @@ def ref_logps(x: Any, num_candidates: int, like: torch.Tensor) -> torch.Tensor |
         return None
     why = "a reference that rules a candidate out"  # less that of the policy it would be no number
     x = _per_candidate("ref_logps", x, num_candidates, like, why_finite=why)
-    return x.to(torch.promote_types(like.dtype, torch.float32))
+    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def check_options(*, beta: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, reduction: str = "mean"):

@@ -53,7 +53,10 @@ class Operator:
         torch.library.register_autograd(self.registered, _no_derivative, lib=LIBRARY)
 
     def __call__(self, *args):
-        return self.registered(*args) if looked_at(args) else self.function(*args)
+        if not looked_at(args):
+            return self.function(*args)
+        known_to_counters()
+        return self.registered(*args)
 
 
 def _returning_tensors(function: Callable) -> Callable:

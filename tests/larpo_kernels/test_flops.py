@@ -92,6 +92,12 @@ def test_a_fused_loss_counts_its_head_only(device):
     assert flops(lambda: lk.fused_listwise_loss(*given, list_sizes=4).loss.backward()) == 0
 
 
+def test_a_backward_counts_alone(device):
+    hidden, weight, labels = tensors(device, {"hidden", "weight"})
+    loss = lk.linear_token_logps(hidden, weight, labels, schedule="list_hold").sum()
+    assert flops(loss.backward) == 2 * GEMM
+
+
 def test_the_first_call_of_a_process_counts():
     code = """
         from torch.utils.flop_counter import FlopCounterMode

@@ -105,8 +105,8 @@ def list_stage(
     c = c.mul_(beta).view(-1)
     if share is not None:
         c *= share
-    out = torch.float64 if logps.dtype == torch.float64 else torch.float32
-    return loss.to(out), total.to(out), scores.to(out), c.to(out)
+    results = (loss, total, scores, c)
+    return results if logps.dtype == torch.float64 else tuple(x.float() for x in results)
 
 
 def _are_finite(scores: Tensor, relevance: Tensor) -> bool:
