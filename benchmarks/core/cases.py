@@ -134,8 +134,8 @@ def _real(
             relevance = torch.randn(len(rows), generator=torch.Generator().manual_seed(seed))
         else:
             rows, relevance = _openbookqa_rows(tokenizer)
-        hidden, labels = _hidden_states(model, rows, progress)
-        logps = _sequence_logps(hidden, model.get_output_embeddings().weight.detach(), labels)
+        hidden, labels = hidden_states(model, rows, progress)
+        logps = sequence_logps(hidden, model.get_output_embeddings().weight.detach(), labels)
         scored = {"hidden": hidden, "labels": labels, "relevance": relevance, "logps": logps}
         save_file(scored, path)
 
@@ -152,7 +152,7 @@ def _real(
         labels=labels.to(device),
         relevance=scored["relevance"].to(device),
         list_sizes=SAMPLED_PER_PROMPT if name == SAMPLED else 4,
-        ref_logps=(scored["logps"] + _reference_noise(len(labels), seed)).to(device),
+        ref_logps=(scored["logps"] + reference_noise(len(labels), seed)).to(device),
         note=(
             "SmolLM2-135M-Instruct on its own answers, sampled at temperature 1; random relevance"
             if name == SAMPLED
@@ -219,7 +219,7 @@ def _sampled_rows(model, tokenizer, seed: int, progress: bool) -> list[Row]:
 
 
 @torch.no_grad()
-def _hidden_states(model, rows: list[Row], progress: bool, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+def hidden_states(model, rows: list[Row], progress: bool, batch_size: int = 16) -> tuple[Tensor, Tensor]:
     """hidden [S, T, H] float32 after the final norm, and labels [S, T] aligned with it; right-padded."""
     from tqdm import tqdm
 
@@ -250,7 +250,7 @@ def _answers_only(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.take_along_dim(first[..., None], 1) * kept[..., None], labels.gather(1, first)
 
 
-def _sequence_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def sequence_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """[S] float32: log-likelihood of each answer, only over its own tokens."""
     logps = torch.zeros(labels.shape)
     answer = labels != IGNORED
@@ -301,7 +301,7 @@ def _made_up(name: str, sizes: re.Match, dtype: torch.dtype, device: str | torch
         labels=labels,
         relevance=torch.randn(candidates, generator=generator, device=device),
         list_sizes=m,
-        ref_logps=usual_logp * (length - prompt) + _reference_noise(candidates, seed).to(device),
+        ref_logps=usual_logp * (length - prompt) + reference_noise(candidates, seed).to(device),
         note=f"made up: {'peaked' if peaked else 'initialisation-like'} logits, {candidates} candidates of {length} tokens",
     )
 
@@ -324,6 +324,6 @@ def _draw_labels(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> 
     return torch.cat(labels)
 
 
-def _reference_noise(candidates: int, seed: int) -> Tensor:
+def reference_noise(candidates: int, seed: int) -> Tensor:
     """[S] float32, nats. Drawn apart from the rest, so that every device has the same."""
     return REFERENCE_DISTANCE * torch.randn(candidates, generator=torch.Generator().manual_seed(seed + 1))
