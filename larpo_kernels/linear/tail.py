@@ -26,6 +26,8 @@ from .kept import Part
 
 MOST_ROWS = 0.75  # of a tile: gathering more saves nothing
 MOST_MERGED = 1 / 8  # of the probability of a block, on average over its tokens
+NO_TAIL = 0.9  # of a tile's rows: then the next tiles will hardly have a tail, and are not looked at
+MOST_SKIPPED = 4  # tiles
 
 
 class Block(NamedTuple):
@@ -130,6 +132,7 @@ class TailBlock:
         tokens, width = tiles.hidden.shape
         self.rest, self.row, self.given = (tiles.centre.new_zeros(size) for size in (tokens, width, ()))
         self.merged = 0.0
+        self.skip, self.skipped = 0, 0  # tiles not to look at, and how many that were last time
 
     def room(self, start: int, stop: int) -> Tensor:
         """Where a tile is formed, [rows, tokens]."""
@@ -144,7 +147,8 @@ class TailBlock:
 
     def keep(self, start: int, e: Tensor, weight: Tensor) -> Part:
         """Of a tile that was formed; its E is to be read before the next one is."""
-        rows = self._choose(start, e, weight)
+        self.skip -= 1
+        rows = None if self.skip >= 0 else self._choose(start, e, weight)
         tail, shares = self.tail, self.tail.shares
         stop, count = start + e.shape[0], e.shape[0] if rows is None else rows.shape[0]
         shares.kept += count * self.count
@@ -178,6 +182,8 @@ class TailBlock:
         kept = kept[:n]
         given = summed.masked_fill(kept, 0)
         count, merged = torch.stack([kept.sum(), given.sum()]).tolist()  # one wait for both
+        self.skipped = min(2 * self.skipped + 1, MOST_SKIPPED) if count > NO_TAIL * n else 0
+        self.skip = self.skipped
         if count > MOST_ROWS * n or not self.merged + merged <= MOST_MERGED * self.count:
             return None
         self.merged += merged

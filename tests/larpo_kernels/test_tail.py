@@ -87,7 +87,7 @@ def test_only_the_tail_is_merged(case, backend, device, monkeypatch):
     head = peaked(bias=options.pop("bias", False), device=device)
     wanted, how = scheduled(schedule, head)
     dropped = assert_within_the_bound(head, backend, wanted, **how, **options)
-    assert dropped > 0.3 or "weight" not in wanted
+    assert dropped > 0.1 or "weight" not in wanted
 
 
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold"])
