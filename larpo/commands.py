@@ -215,6 +215,7 @@ def _identity(job: TrainJob, args: LarPOConfig, data: Dataset | IterableDataset)
     """What makes a training run this one and no other: its models, data (of a stream its first lists) and settings."""
     from .config import LarPOConfig
     from .data.loading import as_lists
+    from .data.stored_logps import reference_of
     from .data.training_stream import FIRST
 
     settings = args.to_dict()
@@ -222,6 +223,7 @@ def _identity(job: TrainJob, args: LarPOConfig, data: Dataset | IterableDataset)
     what = {name: settings[name] for name in (*names, *WHAT) if name in settings}
     own = {"model": _place(job.model), "ref_model": _place(job.ref_model), "peft": job.peft}
     own["train_data"] = f"a stream, at first {content(as_lists(list(data.take(FIRST))))}" if job.streaming else content(data)
+    what["ref_logps"] = None if args.ref_logps is None else reference_of(args.ref_logps)  # which may be moved, or written anew
     return json.loads(json.dumps(without_secrets(own | what), default=str))  # as it is read back
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -71,6 +72,11 @@ class LarPOConfig(TrainingArguments):
     dataset_num_proc: int | None = _arg(None, "Processes that tokenise the data.")
 
     # --- the reference policy
+    ref_logps: str | None = _arg(
+        None,
+        "A file that `larpo score` wrote, or a folder of such, with the reference's log-likelihoods of all candidates, which "
+        "are found by their tokens.",
+    )
     precompute_ref_log_probs: bool = _arg(False, "Score the data under the reference once, before training.")
     precompute_ref_batch_size: int | None = _arg(None, "Lists per batch there (None: the training batch size).")
     sync_ref_model: bool = _arg(False, "Move the reference towards the policy every ref_model_sync_steps steps.")
@@ -132,6 +138,13 @@ class LarPOConfig(TrainingArguments):
             validation.probability("tail_threshold", self.tail_threshold)
         _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
         refuse_settings(self)
+        if self.ref_logps is not None:
+            self.ref_logps = os.fspath(self.ref_logps)
+            for name in ("reference_free", "precompute_ref_log_probs", "sync_ref_model"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"ref_logps brings the log-likelihoods of a reference that stays, so {name} must be left out"
+                    )
         if self.sync_ref_model and (self.reference_free or self.precompute_ref_log_probs):
             raise ValueError("sync_ref_model needs a reference model; reference_free and precompute_ref_log_probs have none")
 

@@ -13,7 +13,8 @@ from .converting import Read
 from .loading import load_lists, read_lists, read_rows
 from .reader import IMPLICIT
 from .reading import Reading
-from .scored_tokens import TOKEN_HASHES
+from .scored_tokens import TOKEN_HASHES, limits_of
+from .stored_logps import read_logps
 from .summary import DataSummary, summarise
 from .summary.words import sentences
 from .text_tokenizer import text_tokenizer
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STREAMED = 1000  # lists of a stream that are described, if nothing is said
-LIMITS = ("max_length", "max_prompt_length", "truncation_mode", "append_eos", "list_top", "list_bottom")
+SUBSET = ("list_top", "list_bottom")
 PER_CANDIDATE = (
     "completions",
     "scores",
@@ -76,7 +77,7 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig,
     if args.should_log:
         logger.info("%s data: %s", name, sentences(summary))
         logger.info("%s data: %s What counts is in [[ ]]:\n%s", name, data.report, data.report.example)
-    return Prepared(_for_training(data, args, name), summary)
+    return Prepared(_for_training(data, tokenizer, args, name), summary)
 
 
 def describe(
@@ -113,7 +114,7 @@ def describe(
         try:
             if args.length_normalized:
                 _refuse_implicit_prompts(read.lists, "train")
-            _for_training(tokens, args, "train")
+            _for_training(tokens, tokenizer, args, "train")
         except ValueError as error:
             refused = str(error)
     summary = tokens.summary(tokenizer, args, lists_read=in_all, refused=refused)
@@ -153,7 +154,7 @@ class Tokenised(NamedTuple):
     report: TokenizationReport
 
     def summary(self, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, **more: Any) -> DataSummary:
-        limits = {name: getattr(args, name) for name in LIMITS}
+        limits = limits_of(args) | {name: getattr(args, name) for name in SUBSET}
         return summarise(self.read, self.tokens, self.report, tokenizer, limits, **more)
 
 
@@ -174,13 +175,17 @@ def _tokenised(read: Read, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig
     return Tokenised(read, lists, tokens, report)
 
 
-def _for_training(data: Tokenised, args: LarPOConfig, name: str) -> Dataset:
+def _for_training(data: Tokenised, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, name: str) -> Dataset:
     """With the columns that training reads. Raises ValueError for what cannot be trained on."""
     lists, tokenised, report = data.lists, data.tokens, data.report
     _refuse_equal(report, name, args)
     tokenised = tokenised.add_column("row_number", range(len(tokenised)))
     if "ref_logps" in tokenised.column_names and None in (values := tokenised["ref_logps"][:]):
         raise ValueError(f"ref_logps: row {values.index(None)} has none; give them for every row or leave the column out")
+    if args.ref_logps is not None:
+        if "ref_logps" in tokenised.column_names:
+            raise ValueError(f"ref_logps={args.ref_logps!r} is given, and the {name} data has ref_logps: leave one of them out")
+        tokenised = read_logps(args.ref_logps).added_to(tokenised, name, tokenizer, limits_of(args))
     if "weight" in lists.column_names:
         tokenised = tokenised.add_column("weight", _mean_one(lists["weight"][:], name))
     if getattr(args.resolved_objective(), "ties", None) == "skip":

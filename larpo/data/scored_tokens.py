@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ..config import LarPOConfig
+
 TOKEN_HASHES, SCORED_WITH = "token_hashes", "scored_with"
+LIMITS = ("max_length", "max_prompt_length", "truncation_mode", "append_eos")  # settings that decide which tokens count
+
+
+def limits_of(args: LarPOConfig) -> dict[str, Any]:
+    """The settings of a training run that decide which tokens count."""
+    return {name: getattr(args, name) for name in LIMITS}
 
 
 def counted_tokens(row: Mapping[str, Any]) -> list[int]:
@@ -47,7 +55,7 @@ def token_hashes(row: Mapping[str, Any]) -> list[str]:
 def scored_with(
     tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], model: nn.Module, ref_model: nn.Module | None = None
 ) -> str:
-    """The record of a scoring; limits: max_length, max_prompt_length, truncation_mode, append_eos."""
+    """The record of a scoring; limits: the values of LIMITS."""
     import torch
     import transformers
 
@@ -106,20 +114,19 @@ def check_scored_tokens(
     """
     if row.get("ref_logps") is None:
         return
-    now = counted_tokens(tokens)
-    for i, (before, count) in enumerate(_pairs(row.get("num_tokens"), now)):
-        if before != count:
+    for i, (before, now) in enumerate(_pairs(row.get("num_tokens"), counted_tokens(tokens))):
+        if before != now:
+            changes = changes_since(row.get(SCORED_WITH), tokenizer, limits)
             raise ValueError(
-                f"{where}: ref_logps is of {before} tokens for completions[{i}], of which {count} count now"
-                f"{_why(row, tokenizer, limits)}: score the lists with the max_length, max_prompt_length, truncation_mode and "
-                "append_eos that they are trained with"
+                f"{where}: ref_logps is of {before} tokens for completions[{i}], of which {now} count now{changes}: score the "
+                "lists with the max_length, max_prompt_length, truncation_mode and append_eos that they are trained with"
             )
-    for i, (before, found) in enumerate(_pairs(row.get(TOKEN_HASHES), token_hashes(tokens))):
-        if before != found:
+    for i, (before, now) in enumerate(_pairs(row.get(TOKEN_HASHES), token_hashes(tokens))):
+        if before != now:
+            changes = changes_since(row.get(SCORED_WITH), tokenizer, limits)
             raise ValueError(
-                f"{where}: ref_logps is of other tokens than completions[{i}] and its prompt have now"
-                f"{_why(row, tokenizer, limits)}: score the lists with the tokenizer, chat template and limits that they are "
-                "trained with"
+                f"{where}: ref_logps is of other tokens than completions[{i}] and its prompt have now{changes}: score the "
+                "lists with the tokenizer, chat template and limits that they are trained with"
             )
 
 
@@ -128,11 +135,11 @@ def _pairs(before: Any, now: Sequence) -> list[tuple[Any, Any]]:
     return list(zip(before, now, strict=True)) if isinstance(before, list) and len(before) == len(now) else []
 
 
-def _why(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any]) -> str:
-    """What has changed since, as far as the record tells."""
-    if not isinstance(row.get(SCORED_WITH), str):
+def changes_since(record: Any, tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any]) -> str:
+    """What has changed since log-likelihoods were written, in parentheses, as far as the record beside them tells."""
+    if not isinstance(record, str):
         return ""
-    before = json.loads(row[SCORED_WITH])
+    before = json.loads(record)
     now = _of_tokenizer(tokenizer) | dict(limits)
     changed = [f"{name} was {before[name]!r} and is {x!r}" for name, x in now.items() if name in before and before[name] != x]
     return f" ({'; '.join(changed)})" if changed else ""

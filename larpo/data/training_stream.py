@@ -6,11 +6,14 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .loading import as_lists
 from .preprocessing import Prepared, prepare, subset
 from .reader import IMPLICIT
+from .scored_tokens import limits_of
+from .stored_logps import read_logps
 from .tokenization import tokenize_row
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 FIRST = 100  # lists that are looked at before training, as all are that are loaded whole
 NEEDS_ALL = {  # setting: why a stream can't have it
-    "precompute_ref_log_probs": "it scores all lists before training. `larpo score` writes ref_logps that a stream can bring",
+    "precompute_ref_log_probs": "it scores all lists before training; for the setting ref_logps `larpo score` does so",
     "max_tokens_per_batch": "it puts lists of similar length together, and those of all lists must be known for that",
 }
 
@@ -40,6 +43,7 @@ class ListStream(IterableDataset):
         self.lists, self.prepared, self.tokenizer, self.args = lists, prepared, tokenizer, args
         first = self.first = prepared.lists
         self.vocabulary: int | None = None
+        self.stored = None if args.ref_logps is None else read_logps(args.ref_logps)
         self.optional = [name for name in ("ref_logps",) if name in first.column_names]
         self.skip = 0  # lists of all ranks
 
@@ -75,6 +79,11 @@ class ListStream(IterableDataset):
             append_eos=args.append_eos,
             where=where,
         )
+        if self.stored is not None:
+            found = self.stored.of(tokens)
+            if np.isnan(found).any():
+                raise self.stored.missing(where, found, self.tokenizer, limits_of(args))
+            tokens["ref_logps"] = found.tolist()
         if self.optional != [name for name in ("ref_logps",) if name in tokens]:
             raise ValueError(f"ref_logps: {where} and the first list differ in whether they have any; give them for every list")
         largest = max(map(max, filter(None, [tokens["prompt_ids"], *tokens["completion_ids"]])))

@@ -296,6 +296,24 @@ def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_s
     assert status == 2 and "ref_logps is of" in err and "append_eos" in err
 
 
+def test_log_likelihoods_that_were_scored_are_named_in_the_file_of_settings(tmp_path, folder, monkeypatch, capsys):
+    """Under the model that is trained: with a learning rate of 0 all rewards are. The other one makes another run."""
+    scored, other = tmp_path / "scored.parquet", tmp_path / "other.parquet"
+    tiny.causal_lm(seed=5).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for model, out in ((folder / "model", scored), (tmp_path / "model", other)):
+        commands.score(str(model), str(folder / "lists.jsonl"), out)
+    file = config(tmp_path, folder, ref_logps=str(scored), max_steps=1, learning_rate=0.0)
+    trainer = commands.train(*commands.train_settings(file, []))
+    assert trainer.ref_model is None and trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    moved = scored.rename(tmp_path / "moved.parquet")
+    commands.train(*commands.train_settings(file, ["--ref_logps", str(moved)]))
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file, "--ref_logps", other)
+    assert status == 2 and "ref_logps was '" in err and f"and is '{tmp_path / 'model'} (sha256" in err
+    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
+    assert status == 2 and f"ref_logps: no such file or folder: {scored}" in err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
