@@ -69,6 +69,11 @@ class LarPOConfig(TrainingArguments):
     )
     truncation_mode: str = _arg("keep_end", "Which end of a prompt that is too long stays: keep_end or keep_start.")
     append_eos: bool = _arg(True, "End completions that are plain strings with the tokenizer's EOS.")
+    max_tokens_per_batch: int | None = _arg(
+        None,
+        "Make each device's batches of as many whole lists of similar lengths as keep below so many tokens, padding counted, "
+        "instead of per_device_train_batch_size lists.",
+    )
     dataset_num_proc: int | None = _arg(None, "Processes that tokenise the data.")
 
     # --- the reference policy
@@ -117,7 +122,14 @@ class LarPOConfig(TrainingArguments):
         validation.positive("beta", self.beta)
         self.resolved_loss()  # refused here, not after the model is loaded
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
-        for name in ("max_length", "max_prompt_length", "candidate_micro_batch_size", "precompute_ref_batch_size", "ndcg_k"):
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "candidate_micro_batch_size",
+            "precompute_ref_batch_size",
+            "ndcg_k",
+            "max_tokens_per_batch",
+        ):
             _count(name, getattr(self, name), at_least=1)
         for name in ("list_top", "list_bottom"):
             _count(name, getattr(self, name), at_least=0)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize, seed_worker
 
 import larpo_kernels as lk
 
@@ -45,6 +45,7 @@ from .training.losses import mean_over_lists
 from .training.nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
 from .training.predictions import PredictionLog
 from .training.refused_settings import refuse_arguments, refuse_unapplied
+from .training.token_batches import TokenBatchSampler, shapes_of
 
 if TYPE_CHECKING:
     import psutil
@@ -76,7 +77,7 @@ class LarPOTrainer(Trainer):
 
     The loss of an update is the mean over its lists: all those of its batches, on all ranks. Logged beside it:
     rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, ndcg, mrr, kendall_tau (implicit scores against
-    rewards), list/size, list/frac_tied, logps/*, tokens_per_second and memory/peak_mib (memory/rss_mib on a CPU).
+    rewards), list/size, list/frac_tied, logps/*, tokens_per_second, padding and memory/peak_mib (memory/rss_mib on a CPU).
     """
 
     loss_is_scaled_for_ga = False  # it is the mean over this batch's lists, whoever overrides compute_loss or list_loss
@@ -180,7 +181,7 @@ class LarPOTrainer(Trainer):
 
         self._seen = {"train": ListLog(args.ndcg_k), "eval": ListLog(args.ndcg_k)}
         self._tail = lk.TailShares()
-        self._tokens_since_log, self._time_of_log = 0, time.monotonic()
+        self._tokens_since_log, self._padded_since_log, self._time_of_log = 0, 0, time.monotonic()
         collator = ListCollator() if data_collator is None else copy.copy(data_collator)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         collator.pad_token_id = 0 if pad is None else pad
@@ -338,6 +339,36 @@ class LarPOTrainer(Trainer):
         return self.reference.fill(
             dataset, name, self.model, collator=self.data_collator, args=self.args, accelerator=self.accelerator
         )
+
+    # --- batches ----------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        """As transformers.Trainer.get_train_dataloader; with max_tokens_per_batch batches are made by their tokens."""
+        args = self.args
+        if args.max_tokens_per_batch is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        batches = TokenBatchSampler(
+            shapes_of(self.train_dataset, self.data_collator),
+            args.max_tokens_per_batch,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+            ranks=args.world_size,
+            in_order=args.train_sampling_strategy == "sequential",
+            drop_last=args.dataloader_drop_last,
+        )
+        if args.should_log:
+            batches.say(args.per_device_train_batch_size)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)
 
     # --- data that comes later ------------------------------------------------------------------------------
 
@@ -541,6 +572,7 @@ class LarPOTrainer(Trainer):
         self._seen[split].add(loss, scores, inputs["relevance"], inputs["list_sizes"], logps)
         if split == "train":
             self._tokens_since_log += inputs["num_input_tokens"]
+            self._padded_since_log += sum(rows["input_ids"].numel() for rows in inputs["rows"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -552,11 +584,12 @@ class LarPOTrainer(Trainer):
             if self.args.on_nonfinite == "skip":
                 logs["skipped_batches"] = self._finite.skipped
             logs["tokens_per_second"] = round(self._tokens_since_log / max(now - self._time_of_log, 1e-9), 1)
+            logs["padding"] = round(1 - self._tokens_since_log / self._padded_since_log, 4) if self._padded_since_log else 0.0
             logs |= _memory(self.args.device)
             if self.args.tail_threshold is not None:
                 logs |= {"tail/rows": self._tail.rows, "tail/merged": self._tail.merged}
                 self._tail = lk.TailShares()
-            self._tokens_since_log, self._time_of_log = 0, now
+            self._tokens_since_log, self._padded_since_log, self._time_of_log = 0, 0, now
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:

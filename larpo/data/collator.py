@@ -62,6 +62,10 @@ class ListCollator:
             batch["row_number"] = torch.tensor([example["row_number"] for example in examples])
         return batch
 
+    def shape(self, prompt: int, completions: Sequence[int]) -> tuple[int, int, int]:
+        """(rows, their width, tokens without padding) of a list of such lengths, run at once."""
+        return row_layouts.shape_of_list(self.layout, prompt, completions, self.pad_to_multiple_of, self.max_completion_tokens)
+
     def _rows(self, candidates: Sequence[row_layouts.TokenizedCandidate]) -> dict[str, torch.Tensor]:
         if self.layout == "packed":
             return row_layouts.packed_rows(candidates)

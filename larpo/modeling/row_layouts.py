@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MULTIPLE, SHARED_MULTIPLE = 8, 64  # what widths of padded and of shared rows are rounded up to, where nothing else is asked
+
 
 class TokenizedCandidate(NamedTuple):
     """One completion of a prompt, as tokens. The prompt has at least one token (a BOS will do); the completion may be empty."""
@@ -44,7 +46,7 @@ class TokenizedCandidate(NamedTuple):
         return len(self.completion_ids) if self.counted is None else sum(map(bool, self.counted))
 
 
-def padded_rows(candidates: Sequence[TokenizedCandidate], pad_token_id: int, multiple: int = 8) -> dict[str, Tensor]:
+def padded_rows(candidates: Sequence[TokenizedCandidate], pad_token_id: int, multiple: int = MULTIPLE) -> dict[str, Tensor]:
     """A row a candidate (R = S), padded to the right to the longest, T rounded up to `multiple`.
 
     Raises ValueError without candidates, for a prompt without tokens and for multiple < 1.
@@ -91,7 +93,10 @@ def packed_rows(candidates: Sequence[TokenizedCandidate]) -> dict[str, Tensor]:
 
 
 def shared_rows(
-    candidates: Sequence[TokenizedCandidate], pad_token_id: int, multiple: int = 64, max_completion_tokens: int | None = None
+    candidates: Sequence[TokenizedCandidate],
+    pad_token_id: int,
+    multiple: int = SHARED_MULTIPLE,
+    max_completion_tokens: int | None = None,
 ) -> dict[str, Tensor]:
     """A row a list: "prompt + candidate 1 + ... + candidate m", so that the prompt runs once.
 
@@ -150,6 +155,26 @@ def num_tokens(rows: dict[str, Tensor]) -> int:
     if "segments" in rows:
         return int((rows["segments"] >= 0).sum())
     return rows["input_ids"].numel()
+
+
+def shape_of_list(
+    layout: str, prompt: int, completions: Sequence[int], multiple: int | None = None, max_completion_tokens: int | None = None
+) -> tuple[int, int, int]:
+    """(rows, their width, tokens without padding) of a list whose prompt and completions have so many tokens.
+
+    A packed list is as many rows as it has tokens, of width 1: nothing is filled up.
+
+    >>> shape_of_list("padded", 2, [2, 1]), shape_of_list("packed", 2, [2, 1]), shape_of_list("shared", 2, [2, 1], multiple=1)
+    ((2, 8, 7), (7, 1, 7), (1, 5, 5))
+    """
+    tokens = prompt * len(completions) + sum(completions)
+    if layout == "packed":
+        return tokens, 1, tokens
+    if layout == "padded":
+        return len(completions), _rounded(prompt + max(completions), multiple or MULTIPLE), tokens
+    rows = _spread([TokenizedCandidate((), range(length)) for length in completions], max_completion_tokens)
+    widths = [prompt + sum(len(c.completion_ids) for c in row) for row in rows]
+    return len(rows), _rounded(max(widths), multiple or SHARED_MULTIPLE), sum(widths)
 
 
 def layout_of(rows: Mapping[str, Tensor]) -> str:
@@ -229,11 +254,14 @@ def _numbers(values: Iterable[int]) -> Tensor:
     return torch.from_numpy(np.fromiter(values, np.int64))
 
 
+def _rounded(length: int, multiple: int) -> int:
+    return length + -length % multiple
+
+
 def _rectangle(rows: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> Tensor:
     """[R, T] int64, rows filled up to the right."""
     lengths = np.fromiter(map(len, rows), np.int64)
-    length = lengths.max()
-    out = np.full((len(rows), length + -length % multiple), fill, np.int64)
+    out = np.full((len(rows), _rounded(lengths.max(), multiple)), fill, np.int64)
     out[np.arange(out.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
     return torch.from_numpy(out)
 

@@ -56,5 +56,8 @@ def _own_lists(dataloader: Any) -> int | None:
         shard = getattr(shard, "batch_sampler", None)
     if shard is None or shard.drop_last or not shard.even_batches:
         return None
+    if shard.batch_size is None:  # batches of different sizes: those that fill up are repeated whole
+        left = len(shard.batch_sampler) % shard.num_processes
+        return 0 if left and shard.process_index >= left else None
     left = len(shard.batch_sampler.sampler) % (shard.batch_size * shard.num_processes)
     return max(0, min(left - shard.process_index * shard.batch_size, shard.batch_size)) if left else None

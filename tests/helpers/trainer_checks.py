@@ -130,10 +130,13 @@ EXPECTED = {  # by one process, on the same global batch
     "reference follows": dict(sync_ref_model=True, ref_model_sync_steps=1),
     "five lists": dict(evaluate=True, lists=5, per_device_train_batch_size=5),
     "a batch is skipped": dict(kind=lambda: Infinite, **SKIPPING, per_device_train_batch_size=2),
+    "batches by tokens": dict(
+        lists=9, max_tokens_per_batch=200, gradient_accumulation_steps=20, per_device_train_batch_size=1, max_steps=2
+    ),
     "a stream": dict(streaming=True, max_steps=6),
     "seven lists": dict(evaluate=True, lists=7, per_device_train_batch_size=4),
 }
-NOT_COMPARED = ("memory/rss_mib", "tokens_per_second")
+NOT_COMPARED = ("memory/rss_mib", "tokens_per_second", "padding")  # of a rank
 
 
 def made(options):
@@ -186,6 +189,10 @@ def check_ddp_accumulating_gradients(rank, ranks):
 def check_ddp_of_a_stream_gives_each_list_to_one_rank(rank, ranks):
     assert_like_one_process("a stream", ranks)
     assert_like_one_process("a stream", ranks, gradient_accumulation_steps=2)
+
+
+def check_ddp_of_batches_by_tokens_of_which_one_rank_has_more(rank, ranks):
+    assert_like_one_process("batches by tokens", ranks)
 
 
 def check_ddp_with_an_adapter(rank, ranks):

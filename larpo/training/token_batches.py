@@ -1,0 +1,138 @@
+"""Batches of whole lists with at most so many tokens, padding counted.
+
+What a batch costs is what the model runs: rows of tokens as wide as the longest of them. Lists of similar width stand next to
+each other, so that little of it is padding. Which lists share a batch is settled by their shapes; lists of one shape change
+places from epoch to epoch, and batches their order. So every epoch has as many batches, which the number of updates depends on.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data.collator import ListCollator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Shapes:
+    """What each list is to the model: rows of a width, of which so many tokens are its own. Arrays [L]."""
+
+    rows: np.ndarray
+    widths: np.ndarray
+    tokens: np.ndarray
+
+    def padded(self, lists: Sequence[int]) -> int:
+        """Tokens of these lists in one batch, with what fills their rows."""
+        return int(self.rows[lists].sum() * self.widths[lists].max())
+
+    def padding(self, batches: Iterable[Sequence[int]]) -> float:
+        """Which share of the tokens of these batches is padding."""
+        padded, own = np.sum([(self.padded(batch), self.tokens[batch].sum()) for batch in batches], axis=0)
+        return float(1 - own / padded)
+
+
+def shapes_of(dataset: Dataset, collator: ListCollator) -> Shapes:
+    """The shapes of tokenised lists in the layout of the collator."""
+    import pyarrow.compute as pc
+
+    found = []
+    for part in dataset.with_format("arrow").iter(batch_size=1000):
+        prompts, lists = (part[name].combine_chunks() for name in ("prompt_ids", "completion_ids"))
+        borders = np.cumsum(pc.list_value_length(lists).to_numpy())[:-1]
+        completions = np.split(pc.list_value_length(lists.flatten()).to_numpy(), borders)
+        of_prompt = pc.list_value_length(prompts).to_numpy()
+        found += [collator.shape(int(p), c.tolist()) for p, c in zip(of_prompt, completions, strict=True)]
+    return Shapes(*np.array(found, dtype=np.int64).reshape(-1, 3).T)
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """Yields batches of places of lists, each of at most `most` tokens, or of one list that is larger alone.
+
+    in_order: keep the order of the data, and fill batches as lists come. ranks: batches that ranks run at the same time are
+    neighbours in width. epoch: which one begins, asked when it does.
+    """
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        most: int,
+        *,
+        seed: int = 0,
+        epoch: Callable[[], int] = int,
+        ranks: int = 1,
+        in_order: bool = False,
+        drop_last: bool = False,
+    ):
+        self.shapes, self.most, self.seed, self.epoch = shapes, most, seed, epoch
+        self.ranks, self.in_order, self.drop_last = ranks, in_order, drop_last
+        self.borders = self._borders(self._order(0))
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.epoch()
+        order = self._order(epoch)
+        batches = [order[a:b].tolist() for a, b in pairwise(self.borders)]
+        groups = [batches[i : i + self.ranks] for i in range(0, len(batches), self.ranks)]
+        if not self.in_order:
+            whole = len(batches) // self.ranks  # what is left stays last: some ranks have no batch of it
+            shuffled = np.random.default_rng([self.seed, epoch, 1]).permutation(whole)
+            groups = [groups[i] for i in shuffled] + groups[whole:]
+        for group in groups:
+            yield from group
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Places of all lists, the widest first."""
+        count = len(self.shapes.rows)
+        if self.in_order:
+            return np.arange(count)
+        mixed = np.random.default_rng([self.seed, epoch, 0]).permutation(count)
+        return mixed[np.lexsort((self.shapes.rows[mixed], -self.shapes.widths[mixed]))]
+
+    def _borders(self, order: np.ndarray) -> list[int]:
+        borders, rows, width = [0], 0, 0
+        for i, (more, its) in enumerate(zip(self.shapes.rows[order].tolist(), self.shapes.widths[order].tolist(), strict=True)):
+            rows, width = rows + more, max(width, its)
+            if i > borders[-1] and rows * width > self.most:
+                borders.append(i)
+                rows, width = more, its
+        return [*borders, len(order)]
+
+    def say(self, plain: int) -> None:
+        """Logs what is padding in these batches and in batches of `plain` lists in the order of the data; warns of lists that
+        are larger than a batch may be."""
+        order = self._order(0)
+        batches = [order[a:b] for a, b in pairwise(self.borders)]
+        before = np.split(np.arange(len(order)), range(plain, len(order), plain))
+        sizes = [len(batch) for batch in batches]
+        logger.info(
+            "%d batches of %d to %d lists with at most %s tokens: %.1f %% of them are padding, and %.1f %% in batches of %d "
+            "lists in the order of the data",
+            len(batches),
+            min(sizes),
+            max(sizes),
+            f"{self.most:,}",
+            100 * self.shapes.padding(batches),
+            100 * self.shapes.padding(before),
+            plain,
+        )
+        alone = self.shapes.rows * self.shapes.widths
+        if large := int((alone > self.most).sum()):
+            warnings.warn(
+                f"max_tokens_per_batch={self.most}: {large} of {len(alone)} lists are larger alone, up to {alone.max():,} "
+                "tokens, and are each a batch of their own; candidate_micro_batch_size bounds what runs at a time",
+                stacklevel=3,
+            )
