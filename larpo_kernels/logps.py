@@ -203,6 +203,9 @@ def plan(
 ) -> schedules.Plan:
     """The schedule that the linear ops would take for these tensors, why, and what it costs in GEMMs and bytes.
 
+    With tail_threshold these are the most that it can cost: how many rows of the vocabulary count is known once they are
+    formed, and `TailShares` tells it then.
+
     >>> hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(1000, 32)
     >>> print(plan(hidden, weight, torch.zeros(64, dtype=torch.int64)))  # doctest: +ELLIPSIS
     frozen_head: 2 GEMMs, ... MiB extra (only hidden requires grad)

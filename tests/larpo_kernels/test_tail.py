@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import larpo_kernels as lk
+from larpo_kernels.backends.pytorch import tiles as plain
 from larpo_kernels.linear import schedules
 from tests.helpers.batches import IGNORE
+from tests.helpers.costs import costs
 from tests.helpers.linear_heads import make_head, ours, plan_of, run, scheduled, true, use_small_tiles
 
 THRESHOLD = 2**-9
@@ -19,14 +21,14 @@ def heads_of_any_size(monkeypatch):
     monkeypatch.setattr(schedules, "TAIL_HEAD", 0)
 
 
-def peaked(spread=1.5, **options):
+def peaked(spread=1.5, vocabulary=VOCABULARY, tokens=TOKENS, hidden_size=64, **options):
     """Logits as a trained model has them: some words are frequent everywhere (Zipf), others where they fit."""
     generator = torch.Generator().manual_seed(1)
-    frequent = -1.5 * torch.arange(1, VOCABULARY + 1).log()
-    logits = frequent + spread * torch.randn(TOKENS, VOCABULARY, generator=generator)
+    frequent = -1.5 * torch.arange(1, vocabulary + 1).log()
+    logits = frequent + spread * torch.randn(tokens, vocabulary, generator=generator)
     labels = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
     labels[::7] = IGNORE
-    return make_head(VOCABULARY, 64, labels=labels, logits=logits, **options)
+    return make_head(vocabulary, hidden_size, labels=labels, logits=logits, **options)
 
 
 def shares(head, logit_scale=1.0, softcap=None):
@@ -159,3 +161,48 @@ def test_the_plan_says_so(device):
     plan = plan_of(head, tail_threshold=THRESHOLD, schedule="list_hold")
     assert plan.tail_threshold == THRESHOLD and "0.002" in str(plan)
     assert plan_of(head, (), tail_threshold=THRESHOLD).tail_threshold is None
+
+
+@pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
+def test_in_bfloat16_what_is_merged_is_all_that_is_added_to_rounding(schedule, backend, device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    head = peaked(device=device, dtype=torch.bfloat16)
+    wanted, how = scheduled(schedule, head)
+    _, truth = run(true(head), head.double(), wanted)
+    exact, tail = (run(ours(head, backend, tail_threshold=t, **how), head, wanted)[1] for t in (None, THRESHOLD))
+    _, unrounded = run(ours(head.double(), "torch", tail_threshold=THRESHOLD, **how), head.double(), wanted)
+    for name in wanted:
+        off = [(x[name].double() - truth[name]).norm().item() for x in (tail, exact, unrounded)]
+        assert off[0] <= 1.2 * (off[1] + off[2])
+
+
+def test_a_second_derivative_is_refused(device):
+    head = peaked(device=device)
+    hidden = head.hidden.requires_grad_()
+    logps = lk.linear_token_logps(hidden, head.weight, head.labels, tail_threshold=THRESHOLD)
+    (grad,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative is not implemented"):
+        grad.sum().backward()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is allocated on a CPU")
+@pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
+def test_memory_is_at_most_what_the_plan_says(schedule, monkeypatch):
+    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", 1 << 17)
+    monkeypatch.setattr(schedules, "TAIL_CPU_TOKENS", 64)
+    monkeypatch.setattr(plain, "STEP", 32)
+    head = peaked(vocabulary=1500, tokens=150, hidden_size=160)
+    wanted, how = scheduled(schedule, head)
+    x = {name: getattr(head, name).requires_grad_(name in wanted) for name in head.given}
+    options = dict(labels=head.labels, tail_threshold=THRESHOLD, **how)
+
+    def step():
+        logps = lk.linear_token_logps(**x, **options, backend="torch")
+        return torch.autograd.grad(logps, [x[name] for name in wanted], head.upstream.to(logps.dtype))
+
+    step()
+    plan = lk.plan(**x, **options)
+    beyond = costs(step).peak - sum(x[name].nbytes for name in wanted)
+    per_token, slices = 20 * 8 * 150, 3 * 4 * 32 * 160
+    assert 0.2 * plan.extra_bytes <= beyond <= 1.1 * plan.extra_bytes + per_token + slices
