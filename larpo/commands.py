@@ -43,6 +43,9 @@ WHAT = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulati
         "train_sampling_strategy", "group_by_length", "bf16", "fp16")  # fmt: skip
 
 
+# Settings that need the machine of a run, in place of which data can be looked at on any.
+ANYWHERE = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "fsdp": None, "deepspeed": None, "report_to": "none"}
+
 TRAIN_DATA = (
     "Candidate lists: .jsonl, .json, .csv (.gz, .zst), .parquet, a saved dataset or a hub name; or a dict with path, split, "
     "config, revision and how to read it, or a list of such with weight, to be mixed (JSON on a command line)."
@@ -268,7 +271,7 @@ def describe(
         raise ValueError("say which data: larpo data FILE_OR_NAME --model MODEL, or --config with a file that has train_data")
     own = {"train_data": source, "model": model, "output_dir": "unused"}
     given = [f"--{name}={value}" for name, value in own.items() if value is not None]
-    job, args = train_settings(config, [*given, *flags])
+    job, args = train_settings(config, [*given, *flags, *(f"--{name}={value}" for name, value in ANYWHERE.items())])
     tokenizer = load_tokenizer(os.path.expanduser(job.model), args.model_init_kwargs)
     how = {"split": job.train_split, "streaming": job.streaming, "seed": _data_seed(args)} | job.reading()
     found = describe(job.train_data, tokenizer, args, limit=limit, **how)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from .facts import DataSummary
-from .spread import Spread
+from .spread import Spread, number
 
 COLOUR, ABOVE = "#3b6ea8", "#b9c9dd"
 
@@ -52,7 +52,7 @@ def _histogram(axes: Any, spread: Spread, limit: tuple[str, int | None] | None) 
     axes.margins(y=0.12)
     if limit is not None and limit[1] is not None and limit[1] <= axes.get_xlim()[1]:
         axes.axvline(limit[1], color="#c0392b", linewidth=1.2)
-        axes.annotate(f" {limit[0]} {limit[1]:,}", (limit[1], 0.97), xycoords=("data", "axes fraction"), color="#c0392b",
+        axes.annotate(f" {limit[0]} {number(limit[1])}", (limit[1], 0.97), xycoords=("data", "axes fraction"), color="#c0392b",
                       fontsize="small", va="top")  # fmt: skip
 
 
@@ -65,5 +65,5 @@ def _ranges(axes: Any, spread: Spread) -> None:
     axes.bar([a for a, _, _ in near], [n for _, _, n in near], width=width * 0.94, align="edge", color=COLOUR)
     if far:
         axes.bar([low], [n], width=width * 0.94, align="edge", color=ABOVE)
-        axes.annotate(f"{n:,} above,\nup to {high:,.4g}", (low + width / 2, n), xytext=(0, 3), textcoords="offset points",
+        axes.annotate(f"{n:,} above,\nup to {number(high)}", (low + width / 2, n), xytext=(0, 3), textcoords="offset points",
                       ha="right", fontsize="small", color="#555")  # fmt: skip

@@ -57,6 +57,19 @@ def spread_of(numbers: np.ndarray | list[float]) -> Spread | None:
     )
 
 
+def number(value: float, digits: int = 3) -> str:
+    """A number for a person; whole ones in full.
+
+    >>> number(12345), number(2.5), number(1234.0), number(1e-9), number(-1e300), number(4.6667, 1)
+    ('12,345', '2.5', '1,234', '1e-09', '-1e+300', '4.7')
+    """
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or 10**-digits <= abs(value) < 10**7:
+        return f"{value:,.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
 def _share(n: int, percent: int) -> int:
     """The place of the number that so many of n are not above."""
     return -(-n * percent // 100) - 1

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..visible import visible
 from .facts import Answer, DataSummary, Example
-from .spread import Spread
+from .spread import Spread, number
 from .words import sections
 
 BAR = 24  # cells of the longest
@@ -35,8 +35,10 @@ def show(summary: DataSummary, console: Console, name: str) -> None:
     for i in range(0, len(bars), beside):
         grid.add_row(*bars[i : i + beside])
     console.print(grid)
-    legend = Text.assemble("Lists as they are trained on; the loss is of the tokens marked ", ("so", COUNTED))
-    console.print(legend, Group(*(_example(one, name) for one in summary.examples)))
+    coloured = console.color_system is not None
+    so = ("so", COUNTED) if coloured else "[[so]]"
+    console.print(Text.assemble("Lists as they are trained on; the loss is of the tokens marked ", so))
+    console.print(Group(*(_example(one, name, coloured) for one in summary.examples)))
 
 
 def _table(title: str) -> Table:
@@ -54,7 +56,7 @@ def _histogram(title: str, spread: Spread) -> RenderableType:
     for low, high, n in bars:
         eighths = max(round(8 * BAR * n / most), n > 0)
         bar = "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
-        label = f"{low:,.6g}" if low == high else f"{low:,.4g} – {high:,.4g}"
+        label = number(low) if low == high else f"{number(low)} – {number(high)}"
         table.add_row(label, Text(bar, "cyan"), f"{n:,}")
     return table
 
@@ -70,21 +72,25 @@ def together(bars: tuple[tuple[float, float, int], ...], most: int) -> list[tupl
     return [(group[0][0], group[-1][1], sum(n for _, _, n in group)) for group in groups]
 
 
-def _example(example: Example, name: str) -> RenderableType:
+def _example(example: Example, name: str, coloured: bool) -> RenderableType:
     cut = f", {example.prompt_cut:,} more cut" if example.prompt_cut else ""
-    texts = [Text(_shown(example.prompt, end=True)), *map(_answer, example.answers)]
+    texts = [Text(_shown(example.prompt, end=True)), *(_answer(answer, coloured) for answer in example.answers)]
     if example.answers_not_shown:
         texts.append(Text(f"and {example.answers_not_shown:,} more answers", "dim"))
     title = f"{name} {example.row}: prompt of {example.prompt_tokens:,} tokens{cut}"
     return Panel(Group(*texts), title=Text(title), title_align="left", box=box.ROUNDED)
 
 
-def _answer(answer: Answer) -> Text:
+def _answer(answer: Answer, coloured: bool) -> Text:
     cut = f", {answer.cut:,} more cut" if answer.cut else ""
     text = Text.assemble((f"\nscore {answer.score:g}, {answer.tokens:,} tokens{cut}\n", "bold"))
     room = SHOWN
     for counted, part in answer.parts:
-        text.append(_shown(part, most=max(room, 0)), COUNTED if counted else READ)
+        shown = _shown(part, most=max(room, 0))
+        if coloured:
+            text.append(shown, COUNTED if counted else READ)
+        else:
+            text.append(f"[[{shown}]]" if counted else shown)
         room -= len(part)
     return text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .facts import DataSummary
-from .spread import Spread
+from .spread import Spread, number
 
 
 class Row(NamedTuple):
@@ -41,7 +41,9 @@ def sections(summary: DataSummary) -> dict[str, list[Row]]:
         Row("the best is the longest", _of(s.best_is_longest, ordered), "of lists with scores that differ"),
     ]
     if s.best_tokens is not None:
-        scores.append(Row("tokens of best, worst", f"{s.best_tokens:,.1f}, {s.worst_tokens:,.1f}", "means: is better longer?"))
+        scores.append(
+            Row("tokens of best, worst", f"{number(s.best_tokens, 1)}, {number(s.worst_tokens, 1)}", "means: is better longer?")
+        )
     tokens = [
         Row("tokens of a prompt", _spread(s.prompt_tokens, 0)),
         Row("tokens of an answer", _spread(s.completion_tokens, 0)),
@@ -105,13 +107,9 @@ def _all_but(n: int, others: int) -> str:
 
 def _spread(spread: Spread, digits: int) -> str:
     if spread.least == spread.most:
-        return f"{_number(spread.least, digits)} each"
-    least, median, high, most = (_number(x, digits) for x in (spread.least, spread.median, spread.high, spread.most))
+        return f"{number(spread.least, digits)} each"
+    least, median, high, most = (number(x, digits) for x in (spread.least, spread.median, spread.high, spread.most))
     return f"{least} to {most}, median {median}, 95 % up to {high}"
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:,.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:,.0f}"
 
 
 def _setting(value: object) -> str:

@@ -51,6 +51,7 @@ def test_a_file_is_shown_as_tables_json_and_a_page(tmp_path, monkeypatch, capsys
     status, out, _ = run(monkeypatch, capsys, file, *flags)
     assert status == 0
     assert "[b]" in out and "\\u001b[31m" in out and "\x1b[31m" not in out  # text of the data is neither markup nor control
+    assert "[[\\u001b[31m[b] " in out  # what counts, where there are no colours
     found = json.loads(facts.read_text())["train"]
     assert found["limits"]["max_length"] == 24 and found["limits"]["max_prompt_length"] == 12
     expected = larpo.describe(rows, tokenizer, LarPOConfig(max_length=24, report_to=[], use_cpu=True))
@@ -80,6 +81,13 @@ def test_data_of_a_published_form_is_shown(tmp_path, model, monkeypatch, capsys)
     assert status == 0 and found["form"] == "UltraFeedback" and "fine-grained_score" in found["scored_by"]
     assert (found["candidates"], found["prompts_repeated"]) == (6, 2)
     assert [(one["what"], one["count"]) for one in found["left_out"]] == [("answer", 3)]
+
+
+def test_a_run_for_a_gpu_can_be_looked_at_without_one(tmp_path, model):
+    settings = tmp_path / "train.yaml"
+    file = write(tmp_path / "a.jsonl", tiny.lists(3))
+    settings.write_text(f"model: {model}\ntrain_data: {file}\noutput_dir: out\nbf16: true\ntf32: true\nfsdp: full_shard\n")
+    assert commands.describe(None, None, settings, [])["train"].lists == 3
 
 
 @pytest.mark.parametrize("load", [offline.openbookqa, offline.siqa])
