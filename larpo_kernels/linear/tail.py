@@ -190,7 +190,7 @@ class TailBlock:
         self.rest += torch.mv(e.t(), (~kept).to(e.dtype))
         self.row += torch.mv(weight.t(), given.to(weight.dtype))
         self.given += given.sum()
-        return kept.nonzero()[:, 0]
+        return _where(kept, int(count))
 
     def rescale(self, raised, stop: int) -> None:
         """What was kept of the rows up to `stop`: some tokens' k was raised."""
@@ -212,3 +212,12 @@ class TailBlock:
         self.tail.shares.tokens += self.count
         self.tail.shares.probability += self.merged
         return block
+
+
+def _where(mask: Tensor, count: int) -> Tensor:
+    """Positions of the `count` true entries of mask, rising: a nonzero() that need not ask a GPU how many there are."""
+    if not mask.is_cuda:
+        return mask.nonzero()[:, 0]
+    positions = torch.arange(mask.shape[0], device=mask.device)
+    found = positions.new_empty(count + 1)  # the last place takes those of the others
+    return found.index_copy_(0, torch.where(mask, mask.cumsum(0) - 1, count), positions)[:count]
