@@ -12,7 +12,7 @@ from benchmarks.core.problem import Problem
 from benchmarks.reporting.by_shape import by_shape
 from tests.benchmarks.test_benchmarks import made_table, recorded, row
 
-SEVERAL = 3  # times eager's: what is aimed at is 1 to 2, and a loop over runs or a registered op a call make 6 to 9
+SEVERAL = 3  # times eager's; about 1 is meant, and a busy machine moves a ratio of bests by half
 TRIES = 3
 
 
