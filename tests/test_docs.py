@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ("quick", "quick-trainable", "linear", "linear-T2048-H896-V32000", "prefix")  # in the order of the tables
+AMD, INTEL = "amd-epyc-2-threads-avx2", "intel-r-xeon-r-processor-1-threads-amx-bf16"
+RESULTS = (  # in the order of the tables
+    *(f"{AMD}/{name}" for name in ("quick", "quick-trainable", "linear", "linear-T2048-H896-V32000", "prefix")),
+    *(f"{INTEL}/{name}" for name in ("small-before", "small")),
+)
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]
 
@@ -15,7 +19,7 @@ BY_NAME = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in 
 @pytest.mark.parametrize("page", BY_NAME)
 def test_tables_of_measurements_are_those_of_the_recorded_results(page):
     report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
-    results = report.load([ROOT / f"benchmarks/results/amd-epyc-2-threads-avx2/{name}.json" for name in RESULTS])
+    results = report.load([ROOT / f"benchmarks/results/{name}.json" for name in RESULTS])
     text = page.read_text(encoding="utf-8")
     assert report.fill_markers(text, results) == text
 
