@@ -171,6 +171,10 @@ def tokenize_lists(
 
     num_proc: processes, as in `Dataset.map`. Columns that `tokenize_row` does not return are left out.
     """
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(f"lists must be a datasets.Dataset, as larpo.as_lists makes it, got {type(dataset).__name__}")
     tokenizer = text_tokenizer(tokenizer)
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
     _check_options(max_length, max_prompt_length, truncation)
@@ -181,8 +185,6 @@ def tokenize_lists(
         tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, f"row {i}")
         # Arrow wants every row to have every column
         return tokens | {name: row[name] for name in optional} | {name: getattr(report, name) for name in (*counts, *EACH)}
-
-    import datasets
 
     # A cached file is named after the whole tokenizer, which takes longer to read than a few lists. Data in memory has none.
     fingerprint = None if dataset.cache_files else datasets.fingerprint.generate_random_fingerprint()

@@ -14,6 +14,7 @@ import torch
 from larpo import LarPOConfig, LarPOTrainer, commands
 from larpo.data.loading import as_lists, load_lists
 from larpo.data.training_stream import training_stream
+from larpo.scoring import score_lists
 from tests.helpers import tiny
 
 datasets.disable_progress_bars()
@@ -242,6 +243,11 @@ def _counting(function, calls):
     [
         (dict(max_steps=-1), {}, "max_steps must be given where train_dataset is a stream"),
         (dict(precompute_ref_log_probs=True), {}, "precompute_ref_log_probs does not work with a stream: .*larpo score"),
+        (
+            dict(max_tokens_per_batch=64),
+            {},
+            "max_tokens_per_batch does not work with a stream: it puts lists of similar length",
+        ),
         (dict(train_sampling_strategy="group_by_length"), {}, "'group_by_length' does not work with a stream"),
         ({}, {"weight": 2.0}, "weight: list 0 of the train data has one, and weights are divided by their mean over all"),
         (dict(length_normalized=True), {"implicit_prompt": True}, "list 0 of the train data has none"),
@@ -251,6 +257,14 @@ def test_what_needs_all_lists_is_refused_of_a_stream(others, row, message, tmp_p
     data = datasets.Dataset.from_list([one | row for one in tiny.lists(3)]).to_iterable_dataset()
     with pytest.raises(ValueError, match=message):
         training_stream(data, tiny.tokenizer(), LarPOConfig(**(options(tmp_path) | others)))
+
+
+def test_what_reads_all_lists_takes_no_stream(tmp_path):
+    stream = datasets.Dataset.from_list(tiny.lists(3)).to_iterable_dataset()
+    with pytest.raises(TypeError, match="got IterableDataset; rows that come one after the other become a list"):
+        trainer(tmp_path, tiny.lists(3)).evaluate(stream)
+    with pytest.raises(TypeError, match=r"lists must be a datasets\.Dataset, as larpo\.as_lists makes it, got IterableDataset"):
+        score_lists(tiny.causal_lm(), stream, tiny.tokenizer())
 
 
 def test_what_a_later_list_has_is_checked_when_it_comes(tmp_path):
