@@ -94,7 +94,8 @@ def columns(table: dict) -> list[str]:
         names = ["provider", "computes", "best", "time", "best, eager = 1"]
         names += ["kernels"] if table["device"] == "cuda" else []
     elif table["side"] == "linear":
-        names += ["GEMMs", "rows", "GFLOP/s", "GEMMs alone / time"]
+        merges = any(row.get("rows") is not None for row in table["rows"])  # of a provider with a tail
+        names += ["GEMMs", *(["rows"] if merges else []), "GFLOP/s", "GEMMs alone / time"]
     else:
         names += ["GB/s"]
     names += ["peak", "beyond gradients", "peak, eager = 1", "logps"]
