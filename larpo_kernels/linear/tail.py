@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .kept import Part
+from .vocab_shard import ranks
 
 MOST_ROWS = 0.75  # of a tile: gathering more saves nothing
 MOST_MERGED = 1 / 8  # of the probability of a block, on average over its tokens
@@ -131,7 +132,7 @@ class TailBlock:
         self.parts: list[Part] = []
         tokens, width = tiles.hidden.shape
         self.rest, self.row, self.given = (tiles.centre.new_zeros(size) for size in (tokens, width, ()))
-        self.merged = 0.0
+        self.merged, self.most_merged = 0.0, MOST_MERGED * self.count / ranks(tiles.head.group)  # of all tokens together
         self.skip, self.skipped = 0, 0  # tiles not to look at, and how many that were last time
 
     def room(self, start: int, stop: int) -> Tensor:
@@ -184,7 +185,7 @@ class TailBlock:
         count, merged = torch.stack([kept.sum(), given.sum()]).tolist()  # one wait for both
         self.skipped = min(2 * self.skipped + 1, MOST_SKIPPED) if count > NO_TAIL * n else 0
         self.skip = self.skipped
-        if count > MOST_ROWS * n or not self.merged + merged <= MOST_MERGED * self.count:
+        if count > MOST_ROWS * n or not self.merged + merged <= self.most_merged:
             return None
         self.merged += merged
         self.rest += torch.mv(e.t(), (~kept).to(e.dtype))

@@ -84,6 +84,11 @@ def add_up(x: Tensor, name: str) -> Tensor:
     return x
 
 
+def ranks(name: str) -> int:
+    """Of the named group; 1 for no group ("")."""
+    return dist.get_world_size(_groups[name]) if name else 1
+
+
 def largest(x: Tensor, name: str) -> Tensor:
     """The largest of each entry over the ranks, in place."""
     if name:
