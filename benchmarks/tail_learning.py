@@ -1,4 +1,4 @@
-"""Does training with `tail_threshold` learn what exact gradients learn? Two worlds, three seeds: a table of docs/numerics.md.
+"""Does training with `tail_threshold` learn what exact gradients learn? Three worlds, three seeds: a table of docs/numerics.md.
 
     python benchmarks/tail_learning.py                       # what docs/tail_learning.json does not hold yet
     python benchmarks/tail_learning.py --worlds demo --seeds 0
@@ -7,6 +7,7 @@
 |---|---|---|---|
 | demo | SmolLM2-135M, vocabulary 49152 | the last 4 layers, a frozen head | `python -m larpo.align.demo` |
 | naming | two layers, vocabulary 8192 | everything, the head too | none: fixed lists, PRO, as in `larpo.recipes.objectives` |
+| naming, frozen head | the same | all but the head | the same |
 
 All arms of a seed start from the same weights. The head of `naming` is too small for a threshold to save time, so that the
 library would ignore it; here it acts. The demo samples, which turns on the last bit of a logit: its runs part sooner or later.
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _naming_start(seed: int):
     return tokenizer, task.start_policy(tokenizer, seed=seed)
 
 
-def naming(seed: int, training: dict[str, Any], folder: str) -> Row:
+def naming(seed: int, training: dict[str, Any], folder: str, *, frozen: bool = False) -> Row:
     """As `larpo.recipes.objectives` runs its arms: equal lists, steps and learning rate, no sampling in between.
 
     PRO is a sum of contrastive losses and imitates the best candidate. Without that, exact gradients too move all they can
@@ -80,6 +81,7 @@ def naming(seed: int, training: dict[str, Any], folder: str) -> Row:
 
     tokenizer, start = _naming_start(seed)
     model, loss = copy.deepcopy(start), objectives.OBJECTIVES["PRO"]
+    model.lm_head.requires_grad_(not frozen)
     data = task.lists(tokenizer, 256, 6, seed=1000 + seed)
     train(model, tokenizer, data, loss, steps=48, batch_size=16, learning_rate=3e-4, seed=seed, trainer=Trainer)
     held_out = task.lists(tokenizer, 64, 6, seed=2000 + seed)
@@ -88,7 +90,11 @@ def naming(seed: int, training: dict[str, Any], folder: str) -> Row:
     return {"start": before["reward"], "reward": after["reward"], "kl": after["kl"]}
 
 
-WORLDS: dict[str, Callable[[int, dict[str, Any], str], Row]] = {"naming": naming, "demo": demo}
+WORLDS: dict[str, Callable[[int, dict[str, Any], str], Row]] = {
+    "naming": naming,
+    "naming, frozen head": partial(naming, frozen=True),
+    "demo": demo,
+}
 
 
 def run_one(world: str, arm: str, seed: int) -> Row:
