@@ -9,6 +9,7 @@ EXTRAS = {
         "accelerate>=1.10",
         "peft>=0.18",
         "datasets>=4.0",
+        "xxhash",
         "pandas>=2.2",
         "matplotlib>=3.8",
         "rich>=13",

@@ -76,14 +76,15 @@ def weights(model: nn.Module) -> str | None:
     The name of a folder says little: a run that goes on writes other weights into it.
     """
     import torch
+    import xxhash  # as datasets has it; sha256 of a large model takes minutes on some machines
 
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=itemgetter(0)):
         if tensor.is_meta or hasattr(tensor, "full_tensor"):
             return None
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return f"sha256 {digest.hexdigest()[:12]}"
+    return f"xxh3 {digest.hexdigest()[:16]}"
 
 
 def model_name(model: nn.Module) -> str:

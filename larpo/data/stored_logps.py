@@ -6,6 +6,7 @@ other tokens, behind another prompt or with others of them counted, is not found
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,11 +77,18 @@ def read_logps(path: str) -> StoredLogps:
         ValueError: a file that is damaged or not of `larpo score`; files of different references.
     """
     place = Path(path).expanduser()
+    files = _files(place)
+    return _read(place, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@functools.lru_cache(maxsize=1)  # train and eval data ask for the same
+def _read(place: Path, state: tuple[tuple[Path, int, int], ...]) -> StoredLogps:
+    """Of files as they are: path, time and size."""
     hashes, logps, records = [], [], {}
-    for file in _files(place):
+    for file, *_ in state:
         for row, where in _rows(file):
             found = row.get("ref_logps") or row.get("logps")
-            if not (found and row.get(TOKEN_HASHES) and isinstance(row.get(SCORED_WITH), str)):
+            if not (found and row.get(TOKEN_HASHES) and _is_record(row.get(SCORED_WITH))):
                 raise ValueError(
                     f"ref_logps: {where} was not written by `larpo score`: it must have token_hashes, scored_with, and "
                     "ref_logps or logps"
@@ -103,6 +111,18 @@ def read_logps(path: str) -> StoredLogps:
 def reference_of(path: str) -> str:
     """Of which model the log-likelihoods are, in a few words: what a run that is trained with them is told apart by."""
     return next(_named(row[SCORED_WITH]) for row, _ in _rows(_files(Path(path).expanduser())[0]))
+
+
+def _is_record(text: Any) -> bool:
+    return isinstance(text, str) and _names_model(text)
+
+
+@functools.cache  # all rows of a file have one
+def _names_model(record: str) -> bool:
+    try:
+        return "model" in json.loads(record)
+    except (TypeError, ValueError):
+        return False
 
 
 def _refuse_different(records: Mapping[str, str]) -> None:

@@ -309,7 +309,7 @@ def test_log_likelihoods_that_were_scored_are_named_in_the_file_of_settings(tmp_
     moved = scored.rename(tmp_path / "moved.parquet")
     commands.train(*commands.train_settings(file, ["--ref_logps", str(moved)]))
     status, _, err = larpo(monkeypatch, capsys, "train", "--config", file, "--ref_logps", other)
-    assert status == 2 and "ref_logps was '" in err and f"and is '{tmp_path / 'model'} (sha256" in err
+    assert status == 2 and "ref_logps was '" in err and f"and is '{tmp_path / 'model'} (xxh3" in err
     status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
     assert status == 2 and f"ref_logps: no such file or folder: {scored}" in err
 

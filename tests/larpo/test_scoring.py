@@ -100,7 +100,7 @@ def test_memory_that_ran_out_is_answered_with_a_smaller_batch(folder, monkeypatc
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("model", "weights was 'sha256 .*' and is 'sha256"),
+        ("model", "weights was 'xxh3 .*' and is 'xxh3"),
         ("ref_model", "ref_model was '.*other' and is '.*model'; ref_weights was"),
         ("data", "lists was '10, tokens sha256 .*' and is '9, tokens sha256"),
         ("append_eos", "append_eos was True and is False"),

@@ -126,6 +126,8 @@ def test_what_larpo_score_did_not_write_is_refused(tmp_path, reference):
     for change, said in (
         ({"token_hashes": None}, r"bad\.jsonl, line 2 was not written by `larpo score`: it must have token_hashes"),
         ({"scored_with": None}, "line 2 was not written by `larpo score`"),
+        ({"scored_with": {"model": "x"}}, "line 2 was not written by `larpo score`"),
+        ({"scored_with": "by hand"}, "line 2 was not written by `larpo score`"),
         ({"logps": [float("nan")] * n}, "line 2 must have one finite number for each of its token_hashes"),
         ({"logps": [-1.0] * (n + 1)}, "line 2 must have one finite number for each of its token_hashes"),
         ({"token_hashes": ["x"] * n}, "line 2 has token_hashes or log-likelihoods of another kind"),
