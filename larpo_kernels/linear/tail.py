@@ -3,7 +3,7 @@
 A trained model leaves nearly all of the vocabulary next to no probability, for any token of a block. So once a tile is
 formed, only the rows that some token gives more than a threshold are gathered from it, and the gradients are GEMMs of
 those. What the others add to d hidden is merged: each token's summed E of them times one mean row of the weight, weighted
-by what the block gives each row. (Several mean rows came no closer.) To d weight and d bias they add nothing: a merged
+by what the block gives each row. (More mean rows do not pay.) To d weight and d bias they add nothing: a merged
 gradient could be far off where those of tokens cancel, so theirs is exactly 0.
 
 A row's probability is taken relative to the sum so far, which never exceeds the whole: no row above the threshold is left
