@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.yaml_config import nearest
@@ -42,21 +43,26 @@ class Source(Reading):
 
 
 def sources_of(source: Any, settings: Mapping[str, Any]) -> list[Source] | None:
-    """The sources that are named in a dict with a `path`, or in a list of such; None for anything else.
+    """The sources that are named in a dict with a `path`, or in a list of such and of paths alone; None for anything else.
 
     settings: those of `Source` that they share; a source's own win.
     """
     several = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
-    if not several or not all(isinstance(one, Source) or (isinstance(one, Mapping) and "path" in one) for one in several):
+    alone = isinstance(source, str | Path) or not several
+    if alone or not all(isinstance(one, Source | str | Path) or _names_a_path(one) for one in several):
         return None
     known = [one.name for one in fields(Source)]
-    if any(isinstance(one, Mapping) and {"prompt", "completions", "chosen"} & set(one) for one in several):
-        return None  # rows, with a column of that name
     for one in several:
         for name in one if isinstance(one, Mapping) else ():
             if name not in known:
                 raise ValueError(f"source {one['path']} has no setting {name!r}{nearest(str(name), known)}")
-    return [one if isinstance(one, Source) else Source(**{**settings, **one}) for one in several]
+    named = [{"path": one} if isinstance(one, str | Path) else one for one in several]
+    return [one if isinstance(one, Source) else Source(**{**settings, **one}) for one in named]
+
+
+def _names_a_path(one: Any) -> bool:
+    """Whether it is a source, and no row that has a column of that name."""
+    return isinstance(one, Mapping) and "path" in one and not {"prompt", "completions", "chosen"} & set(one)
 
 
 def load_mixed(sources: Sequence[Source], *, streaming: bool, seed: int, scored: bool) -> Dataset | IterableDataset:

@@ -74,7 +74,7 @@ def test_none_and_empty_lists_are_settings(tmp_path, folder):
     assert (args.max_length, args.report_to, args.list_top) == (None, [], None)
     for bad, said in (
         ({"beta": None}, "beta does not take None"),
-        ({"train_data": ["a"]}, r"train_data does not take \['a'\]"),
+        ({"eval_data": ["a"]}, r"eval_data does not take \['a'\]"),
     ):
         with pytest.raises(ValueError, match=said):
             commands.train_settings(config(tmp_path, folder, **bad), [])

@@ -176,6 +176,9 @@ def test_sources_are_mixed_by_weight_and_seed_and_every_list_comes(streaming, tm
     sources = [{"path": str(tmp_path / "a.jsonl"), "weight": 3}, {"path": str(tmp_path / "b.jsonl"), "form": "pairs"}]
     mixed, again, other = (list(load_lists(sources, streaming=streaming, seed=seed)) for seed in (1, 1, 2))
     assert mixed == again != other
+    paths = [source["path"] for source in sources]
+    by_path, by_name = (list(load_lists(x, streaming=streaming, seed=1)) for x in (paths, [{"path": path} for path in paths]))
+    assert by_path == by_name != mixed
     of_b = [row["prompt"] for row in mixed if row["prompt"].startswith("p")]
     assert {row["prompt"] for row in mixed} == {row["prompt"] for row in (*rows, *pairs)}
     assert 0.2 < len(of_b) / len(mixed) < 0.3  # a quarter; b is repeated
