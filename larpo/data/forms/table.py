@@ -44,7 +44,7 @@ def _line(form: Form) -> str:
     name = re.search(r"[\w-]+/[\w.-]*\w", form.of)
     config = re.search(r"config (\w+)", form.of)
     if name and config:
-        return f'`as_lists(load_dataset("{name[0]}", "{config[1]}", split="train"))`'
+        return f'`load_lists("{name[0]}", config="{config[1]}")`'
     return f'`load_lists("{name[0] if name else "file.jsonl"}")`'
 
 
