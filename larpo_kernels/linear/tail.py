@@ -85,10 +85,12 @@ class Tail:
 class TailShares:
     """What calls with a `tail_threshold` found and kept, summed up while this is open; it waits for nothing.
 
+    >>> from larpo_kernels import TailShares, linear_token_logps
+    >>> hidden, weight = torch.randn(64, 512, requires_grad=True), torch.randn(8192, 512)
     >>> with TailShares() as shares:  # around any of the linear ops, or a whole step
-    ...     loss = fused_linear_listwise_loss(..., tail_threshold=2**-12).loss    # doctest: +SKIP
-    >>> shares.rows, shares.merged, shares.held_bytes  # nothing had a tail to be told apart
-    (1.0, 0.0, 0)
+    ...     logps = linear_token_logps(hidden, weight, torch.arange(64), tail_threshold=2**-12)
+    >>> 0 < shares.rows < 0.2, shares.merged < 2**-4, shares.held_bytes  # a frozen head: nothing is left to the backward
+    (True, True, 0)
     """
 
     tokens: int = 0  # that counted, in forwards that were to be differentiated with a threshold
