@@ -32,6 +32,7 @@ def looked_at(args: Sequence[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or args[0].is_meta
+        or torch._C._functorch.is_legacy_batchedtensor(args[0])  # a gradient, with is_grads_batched
         or not (PLAIN.issuperset(map(type, args)) or all(type(x) in PLAIN or not isinstance(x, Tensor) for x in args))
     )
 
@@ -124,7 +125,7 @@ def run(op: Differentiable, args: tuple, then: Differentiable | None = None, the
         return out if then is None else (*then.registered(out[0], *then_args)[: then.outputs], *out[1:])
     inputs = args[: op.inputs]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Chain.apply(op, args[op.inputs :], then, then_args, *inputs)
+        return _Chain.apply(op, args[op.inputs :], then, then_args, *inputs)[:-1]
     out = op.function(*args)[: op.outputs]
     return out if then is None else (*then.function(out[0], *then_args)[: then.outputs], *out[1:])
 
@@ -132,6 +133,7 @@ def run(op: Differentiable, args: tuple, then: Differentiable | None = None, the
 class _Chain(torch.autograd.Function):
     """One op, or two of which the second takes what the first gives, as one node of the graph.
 
+    Its last output, of no elements, is for itself: what it keeps need not lead back to its inputs, and this does.
     (With a `setup_context` of its own every call would inspect the signature of `forward`.)
     """
 
@@ -148,22 +150,25 @@ class _Chain(torch.autograd.Function):
             of_then, ctx.rest_of_then = then.save(then_args, last)
             tensors = (*tensors, *of_then)
             results = (*last[: then.outputs], *results[1:])
-        ctx.save_for_backward(*tensors)
+        first = results[0]
+        if first._is_view():  # a caller may write to what it gets: autograd would refuse that of a view
+            first = first.clone()
+        anchor = first.new_empty(0)
+        ctx.save_for_backward(*tensors, anchor)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
         ctx.set_materialize_grads(False)
-        return results
+        return first, *results[1:], anchor
 
     @staticmethod
     def backward(ctx, grad, *_):
         nothing = (None,) * 4
         if grad is None:
             return *nothing, *(None,) * ctx.op.inputs
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[len(nothing) :]
+        (*tensors, anchor), needs = ctx.saved_tensors, ctx.needs_input_grad[len(nothing) :]
         if not torch.is_grad_enabled():
             return *nothing, *_gradients(ctx, tensors, grad, needs)
         grads = _gradients(ctx, [None if x is None else x.detach() for x in tensors], grad.detach(), needs)
-        anchor = grad.new_empty(()).requires_grad_()
-        return *nothing, *(None if x is None else _Once.apply(x, anchor, grad, *tensors) for x in grads)
+        return *nothing, *(None if x is None else _Once.apply(x, anchor, grad) for x in grads)
 
 
 def _gradients(ctx, tensors, grad, needs) -> tuple:

@@ -230,6 +230,22 @@ def test_whole_tiles_of_minus_infinity(backend, device, schedule, softcap):
         linear_heads.assert_within(1, grads[name], plain_grads[name], expected_grads[name], 1e-5, name)
 
 
+# ---- plus infinity
+
+
+def test_a_target_that_overflowed_is_no_certain_token(backend, device):
+    """Its softmax is no number, and no loss of 0 without a gradient."""
+    logits = torch.randn(3, 20, device=device)
+    logits[1, 4] = math.inf
+    labels = torch.full((3,), 4, device=device)
+    logps = lk.token_logps(logits.requires_grad_(), labels, backend=backend)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    hidden, weight = torch.full((1, 2), 1e30, device=device), torch.full((20, 2), 1.0, device=device)
+    weight[4] = 1e30
+    linear = lk.linear_token_logps(hidden, weight, labels[:1], backend=backend)
+    assert logps.isnan().tolist() == [False, True, False] and grad[1].isnan().all() and linear.isnan().all()
+
+
 # ---- certain tokens
 
 

@@ -85,6 +85,25 @@ def test_what_an_eager_call_keeps_can_be_moved_and_is_freed_by_its_backward(name
         torch.autograd.grad(value, x)
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_gradients_in_batches_are_those_of_each(name, device):
+    function, x = step(name, device)
+    value = function(x.requires_grad_())
+    grad = torch.tensor([1.0, -2.0], device=device)
+    (batch,) = torch.autograd.grad(value, x, grad, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(batch, torch.stack([torch.autograd.grad(value, x, g, retain_graph=True)[0] for g in grad]))
+
+
+def test_a_caller_may_write_to_the_losses_it_gets(device):
+    logits, labels = torch.randn(4, 3, 20, dtype=torch.float64, device=device), torch.randint(20, (4, 3), device=device)
+    relevance, weight = torch.arange(4.0, device=device), torch.tensor([2.0, 3.0], dtype=torch.float64, device=device)
+    options = dict(list_sizes=2, reduction="none", objective="pairwise")
+    logits.requires_grad_()
+    losses = [lk.fused_listwise_loss(logits, labels, relevance, **options).loss for _ in range(2)]
+    losses[0].mul_(weight)
+    assert torch.equal(*(torch.autograd.grad(x.sum(), logits)[0] for x in (losses[0], losses[1] * weight)))
+
+
 def test_export_keeps_the_ops(device):
     function, x = step("fused_listwise_loss", device)
 

@@ -5,7 +5,7 @@ import torch
 
 import larpo_kernels as lk
 
-NAMES = ("listwise_loss", "token_logps", "in place", "fused_listwise_loss", "linear_token_logps")
+NAMES = ("listwise_loss", "token_logps", "in place", "fused_listwise_loss", "linear_token_logps", "frozen_head")
 
 
 def operation(name, backend, device):
@@ -22,6 +22,10 @@ def operation(name, backend, device):
         ),
         "fused_listwise_loss": (lambda x: lk.fused_listwise_loss(x, labels, relevance, **lists).loss, logits),
         "linear_token_logps": (lambda x: lk.linear_token_logps(x, weight, labels, backend=backend).square().sum(), hidden),
+        "frozen_head": (
+            lambda x: lk.fused_linear_listwise_loss(x, weight, labels, relevance, schedule="frozen_head", **lists).loss,
+            hidden,
+        ),
     }[name]
 
 

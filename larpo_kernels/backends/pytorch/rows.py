@@ -63,12 +63,13 @@ def _forward(rows: _Rows, at: At, y: Tensor, stats: bool) -> list[Tensor]:
     alone = y.numel() == 1
     if alone:  # one row alone is summed in another order: a candidate would feel its neighbours
         z, y = (x.expand(2, *x.shape).clone() for x in (z, y))
-    x = torch.sub(z, z.gather(-1, y), out=z if alone else rows.scratch(at))
+    k = z.gather(-1, y)
+    x = torch.sub(z, k, out=z if alone else rows.scratch(at))
     if stats:
         e, entropy, top1 = _stats(x)
     else:
         e = x.exp_()
-    s = e.scatter_(-1, y, 0).sum(-1)
+    s = e.scatter_(-1, y, 0).sum(-1).add_(k.squeeze(-1), alpha=0)  # NaN where k is infinite: no number is right by luck
     rare = None if s.amax().item() < MOST else ~(s < MOST)
     l = s.log1p_().neg_()
     if rare is not None:

@@ -65,6 +65,7 @@ def token_logps_forward(
         return
     valid = (label >= 0) & (label < V)
     k, _ = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
+    k = tl.where(k == float("inf"), float("nan"), k)  # as infinity less itself: not a certain token
     span = tl.cdiv(tl.cdiv(V, SPLITS), BLOCK) * BLOCK
     start = split * span
     stop = tl.minimum(start + span, V)
