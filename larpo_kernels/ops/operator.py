@@ -41,8 +41,7 @@ class Operator:
     """A function of tensors and plain values, and the same one registered under its name."""
 
     def __init__(self, function: Callable, fake: Callable, *, mutates: tuple[str, ...] = ()):
-        name = function.__name__
-        self.function = function
+        self.function, self.name = function, (name := function.__name__)
         LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates), tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _returning_tensors(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _returning_tensors(fake), lib=LIBRARY)
@@ -55,9 +54,16 @@ class Operator:
 
     def __call__(self, *args):
         if not looked_at(args):
-            return self.function(*args)
+            return self.eagerly(*args)
         known_to_counters()
         return self.registered(*args)
+
+    def eagerly(self, *args):
+        """The function itself, under the name of the op where a profiler asks for one."""
+        if not torch.autograd._profiler_enabled():
+            return self.function(*args)
+        with torch.profiler.record_function(f"{NAMESPACE}::{self.name}"):
+            return self.function(*args)
 
 
 def _returning_tensors(function: Callable) -> Callable:
@@ -110,7 +116,7 @@ class EagerOnly(Differentiable):
 
     def __init__(self, function: Callable, otherwise: Differentiable, *, save: Callable, backward: Callable):
         self.function, self.save, self.backward = function, save, backward
-        self.inputs, self.outputs = otherwise.inputs, otherwise.outputs
+        self.name, self.inputs, self.outputs = otherwise.name, otherwise.inputs, otherwise.outputs
         self.registered = lambda *args: otherwise.registered(*args[:-1])
 
 
@@ -126,8 +132,8 @@ def run(op: Differentiable, args: tuple, then: Differentiable | None = None, the
     inputs = args[: op.inputs]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _Chain.apply(op, args[op.inputs :], then, then_args, *inputs)[:-1]
-    out = op.function(*args)[: op.outputs]
-    return out if then is None else (*then.function(out[0], *then_args)[: then.outputs], *out[1:])
+    out = op.eagerly(*args)[: op.outputs]
+    return out if then is None else (*then.eagerly(out[0], *then_args)[: then.outputs], *out[1:])
 
 
 class _Chain(torch.autograd.Function):
@@ -140,13 +146,13 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, options, then, then_args, *inputs):
         args = (*inputs, *options)
-        out = op.function(*args)
+        out = op.eagerly(*args)
         tensors, ctx.rest = op.save(args, out)
         ctx.op, ctx.then, ctx.of_op = op, then, len(tensors)
         results = out[: op.outputs]
         if then is not None:
             then_args = (out[0], *then_args)
-            last = then.function(*then_args)
+            last = then.eagerly(*then_args)
             of_then, ctx.rest_of_then = then.save(then_args, last)
             tensors = (*tensors, *of_then)
             results = (*last[: then.outputs], *results[1:])

@@ -86,6 +86,15 @@ def test_what_an_eager_call_keeps_can_be_moved_and_is_freed_by_its_backward(name
 
 
 @pytest.mark.parametrize("name", STEPS)
+def test_a_profile_names_the_ops(name, device):
+    function, x = step(name, device)
+    with torch.autograd.profiler.profile() as profile:
+        function(x.requires_grad_()).backward()
+    names = [event.name for event in profile.function_events if event.name.startswith("larpo_kernels::")]
+    assert names == [f"larpo_kernels::{op}" for op in STEPS[name]]
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_gradients_in_batches_are_those_of_each(name, device):
     function, x = step(name, device)
     value = function(x.requires_grad_())
