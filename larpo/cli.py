@@ -34,7 +34,7 @@ def train(context: typer.Context, config: Config = None) -> None:
     from . import commands
 
     job, args = commands.train_settings(config, context.args)
-    with _shown("larpo.data"):
+    with _shown("larpo.data"), _shown("larpo.training"):
         commands.train(job, args)
     typer.echo(f"saved in {args.output_dir}")
 

@@ -11,7 +11,7 @@ from typing import Any
 from .forms import Form
 from .forms.fields import Field
 from .forms.prompts import is_dialogue, turns, user
-from .forms.scores import Scores, chosen_scores, columns_of
+from .forms.scores import RankOfRow, Ranks, Scores, ahead_of_last, chosen_scores, columns_of
 from .forms.shared_start import split_messages, split_text, without_prompt
 from .forms.unknown import QUESTIONS, first_of
 from .reading import Reading
@@ -85,6 +85,8 @@ class Reader:
             return
         if self.group_by not in columns:
             raise ValueError(f"group_by: there is no column {self.group_by!r}; found {sorted(columns)}")
+        if isinstance(self.scores, Ranks) and len(form.answers) == 1 and "[]" not in form.answers[0] + self.scores.paths[0]:
+            self.scores = RankOfRow(self.scores.paths)
         if self.scores is not None and not self.scores.comparable:
             raise ValueError(
                 f"group_by={self.group_by!r} makes one list of several rows, and scores of {form.name} data ({self.scores}) "
@@ -109,7 +111,8 @@ class Reader:
     def try_merge(self, rows: Sequence[Row], where: str) -> Row | None:
         """One list of several, as `try_read` reads them; where: of the first of them."""
         try:
-            return merged(rows, where, self.group_by)
+            one = merged(rows, where, self.group_by)
+            return one | {"scores": ahead_of_last(one["scores"])} if isinstance(self.scores, RankOfRow) else one
         except BadRow as error:
             if self.reading.bad_rows == "raise":
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..runs.yaml_config import nearest
 from .loading import read_lists, stream_lists
+from .reader import KNOWN, OF_THE_LIST
 from .reading import Reading
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
+
+KEPT = {*KNOWN, *OF_THE_LIST}
+ROW = "row"
 
 
 @dataclass(kw_only=True)
@@ -75,29 +80,55 @@ def load_mixed(sources: Sequence[Source], *, streaming: bool, seed: int, scored:
     parts = [source.load(streaming=streaming, scored=scored) for source in sources]
     if len(parts) == 1:
         return parts[0]
+    first = [_first(part, source) for part, source in zip(parts, sources, strict=True)]
+    _refuse_different_kinds(first, sources)
     total = math.fsum(source.weight for source in sources)
     shares = [source.weight / total for source in sources]
-    if not streaming:
-        parts = _alike(parts, sources)
+    if streaming:
+        parts = [part.map(_written, remove_columns=list(row)) for part, row in zip(parts, first, strict=True)]
+    else:
+        parts = _alike(parts)
     mixed = datasets.interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    if streaming:
+        mixed = mixed.map(_read_back, remove_columns=[ROW])
     of = ", ".join(f"{share:.0%} {source.path}" for share, source in zip(shares, sources, strict=True))
     logger.info("mixed%s: %s", "" if streaming else f", {len(mixed):,} lists", of)
     return mixed
 
 
-def _alike(parts: Sequence[Dataset], sources: Sequence[Source]) -> list[Dataset]:
-    """The data sets without the columns that mean nothing to training and are not in all of them."""
-    from .reader import KNOWN, OF_THE_LIST
+def _first(lists: Dataset | IterableDataset, source: Source) -> dict[str, Any]:
+    for row in lists:
+        return row
+    raise ValueError(f"{source.path}: no row makes a list")
 
-    kept = {*KNOWN, *OF_THE_LIST, *set.intersection(*(set(part.column_names) for part in parts))}
-    parts = [part.select_columns([name for name in part.column_names if name in kept]) for part in parts]
+
+def _refuse_different_kinds(first: Sequence[Mapping[str, Any]], sources: Sequence[Source]) -> None:
+    """first: a list of each source."""
     for name in ("prompt", "completions"):
-        first = (part[0][name] for part in parts)
-        kinds = [isinstance(one if name == "prompt" else one[0], str) for one in first]
+        kinds = [isinstance(one[name] if name == "prompt" else one[name][0], str) for one in first]
         if len(set(kinds)) > 1:
             text, turns = sources[kinds.index(True)].path, sources[kinds.index(False)].path
             raise ValueError(
                 f"{name} is text in {text} and messages in {turns}, which can't be mixed: as_messages=True (or False) makes "
                 "them the same"
             )
-    return parts
+
+
+def _alike(parts: Sequence[Dataset]) -> list[Dataset]:
+    """The data sets with the columns of lists, in one type each: messages may have keys in one that they lack in another."""
+    import datasets
+    import pyarrow
+
+    parts = [part.select_columns([name for name in part.column_names if name in KEPT]) for part in parts]
+    schemas = [part.features.arrow_schema.remove_metadata() for part in parts]
+    joined = datasets.Features.from_arrow_schema(pyarrow.unify_schemas(schemas, promote_options="permissive"))
+    return [part.cast(datasets.Features({name: joined[name] for name in part.column_names})) for part in parts]
+
+
+def _written(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of a stream as text: rows of tables would have the fields of the first ones, and others would be left out."""
+    return {ROW: json.dumps({name: value for name, value in row.items() if name in KEPT})}
+
+
+def _read_back(row: Mapping[str, str]) -> dict[str, Any]:
+    return json.loads(row[ROW])

@@ -84,7 +84,8 @@ def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
 
     file = config(tmp_path, folder, eval_data=str(folder / "lists.jsonl"))
-    status, out, err = larpo(monkeypatch, capsys, "train", "--config", file, "--max_steps", 2)
+    status, out, err = larpo(monkeypatch, capsys, "train", "--config", file, "--max_steps", 2, "--max_tokens_per_batch", 999)
+    assert "lists with at most 999 tokens" in err and "8 lists of 19 candidates" in err
     assert status == 0, err
     assert "saved in" in out
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -62,6 +62,21 @@ class Ranks(Numbers):
 
 
 @dataclass(frozen=True)
+class RankOfRow(Ranks):
+    """The rank of a row's only answer, which is compared with those of the other rows of its list once they are together."""
+
+    comparable = True
+
+    def __call__(self, row: Field, m: int) -> list[float | None]:
+        return [-rank for rank in Numbers.__call__(self, row, m)]
+
+
+def ahead_of_last(scores: Sequence[float]) -> list[float]:
+    """What `Ranks` makes of a list's ranks, from the scores of `RankOfRow`."""
+    return [score - min(scores) for score in scores]
+
+
+@dataclass(frozen=True)
 class Fixed:
     """The same scores in every row, for answers whose columns say which is better."""
 

@@ -185,12 +185,29 @@ def test_sources_are_mixed_by_weight_and_seed_and_every_list_comes(streaming, tm
     assert of_b[:40] == [f"p{i}" for i in range(40)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_only_some_rows_of_one_source_have_is_in_the_mixture(streaming, tmp_path):
+    """A stream's columns are not those of its first rows, and messages of two sources need not have the same keys."""
+    said, thought = ({"role": "assistant", "content": "x"} | more for more in ({}, {"reasoning_content": "so"}))
+    plain = {"prompt": [{"role": "user", "content": "q"}], "completions": [[said], [said]], "scores": [1, 0], "note": None}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    late = plain | {"completions": [[thought], [said]], "tools": tools, "ref_logps": [-0.5, -1.5], "note": "late"}
+    write(tmp_path / "a.jsonl", [plain] * 120 + [late])
+    write(tmp_path / "b.jsonl", [plain | {"note": 1}] * 9)
+    mixed = list(load_lists([str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")], streaming=streaming))
+    (found,) = [row for row in mixed if row.get("tools")]
+    assert found["completions"][0][0]["reasoning_content"] == "so" and found["ref_logps"] == [-0.5, -1.5]
+    assert json.loads(found["tools"]) == tools
+
+
 def test_sources_that_do_not_fit_are_refused(tmp_path):
     write(tmp_path / "a.jsonl", tiny.lists(2))
     write(tmp_path / "b.jsonl", RATED)
     a, b = ({"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(ValueError, match=r"prompt is text in .*a\.jsonl and messages in .*b\.jsonl.*as_messages=True"):
         load_lists([a, b])
+    with pytest.raises(ValueError, match=r"prompt is text in .*a\.jsonl and messages in .*b\.jsonl.*as_messages=True"):
+        load_lists([a, b], streaming=True)
     assert len(load_lists([a, b | {"as_messages": False}])) >= 9
     with pytest.raises(ValueError, match=r"weight of .*a\.jsonl must be a finite number above 0, got 0"):
         load_lists([a | {"weight": 0}, b])

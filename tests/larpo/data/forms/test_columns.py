@@ -82,6 +82,20 @@ def test_rows_of_one_answer_become_lists_wherever_they_stand():
         load_lists_of([{"q": None, "a": "1", "s": 3, "p": "x"}], columns={**where, "prompt": "p"})
 
 
+def test_ranks_of_rows_of_one_answer_are_ahead_of_the_last_of_their_list(tmp_path):
+    """As in docs/data.md; lists that start at 0 and at 1 are the same, ties too, and a stream has them."""
+    places = [("x", "1", 2), ("x", "2", 1), ("x", "3", 2), ("y", "4", 0), ("y", "5", 3)]
+    rows = [{"question": q, "answer": a, "place": p} for q, a, p in places]
+    where = {"prompt": "question", "completions": "answer", "rank": "place", "group_by": "question"}
+    (file := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for found in (as_lists(rows, columns=where), load_lists(file, columns=where, streaming=True)):
+        assert [one["scores"] for one in found] == [[0.0, 1.0, 0.0], [3.0, 0.0]]
+    ranked = {"prompt": "question", "completions": ["good", "bad"], "rank": ["first", "second"], "group_by": "question"}
+    row = {"question": "x", "good": "1", "bad": "2", "first": 0, "second": 1}
+    with pytest.raises(ValueError, match=r"group_by='question' makes one list of several rows, and scores of columns data"):
+        as_lists([row], columns=ranked)
+
+
 def load_lists_of(rows, **how):
     import tempfile
     from pathlib import Path
