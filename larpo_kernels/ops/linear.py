@@ -213,7 +213,7 @@ def _save(args, out):
     logps, _, _, *kept = out
     unit_grad = kept[3]
     if unit_grad.shape[0]:  # then the backward reads only their shapes: the tensors can be freed
-        hidden, weight = (x.new_empty(()).expand(x.shape) for x in (hidden, weight))
+        hidden, weight = (x.new_empty_strided(x.shape, (0,) * x.dim()) for x in (hidden, weight))
     options = (checked, ignore_index, logit_scale, softcap, compute)
     return (hidden, weight, bias, labels, keep, logps, *kept), (options, (backend, group))
 

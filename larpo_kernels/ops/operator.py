@@ -139,7 +139,7 @@ def run(op: Differentiable, args: tuple, then: Differentiable | None = None, the
 class _Chain(torch.autograd.Function):
     """One op, or two of which the second takes what the first gives, as one node of the graph.
 
-    Its last output, of no elements, is for itself: what it keeps need not lead back to its inputs, and this does.
+    Its last output is for itself: where it does not keep its inputs, an empty tensor, which leads back to them.
     (With a `setup_context` of its own every call would inspect the signature of `forward`.)
     """
 
@@ -156,14 +156,11 @@ class _Chain(torch.autograd.Function):
             of_then, ctx.rest_of_then = then.save(then_args, last)
             tensors = (*tensors, *of_then)
             results = (*last[: then.outputs], *results[1:])
-        first = results[0]
-        if first._is_view():  # a caller may write to what it gets: autograd would refuse that of a view
-            first = first.clone()
-        anchor = first.new_empty(0)
+        anchor = None if any(x is inputs[0] for x in tensors) else results[0].new_empty(0)
         ctx.save_for_backward(*tensors, anchor)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
         ctx.set_materialize_grads(False)
-        return first, *results[1:], anchor
+        return *results, anchor
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -174,7 +171,7 @@ class _Chain(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return *nothing, *_gradients(ctx, tensors, grad, needs)
         grads = _gradients(ctx, [None if x is None else x.detach() for x in tensors], grad.detach(), needs)
-        return *nothing, *(None if x is None else _Once.apply(x, anchor, grad) for x in grads)
+        return *nothing, *(None if x is None else _Once.apply(x, anchor, grad, *tensors) for x in grads)
 
 
 def _gradients(ctx, tensors, grad, needs) -> tuple:

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import larpo_kernels as lk
+from larpo_kernels.objectives import OBJECTIVES
 
 STEPS = {
     "fused_listwise_loss": ["token_logps", "list_stage", "list_stage_backward", "token_logps_backward"],
@@ -103,10 +104,11 @@ def test_gradients_in_batches_are_those_of_each(name, device):
     assert torch.equal(batch, torch.stack([torch.autograd.grad(value, x, g, retain_graph=True)[0] for g in grad]))
 
 
-def test_a_caller_may_write_to_the_losses_it_gets(device):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_caller_may_write_to_the_losses_it_gets(objective, device):
     logits, labels = torch.randn(4, 3, 20, dtype=torch.float64, device=device), torch.randint(20, (4, 3), device=device)
     relevance, weight = torch.arange(4.0, device=device), torch.tensor([2.0, 3.0], dtype=torch.float64, device=device)
-    options = dict(list_sizes=2, reduction="none", objective="pairwise")
+    options = dict(list_sizes=2, reduction="none", objective=objective)
     logits.requires_grad_()
     losses = [lk.fused_listwise_loss(logits, labels, relevance, **options).loss for _ in range(2)]
     losses[0].mul_(weight)

@@ -146,7 +146,7 @@ def _best_worst_pair(g: Tensor, r: Tensor, terms: Terms) -> Losses:
     best, worst = g.gather(1, ends).split(1, 1)
     behind = worst - best
     push = behind.sigmoid()
-    loss, d = F.softplus(behind, threshold=SAME).view(-1), torch.zeros_like(g).scatter_(1, ends, torch.cat([-push, push], 1))
+    loss, d = F.softplus(behind.view(-1), threshold=SAME), torch.zeros_like(g).scatter_(1, ends, torch.cat([-push, push], 1))
     if not terms.finite:
         _fill(loss, d, ((best == -torch.inf) & (worst == -torch.inf)).view(-1), 0)
     return loss, d
