@@ -6,7 +6,7 @@ import json
 import os
 import types
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -113,6 +113,8 @@ def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJo
         job.peft = json_object("peft", job.peft)
     if isinstance(job.train_data, str) and job.train_data.lstrip().startswith(("{", "[")):
         job.train_data = json_value("train_data", job.train_data)
+    if job.shuffle_buffer < 0:
+        raise ValueError(f"shuffle_buffer must be at least 0, got {job.shuffle_buffer}")
     _refuse_what_scripts_read(job, args)
     return job, args
 
@@ -150,7 +152,14 @@ def _takes(hint: Any, value: Any) -> bool:
 def _or_empty(read: Any, hint: Any) -> Any:
     """A reader of a flag's text that also knows None and [], where the setting takes them."""
     empty = {text: value for text, value in (("None", None), ("null", None), ("[]", [])) if _takes(hint, value)}
-    return read if not empty else lambda text: empty[text] if text in empty else read(text)
+    if not empty:
+        return read
+
+    @wraps(read, updated=())  # its name is what an error says that a value is none of
+    def reader(text: str) -> Any:
+        return empty[text] if text in empty else read(text)
+
+    return reader
 
 
 def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:

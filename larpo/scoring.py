@@ -119,6 +119,9 @@ def score_lists(
 
     Raises ValueError where parts is the folder of another model, other data or other limits, naming what differs.
     """
+    for name, size in (("batch_size", batch_size), ("candidate_batch_size", candidate_batch_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
     scored = (
         lists if "scores" in lists.column_names else lists.add_column("scores", [[0.0] * len(c) for c in lists["completions"]])
     )

@@ -361,6 +361,8 @@ def test_a_commit_is_no_number(tmp_path):
         (["--peft", "{r: 8}"], "peft must be a dict or JSON text of one"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--peft", '{"rank": 8}'], "peft: "),
+        (["--max_tokens_per_batch", "100.5"], "invalid int value: '100.5'"),
+        (["--shuffle_buffer", "-5"], "shuffle_buffer must be at least 0, got -5"),
     ],
 )
 def test_a_bad_flag_ends_in_one_sentence(tmp_path, folder, monkeypatch, capsys, flags, message):

@@ -141,6 +141,12 @@ def test_a_damaged_part_is_refused_and_can_be_removed(folder, monkeypatch, damag
     assert len(read_rows(folder / "out.parquet")) == 10
 
 
+def test_sizes_of_batches_below_1_are_refused(folder):
+    for size in ({"batch_size": 0}, {"candidate_batch_size": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(size))} must be at least 1, got 0"):
+            score(folder, **size)
+
+
 def test_results_whose_identity_is_gone_are_refused(folder, monkeypatch):
     stopped_after(1, folder, monkeypatch)
     (folder / "out.parquet.parts" / "identity.json").unlink()

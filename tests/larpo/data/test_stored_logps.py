@@ -9,7 +9,7 @@ for package in ("transformers", "accelerate", "datasets"):
 from datasets import Dataset
 
 from larpo.config import LarPOConfig
-from larpo.data.stored_logps import read_logps
+from larpo.data.stored_logps import read_logps, reference_of
 from larpo.scoring import score_lists
 from tests.helpers import tiny
 from tests.larpo.test_trainer import config, eager_logps, moved, own_precision, trainer  # noqa: F401
@@ -134,6 +134,8 @@ def test_what_larpo_score_did_not_write_is_refused(tmp_path, reference):
     ):
         with pytest.raises(ValueError, match=said):
             read_logps(str(lines(tmp_path, row, row | change)))
+    with pytest.raises(ValueError, match="line 1 was not written by `larpo score`"):
+        reference_of(str(lines(tmp_path, ROWS[0])))
     with pytest.raises(FileNotFoundError, match="ref_logps: no such file or folder"):
         read_logps(str(tmp_path / "none.parquet"))
     with pytest.raises(ValueError, match=r"ref_logps must be a \.parquet or \.jsonl file"):
