@@ -87,7 +87,12 @@ def _read(place: Path, state: tuple[tuple[Path, int, int], ...]) -> StoredLogps:
     hashes, logps, records = [], [], {}
     for file, *_ in state:
         for row, where in _rows(file):
-            found = _logps_of(row, where)
+            found = row.get("ref_logps") or row.get("logps")
+            if not (found and row.get(TOKEN_HASHES) and _is_record(row.get(SCORED_WITH))):
+                raise ValueError(
+                    f"ref_logps: {where} was not written by `larpo score`: it must have token_hashes, scored_with, and "
+                    "ref_logps or logps"
+                )
             try:
                 hashes.append(_numbers(row[TOKEN_HASHES]))
                 logps.append(np.asarray(found, dtype=np.float64))
@@ -105,22 +110,7 @@ def _read(place: Path, state: tuple[tuple[Path, int, int], ...]) -> StoredLogps:
 
 def reference_of(path: str) -> str:
     """Of which model the log-likelihoods are, in a few words: what a run that is trained with them is told apart by."""
-    place = Path(path).expanduser()
-    for row, where in _rows(_files(place)[0]):
-        _logps_of(row, where)
-        return _named(row[SCORED_WITH])
-    raise ValueError(f"ref_logps: {str(place)!r} holds no lists")
-
-
-def _logps_of(row: Mapping[str, Any], where: str) -> Sequence[float]:
-    """The log-likelihoods of a row. Raises ValueError for one that `larpo score` did not write."""
-    found = row.get("ref_logps") or row.get("logps")
-    if not (found and row.get(TOKEN_HASHES) and isinstance(row.get(SCORED_WITH), str)):
-        raise ValueError(
-            f"ref_logps: {where} was not written by `larpo score`: it must have token_hashes, scored_with, and "
-            "ref_logps or logps"
-        )
-    return found
+    return _named(read_logps(path).record)
 
 
 def _is_record(text: Any) -> bool:
