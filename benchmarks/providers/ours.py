@@ -75,6 +75,15 @@ for _backend, _devices in (("torch", ("cpu", "cuda")), ("triton", ("cuda",))):
             modes=tuple(_gemms),
             gemms=_gemms,
         )(_ours_from_hidden(_schedule, _backend))
+    provider(  # what is called where nobody names a schedule
+        f"ours auto ({_backend})",
+        "linear",
+        devices=_devices,
+        needs=_needs,
+        modes=("trainable",),
+        gemms={"trainable": 3},
+        small=True,
+    )(_ours_from_hidden("auto", _backend))
     for _schedule, _mode in (("frozen_head", "frozen"), ("list_hold", "trainable")):
         provider(
             f"ours {_schedule}, tail 2^-12 ({_backend})",

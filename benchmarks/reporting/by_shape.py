@@ -64,7 +64,9 @@ def small_calls(tables: list[dict]) -> list[list[str]]:
     for t in tables:
         rows = {row["provider"]: row for row in t["rows"] if row["status"] == "ok" and row["seconds"]}
         kernels = "triton" if on_gpu else "torch"
-        ours = rows.get(f"ours {t['plan'].split(',')[0]} ({kernels})" if t["plan"] else f"ours ({kernels})")
+        # older records measured the schedule that auto took, not auto
+        called = ("ours auto", f"ours {t['plan'].split(',')[0]}") if t["plan"] else ("ours",)
+        ours = next((rows[f"{name} ({kernels})"] for name in called if f"{name} ({kernels})" in rows), None)
         eager, plain = rows.get("eager"), rows.get("plain Function")
         if ours and eager:
             found.append(
