@@ -55,9 +55,9 @@ def guarded(what: str, check, **shown) -> dict:
 def tests() -> Iterator[dict]:
     """The kernel tests, on the GPU; counted as they end, so that a cut run still says how far it came."""
     files = [f"tests/larpo_kernels/test_{name}.py" for name in TESTS]
-    workers = ["-n", "8"] if find_spec("xdist") else []
-    flags = ["-v", "--tb=short", "-rf", "--maxfail=20", "-p", "no:cacheprovider", *workers]
-    command = [sys.executable, "-m", "pytest", *files, *flags, "-k", "triton or gpu or GPU"]
+    workers = ["-n", "12"] if find_spec("xdist") else []
+    flags = ["-o", "addopts=", "-v", "--tb=short", "-rf", "--maxfail=20", "-p", "no:cacheprovider", *workers]
+    command = [sys.executable, "-m", "pytest", *files, *flags]
     counts, failed = {}, []
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:

@@ -247,6 +247,8 @@ def token_logps_backward(
         return
     c = tl.load(grad_ptr + s * grad_stride_s + t * grad_stride_t).to(tl.float32)
     k, _ = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
+    # In place the loop below overwrites the target's logit, and every warp reads it for itself: all of them first.
+    tl.debug_barrier()
     at_target = c * one_minus_exp(l)
     if WHOLE:  # noqa: SIM102  a constant, and a number
         if l < FAR:  # then the largest logit is a better k, and l its log-prob
