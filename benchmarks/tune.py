@@ -62,8 +62,10 @@ GROUPS = (
         "rows",
         {"row_block": (1024, 2048, 4096, 8192, 16384), "row_warps": (4, 8, 16)},
         _fits_threads("row_block", "row_warps", 8, 32),
+        share=0.2,
     ),
     Group("split", {"split_columns": (8192, 16384, 32768, 65536, 131072, 1 << 30)}, share=0.1),
+    Group("fill", {"backward_programs": (1, 1024, 2048, 4096, 8192, 16384)}, share=0.05),
     Group(
         "tile",
         {
@@ -167,13 +169,18 @@ def problems(group: str) -> Iterator[tuple[str, Callable]]:
     """Named functions whose time the group's parameters decide; made one at a time, for they hold memory."""
     import larpo_kernels as lk
 
-    if group in ("rows", "split"):
-        shapes = {"rows": ((8192, 128256), (8192, 32000), (4096, 262144)), "split": ((8192, 128256), (64, 128256), (4, 262144))}
+    if group in ("rows", "split", "fill"):
+        shapes = {
+            "rows": ((8192, 128256), (8192, 32000), (4096, 262144)),
+            "split": ((8192, 128256), (64, 128256), (4, 262144)),
+            "fill": ((64, 128256), (1024, 128256), (8192, 32000)),
+        }
         for n, v in shapes[group]:
             logits = torch.empty(n, v, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
             labels, upstream = torch.randint(v, (n,), device="cuda"), torch.randn(n, device="cuda")
-            yield f"forward {n} x {v}", lambda x=logits, y=labels: lk.token_logps(x.detach(), y)
-            if group == "rows":
+            if group != "fill":
+                yield f"forward {n} x {v}", lambda x=logits, y=labels: lk.token_logps(x.detach(), y)
+            if group != "split":
                 logps = lk.token_logps(logits, labels)
                 back = lambda x=logits, l=logps, g=upstream: torch.autograd.grad(l, x, g, retain_graph=True)  # noqa: E731
                 yield f"backward {n} x {v}", back

@@ -434,6 +434,16 @@ def test_inplace_backward_writes_the_same_gradient_over_the_logits(backend, devi
     assert torch.equal(activations.detach(), expected), "the gradient should live in the logits' memory"
 
 
+def test_inplace_backward_of_rows_that_kernels_share_is_the_same(backend, device):
+    """Of targets that a mask has pushed down too: then a whole row is read before any of it is overwritten."""
+    logits, labels, upstream = some_tokens(1000 if device == "cpu" else 128256, torch.float32, device)
+    logits[:, ::2].scatter_(-1, labels[:, ::2].clamp(min=0)[..., None], -1e9)
+    expected = gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, upstream)
+    activations = leaf(logits) * 1
+    lk.token_logps(activations, labels, inplace_backward=True, backend=backend).backward(upstream.float())
+    assert torch.equal(activations.detach(), expected)
+
+
 def test_inplace_backward_through_a_view_leaves_the_rest_of_the_logits(backend, device):
     generator = torch.Generator().manual_seed(0)
     model_logits = torch.randn(2, 4, 31, generator=generator).to(device).requires_grad_()

@@ -42,7 +42,8 @@ def token_logps(
         return logps, entropy, top1
     launch = for_tensor(logits)
     block = min(launch.row_block, triton.next_power_of_2(logits.shape[-1]))
-    splits = triton.next_power_of_2(triton.cdiv(logits.shape[-1], launch.split_columns))
+    parts = triton.cdiv(logits.shape[-1], launch.split_columns)
+    splits = triton.next_power_of_2(parts) if parts > 2 else 1  # for two, adding them up costs what is saved
     partial = logps.new_empty(n * splits * 4 if splits > 1 else 0)
     floats, flags = _transform(logit_scale, softcap)
     shown = (logps, entropy, top1) if stats else (logps,) * 3
@@ -76,8 +77,10 @@ def token_logps_backward(
     block = min(launch.row_block, triton.next_power_of_2(logits.shape[-1]))
     floats, flags = _transform(logit_scale, softcap)
     strides = (*_strides(grad, 2), *logit_strides, label_stride_s, label_stride_t, *_strides(out, 3)[:2])
+    blocks = triton.cdiv(logits.shape[-1], block)
+    own = triton.cdiv(blocks, 1 if out is logits else triton.cdiv(launch.backward_programs, n))  # of a program
     with on_device(logits):
-        rows.token_logps_backward[(n,)](
-            grad, logits, labels, logps, out, *sizes, *strides, ignore_index, *floats, **flags,
+        rows.token_logps_backward[(n, triton.cdiv(blocks, own))](
+            grad, logits, labels, logps, out, *sizes, *strides, ignore_index, *floats, own * block, **flags,
             WHOLE=whole, BLOCK=block, **options(logits, launch.row_warps, registers=128),
         )  # fmt: skip

@@ -227,28 +227,33 @@ def token_logps_backward(
     ignore_index,
     scale,
     softcap,
+    span,  # columns of a program, a multiple of BLOCK
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WHOLE: tl.constexpr,  # the logits are of the whole vocabulary
     BLOCK: tl.constexpr,
 ):
-    """d logits of one row; an ignored row is zeroed without being read, a row whose target is at -inf likewise."""
+    """d logits of one row; an ignored row is zeroed without being read, a row whose target is at -inf likewise.
+
+    Programs that share a row read the target's logit, and some all of the row: in place a row has one program, all of whose
+    warps have read them before the first of them stores.
+    """
     row = tl.program_id(0).to(tl.int64)
     s, t = row // T, row % T
     label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
     row_ptr = logits_ptr + s * stride_s + t * stride_t
     out_row_ptr = out_ptr + s * out_stride_s + t * out_stride_t
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, V)
     l = tl.load(logps_ptr + row)
     if (label == ignore_index) | (l == -float("inf")):
         zero = tl.zeros([BLOCK], tl.float32).to(out_ptr.dtype.element_ty)
-        for v in range(0, V, BLOCK):
+        for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
-            tl.store(out_row_ptr + cols, zero, mask=cols < V)
+            tl.store(out_row_ptr + cols, zero, mask=cols < stop)
         return
     c = tl.load(grad_ptr + s * grad_stride_s + t * grad_stride_t).to(tl.float32)
     k, _ = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
-    # In place the loop below overwrites the target's logit, and every warp reads it for itself: all of them first.
-    tl.debug_barrier()
     at_target = c * one_minus_exp(l)
     if WHOLE:  # noqa: SIM102  a constant, and a number
         if l < FAR:  # then the largest logit is a better k, and l its log-prob
@@ -256,12 +261,13 @@ def token_logps_backward(
     if SCALE:
         c *= scale
         at_target *= scale
-    for v in range(0, V, BLOCK):
+    tl.debug_barrier()  # every warp reads the target's logit for itself, and in place the loop overwrites it
+    for v in range(start, stop, BLOCK):
         cols = v + tl.arange(0, BLOCK)
-        z, slope = read_logits(row_ptr, cols, cols < V, scale, softcap, SCALE, SOFTCAP)
+        z, slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
         g = -c * tl.exp2(((z - k) + l) * LOG2E)
         if (label >= v) & (label < v + BLOCK):
             g = tl.where(cols == label, at_target, g)
         if SOFTCAP:
             g *= slope
-        tl.store(out_row_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)
+        tl.store(out_row_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < stop)
