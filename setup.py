@@ -21,10 +21,11 @@ EXTRAS = {
         "tensorboard",
     ],
     "vllm": ["vllm"],
+    "server": ["openai>=2"],
     "recipes": ["gymnasium>=1.0", "bm25s>=0.2"],
     "bench": ["transformers>=5,<6", "safetensors", "gguf==0.19.0", "matplotlib>=3.8", "rich>=13", "typer>=0.15", "filelock"],
     "flash": ["flash-attn>=2.7"],
-    "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6"],
+    "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "openai>=2", "fastapi", "uvicorn"],
 }
 EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["bench"], *EXTRAS["test"], "ruff==0.17.5", "rax==0.4.0"]
 

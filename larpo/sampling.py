@@ -1,6 +1,7 @@
 """The retriever: k completions per prompt from the current policy, at a temperature (LarPO, arXiv 2502.03699, algorithm 1).
 
-A `Sampler` is a callable; two are here, `TransformersSampler` and `VLLMSampler`, and `Distinct` wraps either.
+A `Sampler` is a callable; two are here, `TransformersSampler` and `VLLMSampler`, the third is in `larpo.serving`, and
+`Distinct` wraps any.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class Sampled:
     token_ids: tuple[int, ...]  # exactly as sampled, with the token that ended it, or those of the string
     finished: bool  # the model ended by itself (see `larpo.data.endings`); False: cut off at max_new_tokens
     prompt_ids: tuple[int, ...]  # the tokens it was sampled behind
+    logps: tuple[float, ...] | None = None  # of token_ids, at temperature 1, as an engine that is not the trainer's has them
+    exact: bool = True  # False: the sampler gave text, and of its tokens here nobody knows that they are those it sampled
+    prompt_exact: bool = True  # False: by its own count the sampler read the prompt as other tokens
 
 
 class Sampler(Protocol):
@@ -64,7 +68,7 @@ def prompt_tokens(
     return tuple(ids)
 
 
-def _all_prompt_tokens(tokenizer: Any, prompts: Sequence[Text], template: Template) -> list[tuple[int, ...]]:
+def all_prompt_tokens(tokenizer: Any, prompts: Sequence[Text], template: Template) -> list[tuple[int, ...]]:
     keywords = [None] * len(prompts) if template is None else template
     return [prompt_tokens(tokenizer, prompt, one) for prompt, one in zip(prompts, keywords, strict=True)]
 
@@ -134,7 +138,7 @@ class TransformersSampler:
         """
         if batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-        _check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
+        check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         tokenizer = text_tokenizer(tokenizer)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.top_k, self.top_p, self.batch_size, self.progress = top_k, top_p, batch_size, progress
@@ -149,8 +153,8 @@ class TransformersSampler:
         import torch
         from tqdm import tqdm
 
-        _check(k, temperature)
-        ids = _all_prompt_tokens(self.tokenizer, prompts, template)
+        check_call(k, temperature)
+        ids = all_prompt_tokens(self.tokenizer, prompts, template)
         # One row per completion. Longest first: a batch that does not fit in memory fails at once.
         rows = sorted((row for row in range(len(prompts)) for _ in range(k)), key=lambda row: -len(ids[row]))
         lists: list[list[Sampled]] = [[] for _ in prompts]
@@ -300,7 +304,7 @@ class VLLMSampler:
 
         Raises ImportError where vLLM is not installed.
         """
-        _check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
+        check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         try:
             import vllm
         except ImportError as error:
@@ -315,9 +319,9 @@ class VLLMSampler:
         """See `Sampler`. Completions depend on the seed and on the prompt's position."""
         from vllm import SamplingParams
 
-        _check(k, temperature)
+        check_call(k, temperature)
         tokenizer = self.llm.get_tokenizer()
-        ids = _all_prompt_tokens(tokenizer, prompts, template)
+        ids = all_prompt_tokens(tokenizer, prompts, template)
         given = self.eos_token_ids is not None
         # The engine itself ends at what the model's settings name, unless it is told to ignore that.
         end_tokens = tuple(self.eos_token_ids) if given else endings.ending_of(tokenizer).token_ids
@@ -335,13 +339,20 @@ class VLLMSampler:
                 stop_token_ids=list(end_tokens),
                 ignore_eos=given,
                 seed=one,
+                logprobs=0,  # of the tokens that are sampled, and of no others
             )
             for one in seeds
         ]
         requests = self.llm.generate([{"prompt_token_ids": list(one)} for one in ids], parameters, use_tqdm=self.progress)
         return [
             [
-                Sampled(text=out.text, token_ids=tuple(out.token_ids), finished=out.finish_reason == "stop", prompt_ids=one)
+                Sampled(
+                    text=out.text,
+                    token_ids=tuple(out.token_ids),
+                    finished=out.finish_reason == "stop",
+                    prompt_ids=one,
+                    logps=tuple(at[token].logprob for at, token in zip(out.logprobs, out.token_ids, strict=True)),
+                )
                 for out in request.outputs
             ]
             for one, request in zip(ids, requests, strict=True)
@@ -367,7 +378,7 @@ class Distinct:
         self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
     ) -> list[list[Sampled]]:
         """See `Sampler`. Rounds after the first only sample what is missing."""
-        _check(k, temperature)
+        check_call(k, temperature)
         found: list[dict[tuple[int, ...], Sampled]] = [{} for _ in prompts]
         seeds = [seed, *np.random.SeedSequence(seed).generate_state(self.tries - 1).tolist()]
         for round_seed in seeds:
@@ -382,7 +393,7 @@ class Distinct:
         return [list(completions.values()) for completions in found]
 
 
-def _check_settings(max_new_tokens: int, top_k: int, top_p: float, stop: Sequence[str], min_new_tokens: int) -> None:
+def check_settings(max_new_tokens: int, top_k: int, top_p: float, stop: Sequence[str], min_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"expected max_new_tokens >= 1, got {max_new_tokens}")
     if not 0 <= min_new_tokens <= max_new_tokens:
@@ -393,7 +404,7 @@ def _check_settings(max_new_tokens: int, top_k: int, top_p: float, stop: Sequenc
         raise ValueError(f"stop must be strings that are not empty, got {stop!r}")
 
 
-def _check(k: int, temperature: float) -> None:
+def check_call(k: int, temperature: float) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if not temperature >= 0:

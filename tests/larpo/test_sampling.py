@@ -411,8 +411,9 @@ def test_the_vllm_sampler_hands_over_tokens_and_a_seed_per_prompt(monkeypatch):
 
         def generate(self, prompts, sampling_params, use_tqdm):
             seen.update(prompts=prompts, parameters=sampling_params)
-            ended = types.SimpleNamespace(text="a", token_ids=[6, EOS], finish_reason="stop")
-            cut = types.SimpleNamespace(text="a b", token_ids=[6, 7], finish_reason="length")
+            logprobs = [{6: types.SimpleNamespace(logprob=-0.5)}, {t: types.SimpleNamespace(logprob=-t) for t in (EOS, 7)}]
+            ended = types.SimpleNamespace(text="a", token_ids=[6, EOS], finish_reason="stop", logprobs=logprobs)
+            cut = types.SimpleNamespace(text="a b", token_ids=[6, 7], finish_reason="length", logprobs=logprobs)
             return [types.SimpleNamespace(outputs=[ended, cut]) for _ in prompts]
 
     module = types.SimpleNamespace(LLM=Engine, SamplingParams=lambda **parameters: parameters)
@@ -424,5 +425,5 @@ def test_the_vllm_sampler_hands_over_tokens_and_a_seed_per_prompt(monkeypatch):
     first, second = seen["parameters"]
     assert abs(first.pop("seed") - second.pop("seed")) > 2  # vLLM counts up from it for the n completions
     ending = {"min_tokens": 0, "stop": [], "stop_token_ids": [EOS], "ignore_eos": False}
-    assert first == second == {"n": 2, "temperature": 0.7, "top_k": -1, "top_p": 0.9, "max_tokens": 8, **ending}
-    assert lists[1] == [Sampled("a", (6, EOS), True, (1, 7)), Sampled("a b", (6, 7), False, (1, 7))]
+    assert first == second == {"n": 2, "temperature": 0.7, "top_k": -1, "top_p": 0.9, "max_tokens": 8, "logprobs": 0, **ending}
+    assert lists[1] == [Sampled("a", (6, EOS), True, (1, 7), (-0.5, -EOS)), Sampled("a b", (6, 7), False, (1, 7), (-0.5, -7))]

@@ -1,0 +1,133 @@
+"""What a server is asked for, and what its answer holds.
+
+The first form that the server takes is used: token ids in and out with log-likelihoods, as vLLM has them; text, or messages for
+the server's own chat template, with log-likelihoods; and text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..rewards import Text
+from ..runs.files import plain
+from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    import openai
+
+
+class Form(NamedTuple):
+    """A form of request."""
+
+    token_ids: bool
+    logprobs: bool
+
+
+FORMS = (Form(token_ids=True, logprobs=True), Form(token_ids=False, logprobs=True), Form(token_ids=False, logprobs=False))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """n completions of one prompt."""
+
+    prompt: Text
+    prompt_ids: tuple[int, ...]
+    template: Mapping[str, Any] | None  # what else the prompt's chat template wants
+    n: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How completions are drawn, and what ends them: the same for every prompt."""
+
+    max_new_tokens: int
+    end_token_ids: tuple[int, ...]
+    only_these_end: bool  # not what the model's own settings name
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+
+    def only_by_token_ids(self) -> list[str]:
+        """The settings that have no meaning where a server gives text: which tokens ended it, nobody knows."""
+        found = {"eos_token": self.only_these_end, "stop": bool(self.stop), "min_new_tokens": self.min_new_tokens > 0}
+        return [name for name, given in found.items() if given]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One completion as the server gave it."""
+
+    text: str
+    finish: str | None
+    token_ids: list[int] | None = None
+    logps: list[float] | None = None  # of its tokens, as the server counts them
+
+
+@dataclass(frozen=True)
+class Answer:
+    choices: list[Choice]
+    prompt_tokens: int | None = None  # as the server counts them
+    completion_tokens: int | None = None  # of all choices
+
+
+async def ask(
+    client: openai.AsyncOpenAI, settings: ServerSettings, model: str, form: Form, wanted: Wanted, limits: Limits
+) -> Answer:
+    """Raises openai.OpenAIError where the client gave up."""
+    common: dict[str, Any] = dict(
+        model=model, n=wanted.n, temperature=wanted.temperature, top_p=limits.top_p, max_tokens=limits.max_new_tokens,
+        seed=wanted.seed,
+    )  # fmt: skip
+    extra: dict[str, Any] = {}
+    if form.token_ids:
+        extra |= dict(
+            return_token_ids=True, stop_token_ids=list(limits.end_token_ids), ignore_eos=limits.only_these_end,
+            min_tokens=limits.min_new_tokens,
+        )  # fmt: skip
+        if limits.top_k:
+            extra["top_k"] = limits.top_k
+        if limits.stop:
+            common["stop"] = list(limits.stop)
+    if form.token_ids or isinstance(wanted.prompt, str):
+        prompt = list(wanted.prompt_ids) if form.token_ids else wanted.prompt
+        if form.logprobs:
+            common["logprobs"] = 1
+        answer = await client.completions.create(prompt=prompt, extra_body=extra | dict(settings.extra_body), **common)
+        return _answer(answer, [_choice(one) for one in answer.choices or ()])
+    tools, keywords = _of_template(wanted.template)
+    if tools:
+        common["tools"] = tools
+    if keywords:
+        extra["chat_template_kwargs"] = keywords
+    if form.logprobs:
+        common["logprobs"] = True
+    answer = await client.chat.completions.create(
+        messages=plain(wanted.prompt), extra_body=extra | dict(settings.extra_body), **common
+    )
+    return _answer(answer, [_chat_choice(one) for one in answer.choices or ()])
+
+
+def _of_template(keywords: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    others = dict(keywords or {})
+    return others.pop("tools", None), others
+
+
+def _answer(answer: Any, choices: list[Choice]) -> Answer:
+    usage = answer.usage
+    return Answer(choices, None if usage is None else usage.prompt_tokens, None if usage is None else usage.completion_tokens)
+
+
+def _choice(one: Any) -> Choice:
+    logps = None if one.logprobs is None else one.logprobs.token_logprobs
+    return Choice(one.text or "", one.finish_reason, getattr(one, "token_ids", None), logps)
+
+
+def _chat_choice(one: Any) -> Choice:
+    content = None if one.logprobs is None else one.logprobs.content
+    logps = None if content is None else [token.logprob for token in content]
+    return Choice(one.message.content or "", one.finish_reason, getattr(one, "token_ids", None), logps)
