@@ -26,8 +26,11 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name], __name__)
 
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: the question can't be traced
+
+
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:

@@ -251,13 +251,13 @@ def _cpu_has_bf16() -> bool:
 CPU_HAS_BF16 = _cpu_has_bf16()  # once: the question can't be traced
 
 
-SMALL_HEAD = 1 << 18  # elements of a weight below which a CPU's float32 GEMMs cost nothing that is noticed
+SMALL_HEAD = 1 << 18  # elements of a weight below which float32 GEMMs cost nothing that is noticed
 
 
 def native_bf16(device_type: str, head_size: int = SMALL_HEAD) -> bool:
     """Whether bf16 GEMMs are worth their rounding: they run on bf16 hardware (elsewhere they are many times slower than
-    float32 ones), and a CPU has more to do than for a head of few elements."""
-    return CPU_HAS_BF16 and head_size >= SMALL_HEAD if device_type == "cpu" else True
+    float32 ones), and there is more to do than for a head of few elements, where sums average no rounding out either."""
+    return head_size >= SMALL_HEAD and (CPU_HAS_BF16 or device_type != "cpu")
 
 
 def compute_dtype(hidden: torch.dtype, weight: torch.dtype, device_type: str, head_size: int = SMALL_HEAD) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..linear import schedules, walk
@@ -48,12 +49,12 @@ class _Walked:
             x = torch.where(self.counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
         if self.total == self.count:
             return x if self.keep is None else x.index_select(0, self.keep)
-        out = x.new_empty(self.total, *x.shape[1:])
-        out[self.count :] = 0
         if self.keep is None:
+            out = x.new_empty(self.total, *x.shape[1:])
             out[: self.count] = x
-        else:
-            torch.index_select(x, 0, self.keep, out=out[: self.count])
+        else:  # any row where zeros follow. On a GPU index_select with `out=` a part of a tensor left that part unwritten
+            out = x.index_select(0, F.pad(self.keep, (0, self.total - self.count)))
+        out[self.count :] = 0
         return out
 
     def put(self, x: Tensor) -> Tensor:

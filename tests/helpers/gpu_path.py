@@ -23,7 +23,7 @@ from larpo_kernels.backends.triton import launch, lists, rows, tiles
 from larpo_kernels.linear import schedules, walk
 from larpo_kernels.ops import linear, operator
 
-S, T, H, V = 8, 16, 256, 1000
+S, T, H, V = 8, 16, 256, 1088  # a head that is not small
 BF16 = torch.bfloat16
 LAUNCHED: Counter[str] = Counter()
 

@@ -122,11 +122,11 @@ def test_autocast_rounds_float32_inputs(device, fast_backend, bf16_tiles):
     assert 1e-5 < error < 1e-2
 
 
-def test_a_small_head_is_computed_in_float32_on_a_cpu_where_that_costs_nothing(monkeypatch):
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_small_head_is_computed_in_float32_where_that_costs_nothing(monkeypatch, device_type):
     monkeypatch.setattr(schedules, "CPU_HAS_BF16", True)
     most = schedules.SMALL_HEAD
-    answers = [schedules.compute_dtype(torch.bfloat16, torch.bfloat16, "cpu", size) for size in (most - 1, most)]
+    answers = [schedules.compute_dtype(torch.bfloat16, torch.bfloat16, device_type, size) for size in (most - 1, most)]
     assert answers == [torch.float32, torch.bfloat16]
-    assert schedules.compute_dtype(torch.bfloat16, torch.bfloat16, "cuda", 1) == torch.bfloat16
     part = torch.zeros(1, 1, dtype=torch.bfloat16)
     assert schedules.dtype_of_tiles(part, part, sharded=True) == torch.bfloat16  # whatever part a rank has

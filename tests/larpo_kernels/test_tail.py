@@ -57,7 +57,7 @@ def assert_within_the_bound(head, backend, wanted, rounding=1e-5, threshold=THRE
         assert (off <= 2 * c * rest * longest + rounding * c * longest).all()
         assert (grads["hidden"][~counted] == 0).all()
     dropped = 0.0
-    for name, size in (("weight", head.hidden.double().norm(dim=1)), ("bias", torch.ones(TOKENS))):
+    for name, size in (("weight", head.hidden.double().norm(dim=1)), ("bias", torch.ones_like(c))):
         if name in wanted:
             got, truth = (x[name].double().reshape(VOCABULARY, -1) for x in (grads, true_grads))
             none, size = (got == 0).all(1), c * size

@@ -534,6 +534,8 @@ def assert_same_bits_alone_and_in_company(logits, labels, backend):
 @pytest.mark.parametrize("vocabulary", [1000, 40_000])
 def test_a_token_gives_the_same_bits_alone_and_in_company(fast_backend, device, dtype, vocabulary):
     """A lone row must not be summed in another order than one of many, on two threads either."""
+    if fast_backend == "torch" and device == "cuda":
+        pytest.skip("on a GPU PyTorch's own sums depend on the shape; the kernels there are Triton's")
     logits, labels, _ = some_tokens(vocabulary, dtype, device, "peaked", shape=(60,))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -31,7 +31,12 @@ def read_logits(ptr, at, mask, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.
     return z, slope
 
 
-@triton.jit
+# A row must come out the same whatever stands beside it. Of one token T would be a constant, 0 the offset of its row, and
+# wider loads than else add up in another order.
+as_one_of_many = triton.jit(do_not_specialize=["T"])
+
+
+@as_one_of_many
 def token_logps_forward(
     logits_ptr,  # [S, T, V], strides in elements, unit stride on V
     labels_ptr,  # [S, T]
@@ -142,7 +147,7 @@ def store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum
         tl.store(top1_ptr + row, tl.where(valid, tl.where(top <= 0, 1.0, 0.0), nan))
 
 
-@triton.jit
+@as_one_of_many
 def merge_splits(
     logits_ptr,
     labels_ptr,
@@ -207,7 +212,7 @@ def largest_instead(row_ptr, V, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl
     return k, -tl.log(tl.sum(total))
 
 
-@triton.jit
+@as_one_of_many
 def token_logps_backward(
     grad_ptr,  # [S, T], any strides
     logits_ptr,
