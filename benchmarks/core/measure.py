@@ -209,8 +209,10 @@ def _importance(entry: Entry) -> int:
 
 
 def _check(entries: list[Entry], settings: Settings, progress) -> None:
-    """Eager first: its errors say what rounding costs anybody in this dtype. Then by importance."""
+    """Eager first, timed or not: its errors say what rounding costs anybody in this dtype. Then by importance."""
     eager = {}
+    if entries and not any(entry.provider.name == "eager" for entry in entries):
+        entries = [*_only_to_compare(entries[0]), *entries]
     for entry in sorted(entries, key=_importance):
         progress(f"check {entry.provider.name}")
         if not entry.alive:
@@ -223,6 +225,12 @@ def _check(entries: list[Entry], settings: Settings, progress) -> None:
         if entry.provider.name == "eager":
             eager = {name: error for name, error in entry.row["errors"].items() if error is not None}
         gc.collect()
+
+
+def _only_to_compare(entry: Entry) -> list[Entry]:
+    """Eager on the same problem, where it has one."""
+    problem = entry.truth.problem
+    return [Entry(p, problem, entry.truth) for p in all_providers(problem.side, problem.mode, ["eager"])]
 
 
 def _time(entries: list[Entry], settings: Settings, progress, rounds: range) -> None:

@@ -201,6 +201,21 @@ def test_the_limits_follow_the_dtype():
     assert tight < 1e-4 < loose < 0.1
 
 
+def test_what_rounding_costs_eager_is_known_where_eager_is_not_asked_for():
+    given = problem("linear", "trainable", torch.bfloat16)
+    truth = Truth(given)
+    (eager,) = measure.all_providers("linear", "trainable", ["eager"])
+    _, out, _ = measure.run_once(eager, given)
+    off = truth.limits({}, "list loss")["logps"] + 2 * truth.errors("list loss", out.value, out.logps, {})["logps"]
+
+    def forward(p):
+        out = eager.forward(p)
+        return Output(out.value, out.logps + off * torch.tensor([1.0, -1, 1, -1]))
+
+    alone = measure.measure(given, [Provider("as wrong as eager", "linear", forward, ("trainable",))], truth, SETTINGS)
+    assert [(row["provider"], row["status"]) for row in alone["rows"]] == [("as wrong as eager", "ok")]
+
+
 def test_peak_memory_of_a_child_process_is_that_of_the_tensors_it_makes(tmp_path):
     """Eager keeps float32 copies of 8 MB of bfloat16 logits: at least 16 MB, and not the size of a process."""
     draw = torch.Generator().manual_seed(0)
