@@ -16,7 +16,7 @@ def token_logps(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_stats: bool = False,
@@ -32,7 +32,8 @@ def token_logps(
         logits: [S, T, V] or [N, V]; float32, bfloat16, float16 or float64. Any view with unit stride on V is read in
             place (`model_logits[:, :-1]` costs no copy).
         labels: [S, T] or [N], any integer dtype, aligned with the logits (already shifted).
-        ignore_index: tokens with this label give 0 and exactly zero gradient; their logits are never read.
+        ignore_index: tokens with this label give 0 and exactly zero gradient; their logits are never read. None: every
+            label counts.
         logit_scale, softcap: what a model does to its logits after the head.
         return_stats: also per-token entropy and top-1 hit, from the same read, without gradient.
         inplace_backward: write the gradient over the logits instead of allocating it. The logits are lost then, and
@@ -71,7 +72,7 @@ def sequence_logps(
     *,
     cu_seqlens: Tensor | None = None,
     length_normalized: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
@@ -117,7 +118,7 @@ def linear_token_logps(
     schedule: str = "auto",
     memory_budget: int | None = None,
     tail_threshold: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_stats: bool = False,
@@ -127,7 +128,9 @@ def linear_token_logps(
 
     Ignored tokens (prompt, padding) are dropped before the GEMM. Under torch.compile and while a CUDA graph is
     captured shapes must not depend on labels: there every token is walked, and ignored ones get weight 0. On a GPU
-    dropping them waits for the device once; pack the tokens that count beforehand to avoid both.
+    dropping them waits for the device once, to learn how many count. Tokens that were packed beforehand and
+    ignore_index=None avoid both: then every label counts, and one that names no row of the head gives NaN (an error on
+    a CPU).
 
     Args:
         hidden: [S, T, H] or [N, H], what the head is applied to (after the final norm).
@@ -137,6 +140,8 @@ def linear_token_logps(
         bias: [V] or None.
         schedule: "auto", "score_only", "frozen_head", "list_hold" or "recompute"; `plan` tells what auto picks and why.
             It looks at free memory: where an op runs a second time (torch.utils.checkpoint), name a schedule or a budget.
+            Under torch.compile and while a CUDA graph is captured it looks at neither memory nor budget: with a head that
+            is trained it takes recompute.
         memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
         tail_threshold: a probability, such as 2**-12: gradients come from the rows of the vocabulary that some token of a
             block gives more, and the rest merged, which costs a fraction of the GEMMs and of what is held where the model
@@ -167,7 +172,7 @@ def linear_sequence_logps(
     tail_threshold: float | None = None,
     cu_seqlens: Tensor | None = None,
     length_normalized: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     backend: Literal["torch", "triton"] | None = None,
@@ -199,7 +204,7 @@ def plan(
     schedule: str = "auto",
     memory_budget: int | None = None,
     tail_threshold: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
 ) -> schedules.Plan:
     """The schedule that the linear ops would take for these tensors, why, and what it costs in GEMMs and bytes.
 
@@ -244,7 +249,7 @@ class LinearTokens:
             self.keep = ops.counted_tokens(self.labels, ignore_index)
         if shard is not None:
             self.labels = shard.local_labels(self.labels, ignore_index)
-            self.options |= dict(ignore_index=IGNORED, group=shard.name)
+            self.options |= dict(ignore_index=None if ignore_index is None else IGNORED, group=shard.name)
         num_tokens = self.labels.numel() if self.keep is None else self.keep.shape[0]
         self.plan = schedules.plan_for(
             hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold, None if shard is None else shard.size,
@@ -264,6 +269,6 @@ class LinearTokens:
         return self.shard.nan_where_out_of_range(logps, self.tokens.labels, self.ignore_index)
 
 
-def counted(labels: Tensor, ignore_index: int, length_normalized: bool) -> Tensor | None:
+def counted(labels: Tensor, ignore_index: int | None, length_normalized: bool) -> Tensor | None:
     """Which tokens a mean runs over; None for a sum."""
-    return labels != ignore_index if length_normalized else None
+    return validation.counted(labels, ignore_index) if length_normalized else None

@@ -11,13 +11,14 @@ import math
 import torch
 import torch.nn.functional as F
 
+from . import validation
 from .objectives import Contrastive, LambdaRank, ListMLE, ListNet, Pairwise, resolve
 from .outputs import ListwiseLossOutput, TokenLogps
 
 
 def token_logps(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=None, return_stats=False):
     """l_t = z[t, y_t] - logsumexp(z[t]), z = scale * logits, soft-capped; 0 where ignored. Shape of labels."""
-    keep = labels != ignore_index
+    keep = validation.counted(labels, ignore_index)
     z = logits[keep]
     z = (z if z.dtype == torch.float64 else z.float()) * logit_scale
     if softcap is not None:
@@ -35,9 +36,8 @@ def token_logps(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=N
 
 def sequence_logps(logits, labels, *, cu_seqlens=None, length_normalized=False, ignore_index=-100, **options):
     """L_s = sum of l_t over the tokens of candidate s (their mean if length_normalized; 0 if it has none). [S]"""
-    return _per_candidate(
-        token_logps(logits, labels, ignore_index=ignore_index, **options), labels != ignore_index, cu_seqlens, length_normalized
-    )
+    logps = token_logps(logits, labels, ignore_index=ignore_index, **options)
+    return _per_candidate(logps, validation.counted(labels, ignore_index), cu_seqlens, length_normalized)
 
 
 def _per_candidate(logps, keep, cu_seqlens, length_normalized):
@@ -171,7 +171,7 @@ def fused_listwise_loss(
     options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
     tokens = token_logps(logits, labels, return_stats=return_stats, **options)
     logps = tokens.logps if return_stats else tokens
-    logps = _per_candidate(logps, labels != ignore_index, cu_seqlens, length_normalized)
+    logps = _per_candidate(logps, validation.counted(labels, ignore_index), cu_seqlens, length_normalized)
     scores = beta * (logps if ref_logps is None else logps - ref_logps.detach())
     loss = listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective, reduction=reduction)
     stats = (tokens.entropy, tokens.top1) if return_stats else (None, None)

@@ -84,7 +84,7 @@ def tokens(
     *,
     name: str,
     vocab_size: int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     need_candidates: bool = True,
 ) -> Tokens:
     """Checks logits (or hidden states) with labels and borders, and returns them in one form without a copy.
@@ -102,8 +102,8 @@ def tokens(
         want = shape(values[..., 0])
         raise ValueError(f"labels must have the shape {want} of {name} without its last axis, got {shape(labels)}")
     _same_device("labels", labels, name, values)
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if ignore_index is not None and (not isinstance(ignore_index, int) or isinstance(ignore_index, bool)):
+        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
     vocab_size = values.shape[-1] if vocab_size is None else vocab_size
     if vocab_size == 0 or values.shape[-1] == 0:
         raise ValueError(f"{name} must have a last axis of at least 1, got shape {shape(values)}")
@@ -118,20 +118,29 @@ def tokens(
     return Tokens(values, labels, cu_seqlens, checked, keep)
 
 
-def _counted(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor | None:
+def counted(labels: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
+    """Whether each label counts; without ignore_index all do."""
+    return torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+
+
+def _counted(labels: torch.Tensor, vocab_size: int, ignore_index: int | None) -> torch.Tensor | None:
     """Positions of the tokens that count, None if all do; labels that are neither in range nor ignored are refused."""
-    if labels.numel() == 0 or _are_all_columns(labels, vocab_size, but=ignore_index):
+    if labels.numel() == 0 or _are_all_columns(labels, vocab_size, but=-1 if ignore_index is None else ignore_index):
         return None
     flat = labels.reshape(-1)
-    keep = (flat != ignore_index).nonzero().view(-1)
+    keep = counted(flat, ignore_index).nonzero().view(-1)
     if keep.shape[0] and not _are_all_columns(flat[keep], vocab_size):
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+        wrong = counted(labels, ignore_index) & ((labels < 0) | (labels >= vocab_size))
         where = tuple(int(i) for i in wrong.nonzero()[0])
         raise ValueError(
-            f"labels must lie in [0, {vocab_size}) or be ignore_index={ignore_index}, "
+            f"labels must lie in [0, {vocab_size}){_or_be(ignore_index)}, "
             f"got {int(labels[where])} at position {where} ({int(wrong.sum())} out of range)"
         )
     return keep if keep.shape[0] < flat.shape[0] else None
+
+
+def _or_be(ignore_index: int | None) -> str:
+    return "" if ignore_index is None else f" or be ignore_index={ignore_index}"
 
 
 def _are_all_columns(labels: torch.Tensor, vocab_size: int, but: int = -1) -> bool:

@@ -169,9 +169,12 @@ def graphs() -> Iterator[dict]:
             yield guarded(f"no waiting, {what}", lambda o=objective, p=packed: _without_waiting(_from_logits(o, p)))
             yield guarded(f"graph, {what}", lambda o=objective, p=packed: _replayed(_from_logits(o, p), exact=True))
     for schedule in (*TRAINING, "score_only", "auto"):
+        every_label = lambda s=schedule: _without_waiting(_from_hidden(s, ignored=False, ignore_index=None))  # noqa: E731
+        yield guarded(f"no waiting, from hidden, {schedule}", every_label)
         for ignored in (False, True):
             what = f"graph, from hidden, {schedule}, {'ignored tokens' if ignored else 'all tokens count'}"
-            yield guarded(what, lambda s=schedule, i=ignored: _replayed(_from_hidden(s, i), exact=not i))
+            exact = not ignored and schedule != "auto"  # which takes another schedule in a graph
+            yield guarded(what, lambda s=schedule, i=ignored, e=exact: _replayed(_from_hidden(s, i), exact=e))
     sizes = [[4] * 4, torch.full((4,), 4, device="cuda")]
     for name, list_sizes in zip(("a Python list", "a tensor"), sizes, strict=True):
         row = guarded("", lambda x=list_sizes: _without_waiting(_from_logits("listmle", False, x)))
@@ -206,7 +209,7 @@ def _from_logits(objective: str, packed: bool, list_sizes=4):
     return changing, step
 
 
-def _from_hidden(schedule: str, ignored: bool):
+def _from_hidden(schedule: str, ignored: bool, **options):
     s, t, h, v = 16, 32, 256, 32_000
     wanted = TRAINING.get(schedule, () if schedule == "score_only" else ("hidden", "weight"))
     hidden = torch.randn(s, t, h, device="cuda").bfloat16().requires_grad_("hidden" in wanted)
@@ -216,8 +219,9 @@ def _from_hidden(schedule: str, ignored: bool):
 
     def step():
         out = lk.fused_linear_listwise_loss(
-            hidden, weight, labels, changing["relevance"], list_sizes=4, objective="listmle", schedule=schedule, beta=BETA
-        )
+            hidden, weight, labels, changing["relevance"], list_sizes=4, objective="listmle", schedule=schedule, beta=BETA,
+            **options,
+        )  # fmt: skip
         asked = [x for x in (hidden, weight) if x.requires_grad]
         return out.loss.detach(), out.logps, *(torch.autograd.grad(out.loss, asked) if asked else ())
 

@@ -65,7 +65,7 @@ class Policy:
         else:
             out = _own_forward(lm)(**inputs, use_cache=False)
             logits = out.logits.flatten(0, 1).index_select(0, at)
-            logps = lk.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend=self.options["backend"])
+            logps = lk.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, ignore_index=None, backend=self.options["backend"])
         return logps if router_loss is None else (logps, router_loss(out.router_logits, batch))
 
     @torch.compiler.disable
@@ -76,6 +76,7 @@ class Policy:
             hidden, weight, bias = lm_heads.head_inputs(lm, hidden)
             return lk.linear_sequence_logps(
                 hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, logit_scale=post.logit_scale, softcap=post.softcap,
+                ignore_index=None,  # rows hold only tokens that count: nobody has to ask the device how many
                 **self.options,
             )  # fmt: skip
 

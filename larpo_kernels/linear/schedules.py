@@ -201,11 +201,10 @@ def plan_for(
     enabled = torch.is_grad_enabled()
     wants = lambda x: enabled and x is not None and x.requires_grad  # noqa: E731
     needs = Needs(wants(hidden), wants(weight), wants(bias))
-    if torch.compiler.is_compiling() and schedule == "auto":
-        # free memory and the number of tokens belong to a run, not to a compiled graph
-        schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
-    if torch.compiler.is_compiling() or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_recorded(hidden):
         tail_threshold = None  # how many rows count is known to the device alone
+        if schedule == "auto":  # free memory and the number of tokens belong to a run, not to a graph
+            schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
     compute = dtype_of_tiles(hidden, weight, sharded=whole_vocab_size is not None)
     small = tail_threshold is None or weight.numel() < TAIL_HEAD
     if one_tile and small and schedule == "auto" and memory_budget is None:
@@ -217,6 +216,11 @@ def plan_for(
         stored_dtype(compute, hidden.dtype), hidden.device, schedule, memory_budget, tail_threshold,
         whole_vocab_size,
     )  # fmt: skip
+
+
+def is_recorded(x: torch.Tensor) -> bool:
+    """Whether what runs is recorded, to be played on other values: torch.compile, or a CUDA graph that is captured."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def free_bytes(device: torch.device) -> int:

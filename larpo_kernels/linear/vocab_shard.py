@@ -58,17 +58,17 @@ class VocabShard:
         _groups[self.group.group_name] = self.group
         return self.group.group_name
 
-    def local_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
+    def local_labels(self, labels: Tensor, ignore_index: int | None) -> Tensor:
         """Rows of this rank's weight; ELSEWHERE where another rank owns the target, IGNORED where not counted. int64."""
         local = labels.long() - self.start
         local = torch.where((local >= 0) & (local < self.rows), local, ELSEWHERE)
-        return torch.where(labels == ignore_index, IGNORED, local)
+        return local if ignore_index is None else torch.where(labels == ignore_index, IGNORED, local)
 
-    def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         """A label that no rank owns: where labels can be read, validation has refused it."""
         if validation.readable(labels):
             return logps
-        return logps.masked_fill((labels != ignore_index) & ((labels < 0) | (labels >= self.size)), torch.nan)
+        return logps.masked_fill(validation.counted(labels, ignore_index) & ((labels < 0) | (labels >= self.size)), torch.nan)
 
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -18,17 +18,22 @@ from .small_linear import small_linear_step
 class _Walked:
     """Which of all N tokens are walked: the way there, and back."""
 
-    def __init__(self, labels: Tensor, keep: Tensor | None, checked: bool, ignore_index: int, vocab_size: int, group: str):
+    def __init__(
+        self, labels: Tensor, keep: Tensor | None, checked: bool, ignore_index: int | None, vocab_size: int, group: str
+    ):
         self.shape, self.keep = labels.shape, keep
         labels = labels.reshape(-1)
         self.num_tokens = labels.shape[0]
         self.counted = self.wrong = None  # [N] bool: which count, where that is no index; which labels name no row
         if not checked:
-            counted = labels != ignore_index
             safe = labels.long().clamp(ELSEWHERE if group else 0, vocab_size - 1)
-            self.wrong = counted & (safe != labels)
-            labels = torch.where(counted, safe, 0)
-            self.counted = counted if keep is None else None
+            self.wrong = safe != labels
+            if ignore_index is not None:
+                counted = labels != ignore_index
+                self.wrong &= counted
+                safe = torch.where(counted, safe, 0)
+                self.counted = counted if keep is None else None
+            labels = safe
         self.count = self.num_tokens if keep is None else keep.shape[0]
         self.total = schedules.walked_tokens(self.count)
         self.labels = self.take(labels.long())
@@ -57,6 +62,11 @@ class _Walked:
         out[self.count :] = 0
         return out
 
+    def upstream(self, grad: Tensor) -> Tensor:
+        """Gradients of all tokens' log-probs -> of those that are walked: NaN where the log-prob is, of a wrong label."""
+        grad = grad.reshape(-1)
+        return self.take(grad if self.wrong is None else grad.masked_fill(self.wrong, torch.nan))
+
     def put(self, x: Tensor) -> Tensor:
         """Results of the tokens that were walked -> of all: 0 where ignored, NaN where the label was out of range."""
         if self.keep is not None and not self.all:
@@ -82,7 +92,7 @@ def linear_logps(
     labels: Tensor,  # [S, T] or [N]
     keep: Tensor | None,  # [n] positions of the tokens that count; None: all are walked, ignored or not
     checked: bool,  # the labels have been read: each lies in the vocabulary or is ignored; without keep, all count
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     compute: torch.dtype,
@@ -148,7 +158,7 @@ def linear_logps_backward(
     unit_grad: Tensor,
     held: Tensor,
     checked: bool,
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     compute: torch.dtype,
@@ -179,14 +189,14 @@ def _backward(
         if not tokens.total == tokens.count == tokens.num_tokens:  # they are padded, or not all of them
             d_walked = hidden.new_empty(tokens.total, hidden.shape[-1])
     if unit_grad.shape[0]:
-        walk.scale_rows(unit_grad, tokens.take(grad.reshape(-1)), d_walked)
+        walk.scale_rows(unit_grad, tokens.upstream(grad), d_walked)
     else:
         logps = tokens.take(logps.reshape(-1))
         walk.backward(
             walk.Head(weight, bias, logit_scale, softcap, compute, group),
             tokens.take(hidden.reshape(-1, hidden.shape[-1])),
             tokens.labels,
-            tokens.take(grad.reshape(-1)),
+            tokens.upstream(grad),
             walk.Kept(logps, logps, logps, total, centre, level, unit_grad, held),
             d_hidden=d_walked,
             d_weight=d_weight,
@@ -249,10 +259,10 @@ _with_tail = EagerOnly(
 )
 
 
-def counted_tokens(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices [n] of the tokens that count; None where shapes may not depend on values: in a compiled graph and while a
-    CUDA graph is captured. On a GPU this waits for the device: only it knows n."""
-    if torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+def counted_tokens(labels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Indices [n] of the tokens that count; None where all do, or shapes may not depend on values. On a GPU this waits for
+    the device: only it knows n."""
+    if ignore_index is None or schedules.is_recorded(labels):
         return None
     return (labels != ignore_index).nonzero()[:, 0]
 

@@ -20,7 +20,7 @@ def token_logps_backward(
     keep: Tensor | None,
     logps: Tensor,
     checked: bool,
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     backend: str,
@@ -39,7 +39,7 @@ def token_logps_backward_(
     keep: Tensor | None,
     logps: Tensor,
     checked: bool,
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     backend: str,
@@ -68,7 +68,7 @@ def token_logps(
     labels: Tensor,  # [S, T] or [N]
     keep: Tensor | None,  # [n] positions on the flat token axis of those that count; None: not known, or all if checked
     checked: bool,  # the labels have been read: each lies in the vocabulary or is ignored
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     stats: bool,

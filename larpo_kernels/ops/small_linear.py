@@ -20,7 +20,7 @@ def small_linear_logps(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [S, T] or [N]; they have been read: each lies in the vocabulary or is ignored
     keep: Tensor | None,  # [n] positions of the tokens that count; None: all do
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     compute: torch.dtype,
@@ -67,7 +67,7 @@ def small_linear_logps_backward(
     keep: Tensor | None,
     logps: Tensor,  # of the labels' shape
     logits: Tensor,  # [n, V]
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     needs_hidden: bool,

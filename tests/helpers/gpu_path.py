@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,8 +46,7 @@ def stand_in_for_a_gpu():
     for module in (tiles, rows, lists):
         module.on_device = lambda x: contextlib.nullcontext()
     tiles.for_tensor = rows.for_tensor = lambda x: launch.TABLE["sm_90"]
-    schedules.free_bytes = lambda device: 1 << 36
-    torch.cuda.is_current_stream_capturing = lambda: True  # so that no step may ask how many tokens count
+    torch.cuda.is_current_stream_capturing = lambda: True  # so that no step may ask how many tokens count, or what is free
 
 
 def randn(*shape, dtype=torch.float32):
@@ -55,6 +55,11 @@ def randn(*shape, dtype=torch.float32):
 
 def labels(*shape):
     return torch.zeros(*shape, device="cuda", dtype=torch.long)
+
+
+def backward(out):
+    """Without the engine, which wants an accelerator."""
+    out.grad_fn.apply(torch.ones_like(out), *(None,) * 4)
 
 
 def the_walk():
@@ -115,10 +120,28 @@ def the_api():
                 weight = randn(V, H).requires_grad_(trained)
                 out = lk.fused_linear_listwise_loss(hidden, weight, y, relevance, **options)
                 assert out.loss.is_cuda and out.loss.requires_grad
-                assert lk.plan(hidden, weight, y).schedule == ("list_hold" if trained else "frozen_head")
+                assert lk.plan(hidden, weight, y).schedule == ("recompute" if trained else "frozen_head")
     borders = torch.arange(S + 1, device="cuda") * T
     lk.sequence_logps(randn(S * T, V, dtype=BF16), y.view(-1), cu_seqlens=borders)
     lk.listwise_loss(randn(S).requires_grad_(), relevance, list_sizes=4, objective="listnet")
+
+
+def the_trainer():
+    """The head as larpo's trainer calls it, with no graph being captured: rows hold only tokens that count, so there is
+    nothing to ask the device."""
+    from larpo.modeling.policy import Policy
+
+    capturing, torch.cuda.is_current_stream_capturing = torch.cuda.is_current_stream_capturing, lambda: False
+    schedules.free_bytes = lambda device: 1 << 36
+    config = SimpleNamespace(model_type="llama", get_text_config=lambda: config)
+    head = torch.nn.Linear(H, V, bias=False, device="cuda", dtype=BF16)
+    lm = SimpleNamespace(config=config, get_output_embeddings=lambda: head)
+    hidden, y, borders = randn(S * T, H, dtype=BF16).requires_grad_(), labels(S * T), torch.arange(S + 1, device="cuda") * T
+    for schedule, trained in (("list_hold", True), ("frozen_head", False)):
+        head.weight.requires_grad_(trained)
+        assert lk.plan(hidden, head.weight, y, ignore_index=None).schedule == schedule
+        backward(Policy(lm)._head(lm, hidden, y, borders))
+    torch.cuda.is_current_stream_capturing = capturing
 
 
 class Aten(TorchDispatchMode):
@@ -155,7 +178,7 @@ def the_costs():
         before = LAUNCHED.total()
         with Aten() as aten:
             out = call()
-            out.grad_fn.apply(torch.ones_like(out), *(None,) * 4)  # without the engine, which wants an accelerator
+            backward(out)
         costs[name] = aten.ops, LAUNCHED.total() - before
     print("costs:", json.dumps(costs))
 
@@ -169,5 +192,6 @@ if __name__ == "__main__":
         for widens in (True, False):  # torch 2.9's addmm does not write float32
             tiles.ADDMM_WIDENS = widens
             the_walk()
+        the_trainer()
         the_costs()
     print("launched:", *sorted(LAUNCHED))

@@ -119,7 +119,7 @@ CASES = {
     "labels_list": (good_input, "labels", always([1, 2]), TypeError, ["list", "Tensor"]),
     "relevance_list": (good_input, "relevance", always([1.0, 2.0, 3.0, 4.0]), TypeError, ["list", "Tensor"]),
     "ref_logps_number": (good_input, "ref_logps", always(0.0), TypeError, ["float", "Tensor"]),
-    "ignore_index_none": (good_input, "ignore_index", always(None), TypeError, ["None", "int"]),
+    "ignore_index_text": (good_input, "ignore_index", always("none"), TypeError, ["'none'", "int or None"]),
     # labels
     "label_is_v": (good_input, "labels", set_label(7), ValueError, ["7", r"\[0, 7\)", "-100"]),
     "label_negative": (good_input, "labels", set_label(-1), ValueError, ["-1", r"\[0, 7\)", "-100"]),

@@ -70,7 +70,7 @@ CASES = {
     "labels_elsewhere": (good_input, "labels", elsewhere("labels"), ValueError, ["meta", "hidden"]),
     "label_is_v": (good_input, "labels", set_label(7), ValueError, ["7", r"\[0, 7\)", "-100"]),
     "label_negative": (good_input, "labels", set_label(-1), ValueError, ["-1", r"\[0, 7\)", "-100"]),
-    "ignore_index_none": (good_input, "ignore_index", always(None), TypeError, ["None", "int"]),
+    "ignore_index_text": (good_input, "ignore_index", always("none"), TypeError, ["'none'", "int or None"]),
     "schedule_unknown": (good_input, "schedule", always("hold"), ValueError, ["hold", "list_hold", "recompute"]),
     "schedule_none": (good_input, "schedule", always(None), ValueError, ["None", "list_hold"]),
     "schedule_without_backward": (good_input, "schedule", always("score_only"), ValueError, ["score_only", "grad"]),

@@ -110,3 +110,29 @@ def test_a_label_out_of_range_gives_nan_for_its_token_only(label, unread, backen
     assert torch.equal(found[[0, 2]], good[[0, 2]])
     found[[0, 2]].sum().backward()
     assert logits.grad[[0, 2]].isfinite().all()
+
+
+def logps_and_gradients(call, device, labels=None, **options):
+    """Of each token and its inputs: from logits, from hidden states, and of a frozen head."""
+    logits, hidden, weight, own = data(device)
+    labels = own if labels is None else labels
+    linear = lk.linear_token_logps
+    for function, *given in ((lk.token_logps, logits), (linear, hidden, weight), (linear, hidden, weight.detach())):
+        logps = call(function, *given, labels, **options)
+        upstream = torch.arange(1.0, N + 1, device=device)
+        yield logps.detach(), *torch.autograd.grad(logps, [x for x in given if x.requires_grad], upstream)
+
+
+def test_without_an_ignore_index_every_label_counts(unread, backend, device):
+    found = logps_and_gradients(unread, device, ignore_index=None, backend=backend)
+    expected = logps_and_gradients(lambda function, *args: function(*args), device)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_without_an_ignore_index_a_label_that_is_no_column_gives_nan(unread, backend, device):
+    """Padding that was said to count must show, in what is computed and in what is learned of it."""
+    labels = torch.tensor([3, -100, 5], device=device)
+    for logps, *grads in logps_and_gradients(unread, device, labels, ignore_index=None, backend=backend):
+        assert logps.isnan().tolist() == [False, True, False]
+        assert grads[0].isnan().any(-1).tolist() == [False, True, False]

@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ... import validation
+
 # With one thread 1 to 32 MB took the same time. With two on busy cores every parallel region waits for a thread that is
 # not running: few large regions (16 MB) were faster than many small ones.
 SCRATCH_BYTES = 16 << 20
@@ -31,7 +33,7 @@ MOST, FAR = 1e36, -64.0  # of s and l; backends/triton/kernels/rows.py has the s
 def token_logps(
     logits: Tensor,
     labels: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     stats: bool,
@@ -94,7 +96,7 @@ def token_logps_backward(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     out: Tensor,
@@ -150,7 +152,7 @@ class _Rows:
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.wrong = None
         if not checked:
-            counted = labels != ignore_index
+            counted = validation.counted(labels, ignore_index)
             keep = counted.reshape(-1).nonzero().view(-1)
             safe = labels.clamp(0, logits.shape[-1] - 1)
             self.wrong = counted & (labels != safe)  # a label that names no column
@@ -254,8 +256,8 @@ def _write(x: Tensor, at: At, out: Tensor) -> None:
         out[_places(at, length)] = x.to(out.dtype)
 
 
-def _zero_ignored(labels: Tensor, ignore_index: int, out: Tensor) -> None:
-    ignored = labels == ignore_index
+def _zero_ignored(labels: Tensor, ignore_index: int | None, out: Tensor) -> None:
+    ignored = ~validation.counted(labels, ignore_index)
     flat = _flat(out)
     if flat is not None:  # less than half the time of a mask
         flat.index_fill_(0, ignored.reshape(-1).nonzero().view(-1), 0)

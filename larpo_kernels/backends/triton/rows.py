@@ -27,7 +27,7 @@ def _transform(logit_scale: float, softcap: float | None) -> tuple[tuple, dict]:
 def token_logps(
     logits: Tensor,
     labels: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     stats: bool,
@@ -61,7 +61,7 @@ def token_logps_backward(
     logits: Tensor,
     labels: Tensor,
     logps: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     logit_scale: float,
     softcap: float | None,
     out: Tensor,

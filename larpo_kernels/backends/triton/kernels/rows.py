@@ -36,6 +36,15 @@ def read_logits(ptr, at, mask, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.
 as_one_of_many = triton.jit(do_not_specialize=["T"])
 
 
+@triton.jit
+def is_ignored(label, ignore_index):
+    if ignore_index is None:  # every label counts
+        ignored = label != label
+    else:
+        ignored = label == ignore_index
+    return ignored
+
+
 @as_one_of_many
 def token_logps_forward(
     logits_ptr,  # [S, T, V], strides in elements, unit stride on V
@@ -64,7 +73,7 @@ def token_logps_forward(
     s, t = row // T, row % T
     label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
     row_ptr = logits_ptr + s * stride_s + t * stride_t
-    if label == ignore_index:
+    if is_ignored(label, ignore_index):
         if SPLITS == 1:
             store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
         return
@@ -173,7 +182,7 @@ def merge_splits(
     row = tl.program_id(0).to(tl.int64)
     s, t = row // T, row % T
     label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
-    if label == ignore_index:
+    if is_ignored(label, ignore_index):
         store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
         return
     valid = (label >= 0) & (label < V)
@@ -251,7 +260,7 @@ def token_logps_backward(
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, V)
     l = tl.load(logps_ptr + row)
-    if (label == ignore_index) | (l == -float("inf")):
+    if is_ignored(label, ignore_index) | (l == -float("inf")):
         zero = tl.zeros([BLOCK], tl.float32).to(out_ptr.dtype.element_ty)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
