@@ -1,6 +1,6 @@
 """A training loop of your own: one prompt, four answers, ranked; the loss of the list without logits.
 
-    python examples/own_training_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+python examples/own_training_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse
