@@ -37,7 +37,8 @@ def token_logps(
         logit_scale, softcap: what a model does to its logits after the head.
         return_stats: also per-token entropy and top-1 hit, from the same read, without gradient.
         inplace_backward: write the gradient over the logits instead of allocating it. The logits are lost then, and
-            autograd raises if anything else still needs them. Under torch.compile it has no effect.
+            autograd raises if anything else still needs them. Under torch.compile it has no effect. On a GPU programs
+            share a row only where it is not overwritten: below some hundreds of tokens memory is all that it saves.
         backend: "torch", "triton" or None for the best one on this device.
 
     Returns:

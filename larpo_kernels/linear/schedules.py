@@ -227,7 +227,9 @@ def free_bytes(device: torch.device) -> int:
     """Memory that an allocation could get now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        stats = torch.cuda.memory_stats_as_nested_dict(device)  # memory_reserved and memory_allocated sort all of it, each
+        reserved, allocated = (stats[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes"))
+        return free + reserved - allocated
     try:
         with open("/proc/meminfo") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -4,7 +4,8 @@ gradient, one program per list.
 A list of m candidates is visited in tiles of I x J pairs, so any m works and nothing of size m x m exists. Orders are
 ranks counted by comparison, never sorted: candidate i stands before j if its value is larger, or equal and earlier in
 the input; where TIES is "mean" or "skip", equal values share the first of their ranks and several candidates may be best
-or worst. No atomics, fixed order of every sum.
+or worst. No atomics, fixed order of every sum. Of what a program writes it reads only `work` again, its own list's part,
+behind the barrier between the two phases; borders that overlap would share it, and these lists are NaN altogether.
 """
 
 import triton

@@ -6,6 +6,11 @@ Where some z - k exceeds ROOM (a target far below the largest logit) the program
 never is, walks its span once more, and raises its own k by a `shift`. `merge_spans` brings all spans of a token to one level,
 `level_spans` and `scale_rows` bring what was written before to it. Both return at once where nothing was raised, so
 nobody has to ask the device whether that happened.
+
+Writing in place is safe. An entry of a tile is loaded and stored by one thread (tiles have more entries than their program has
+threads; of fewer, several threads would hold copies of one, and read what another has stored), a barrier stands before
+`exp_tile` walks its span once more, `merge_spans` loads the old sums before a sum over spans that all warps wait for, and
+whatever else a program reads comes from an earlier launch.
 """
 
 import triton
