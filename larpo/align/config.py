@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..candidates import PAPER_SUBSETS
 from ..rewards import name_of
+from ..rewards.finding import check_settings, what_is_said
 from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
 from ..runs.yaml_config import as_meant, load_yaml, nearest, number
@@ -55,8 +57,8 @@ class AlignConfig:
         "on the hub, imdb (openings of film reviews), a list of prompts or rows, or a datasets.Dataset."
     )
     reward: Any = _arg(
-        text="What scores a completion: imdb_sentiment, package.module:function, the name or folder of a sequence "
-        "classifier, or a list of these."
+        text="What scores a completion: imdb_sentiment, package.module:function (a coroutine too), the name or folder of a "
+        "sequence classifier, {reward: one of these, groupwise: true, ...}, {url: http://..., api: ...}, or a list of these."
     )
 
     # --- the loop
@@ -93,6 +95,15 @@ class AlignConfig:
 
     # --- rerank
     reward_weights: list[float] | None = _arg(None, "A weight per reward (None: 1 each).")
+    normalise_rewards: bool = _arg(
+        False,
+        "Bring each reward to mean 0 and spread 1 within a list before it is weighted, for the lists that are trained on.",
+    )
+    truncated: Any = _arg(
+        "keep",
+        "A completion that is trained on and has no end: keep, exclude (no reward is asked of it), or a number that its score "
+        "is lowered by.",
+    )
     on_reward_error: str = _arg("raise", "A reward that fails: raise, or skip (the completions of that chunk have no score).")
 
     # --- lists
@@ -145,6 +156,7 @@ class AlignConfig:
         }.items():  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        self._check_rewards()
         for name in ("training", "model_init_kwargs", "sampler_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must hold `name: value` settings, got {masked(getattr(self, name), name)!r}")
@@ -199,6 +211,20 @@ class AlignConfig:
             if value is not None and not texts:
                 raise ValueError(f"{name} must hold at least one text; got {value!r}")
 
+    def _check_rewards(self) -> None:
+        for one in self.rewards():
+            if isinstance(one, Mapping):
+                check_settings(one)
+            groupwise = one.get("groupwise") if isinstance(one, Mapping) else getattr(one, "groupwise", False)
+            if groupwise and self.memory != "none":
+                raise ValueError(
+                    f"memory must be 'none' with a groupwise reward ({_named(one)}): it scores the candidates of one iteration "
+                    f"among each other; got {self.memory!r}"
+                )
+        cut = self.truncated
+        if cut not in ("keep", "exclude") and (not isinstance(cut, int | float) or isinstance(cut, bool) or not 0 < cut < inf):
+            raise ValueError(f"truncated must be 'keep', 'exclude' or a number above 0, got {cut!r}")
+
     def _check_training_names(self) -> None:
         from ..config import LarPOConfig
 
@@ -252,19 +278,24 @@ class AlignConfig:
         """Of an iteration, counted from 1."""
         return temperature_at(self.temperatures, iteration - 1, self.iterations)
 
-    def reward_names(self) -> list[str]:
-        rewards = self.reward if isinstance(self.reward, list | tuple) else [self.reward]
-        return [one if isinstance(one, str) else name_of(one) for one in rewards]
+    def rewards(self) -> list[Any]:
+        return list(self.reward) if isinstance(self.reward, list | tuple) else [self.reward]
 
     def to_dict(self) -> dict[str, Any]:
         """What config.yaml holds: plain values, a reward that is a Python object by its name, secrets masked."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        names = self.reward_names()
-        values["reward"] = names if isinstance(self.reward, list | tuple) else names[0]
+        rewards = [one if isinstance(one, Mapping) else _named(one) for one in self.rewards()]
+        values["reward"] = rewards if isinstance(self.reward, list | tuple) else rewards[0]
         return {name: _plain(value if _is_rows(name, value) else masked(value, name)) for name, value in values.items()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+
+def _named(reward: Any) -> str:
+    if isinstance(reward, Mapping):
+        return masked(reward.get("url") or reward["reward"])
+    return reward if isinstance(reward, str) else name_of(reward)
 
 
 def _is_rows(name: str, value: Any) -> bool:
@@ -325,7 +356,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
     """The settings by which a run would become another one, as sentences; none if it may go on."""
-    now = after.to_dict()
+    before, now = ({**one, "reward": what_is_said(one.get("reward"))} for one in (before, after.to_dict()))
     found = changed(before, now, MAY_CHANGE)
     linear = isinstance(after.temperatures, Sequence) and after.temperatures[0] == "linear"
     if linear and before.get("iterations") != now["iterations"]:

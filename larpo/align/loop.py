@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +70,7 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
     import torch
     import yaml
 
+    from ..rewards import Memory
     from .models import Models
     from .training import arguments
 
@@ -90,7 +91,8 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
     if before != config.to_dict():
         write_text(settings, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     read = read_json(prompts)
-    return Run(config, folder, models, rewards, read["train"], read["held_out"], progress)
+    memory = Memory(folder.path / "judgements")
+    return Run(config, folder, models, rewards, read["train"], read["held_out"], progress, memory=memory)
 
 
 def _settings_of_before(path: Path) -> dict[str, Any]:
@@ -106,23 +108,27 @@ def _settings_of_before(path: Path) -> dict[str, Any]:
 
 
 def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
-    from ..rewards import BUILT_IN, from_name, sequence_classifier
+    from ..rewards import BUILT_IN, Judge, from_name, from_settings, sequence_classifier
 
     def find(name: str) -> Any:
         if name in BUILT_IN or (":" in name and not Path(name).exists()):
             return from_name(name)
-        classifier = sequence_classifier(name)
+        classifier = sequence_classifier(whole_path(name))
         classifier.model.to(device)
         return classifier
 
-    rewards = config.reward if isinstance(config.reward, list | tuple) else [config.reward]
-    rewards = [one if callable(one) or one in BUILT_IN else whole_path(one) for one in rewards]
-    if not rewards:
+    def judge(one: Any) -> Judge:
+        if isinstance(one, Mapping):
+            return from_settings(one, find)
+        return Judge.of(one if callable(one) else find(one))
+
+    given = config.rewards()
+    if not given:
         raise ValueError("reward is empty; expected at least one")
-    if config.reward_weights is not None and len(config.reward_weights) != len(rewards):
-        given = len(config.reward_weights)
-        raise ValueError(f"reward_weights has {given} values; expected one for each of the {len(rewards)} rewards")
-    return [one if callable(one) else find(one) for one in rewards]
+    if config.reward_weights is not None and len(config.reward_weights) != len(given):
+        n = len(config.reward_weights)
+        raise ValueError(f"reward_weights has {n} values; expected one for each of the {len(given)} rewards")
+    return [judge(one) for one in given]
 
 
 def _stage(run: Run, iteration: int, name: str) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def load_prompts(config: AlignConfig) -> tuple[list[Prompt], list[Prompt]]:
         held_out, prompts = prompts[:n], prompts[n:]
     else:
         held_out = _distinct(_read(config.eval_prompts, config.eval_prompts_split, "eval_prompts"), "eval_prompts")
-        keys = {_key(row) for row in held_out}
-        prompts = [row for row in prompts if _key(row) not in keys]
+        keys = {key_of(row) for row in held_out}
+        prompts = [row for row in prompts if key_of(row) not in keys]
     if not prompts or not held_out:
         raise ValueError(f"{len(prompts)} prompts to train on and {len(held_out)} held out; expected at least one of each")
     return prompts, held_out
@@ -110,8 +110,8 @@ def _row(row: Any, where: str) -> Prompt:
 def _distinct(rows: list[Prompt], name: str) -> list[Prompt]:
     first: dict[str, Prompt] = {}
     for row in rows:
-        first.setdefault(_key(row), row)
-    others = sum(row != first[_key(row)] for row in rows)
+        first.setdefault(key_of(row), row)
+    others = sum(row != first[key_of(row)] for row in rows)
     if others:
         warnings.warn(
             f"{name}: {others} of {len(rows)} rows have the prompt of an earlier row but other columns; they are left out, "
@@ -121,5 +121,6 @@ def _distinct(rows: list[Prompt], name: str) -> list[Prompt]:
     return list(first.values())
 
 
-def _key(row: Prompt) -> str:
+def key_of(row: Prompt) -> str:
+    """What rows of one prompt share."""
     return json.dumps(row["prompt"], sort_keys=True)

@@ -9,6 +9,7 @@
         model/               train.json        the policy after this iteration, a folder of transformers
         diverged.json                          instead of these two: why training ended without a policy
         evaluation.parquet   evaluate.json     its completions of the held-out prompts, and what they say
+    judgements/                            what judges have said that are asked call by call (larpo/rewards/memory.py)
     metrics.json, summary.md, plots/       all of it for a reader
 
 A stage is done when its .json is there, which is written last. Before that, a data file that is there is whole: it appeared
@@ -51,6 +52,8 @@ class RunFolder:
         if not path.is_relative_to(self.path):
             return ""
         parts = path.relative_to(self.path).parts
+        if parts[0] == "judgements":
+            return "Delete it: what it held is asked again"
         if len(parts) == 1:
             return OF_THE_RUN.get(parts[0], "")
         folder, name = self.path / parts[0], parts[1]

@@ -26,6 +26,7 @@ from .config import AlignConfig
 from .models import Models
 from .prompts import Prompt, of_iteration
 from .run_folder import RunFolder
+from .scores import to_train_by
 
 SAMPLE, EVALUATE, NEGATIVES = 1, 2, 3  # what a seed is for; 0 is training
 
@@ -41,6 +42,7 @@ class Run:
     prompts: list[Prompt]
     held_out: list[Prompt]
     progress: bool = True
+    memory: rewards.Memory | None = None  # what was asked before
 
     def seed(self, *purpose: int) -> int:
         """A seed that depends on the run's seed and on nothing but the purpose."""
@@ -163,12 +165,13 @@ def _answer(prompt: rewards.Text, text: str) -> rewards.Text:
 
 
 def score(run: Run, iteration: int) -> dict[str, Any]:
-    """The reward of every candidate; None where no reward has an opinion."""
+    """The reward of every candidate; None where no reward has an opinion, or, with truncated exclude, where it has no end."""
     folder = run.folder.iteration(iteration)
     chunks = folder / "score-chunks"
 
     def build() -> Rows:
-        return with_scores(run, read_rows(folder / "sampled.parquet"), run.of_iteration(iteration), chunks)
+        rows = read_rows(folder / "sampled.parquet")
+        return with_scores(run, rows, run.of_iteration(iteration), chunks, cut_too=run.config.truncated != "exclude")
 
     rows = rows_once(folder / "candidates.parquet", build)
     remove(chunks)
@@ -177,27 +180,37 @@ def score(run: Run, iteration: int) -> dict[str, Any]:
         "unscored": sum(len(row["scores"]) for row in rows) - len(found),
         "reward": float(np.mean(found)) if found else None,
         "reward_spread_in_a_list": _mean_spread(rows),
+        "truncated": sum(not ended for row in rows for ended in row["finished"]),
+        "lists_without_order": len(rows) - len(lists_of.drop_uninformative(from_rows(rows)).kept),
     }
 
 
-def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path) -> Rows:
+def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path, *, cut_too: bool = True) -> Rows:
+    """The rows with `rewards`, what each reward says of each completion, and `scores`, their weighted sum.
+
+    cut_too: ask of completions without an end as well; else no reward has an opinion on them.
+    """
     names = dict.fromkeys(name for prompt in prompts for name in prompt if name != "prompt")
 
     def work(_: int, part: Sequence[tuple[dict[str, Any], Prompt]]) -> Rows:
-        flat = [(plain(row["prompt"]), plain(one), prompt) for row, prompt in part for one in row["completions"]]
-        columns = {name: [prompt.get(name) for *_, prompt in flat] for name in names}
-        columns["completion_ids"] = [ids for row, _ in part for ids in row["completion_ids"]]
-        scores = iter(
-            rewards.score(
-                run.rewards,
-                run.config.reward_weights,
-                [prompt for prompt, *_ in flat],
-                [completion for _, completion, _ in flat],
-                on_error=run.config.on_reward_error,
-                **columns,
-            )
+        asked = [(row, prompt, i) for row, prompt in part for i, ended in enumerate(row["finished"]) if cut_too or ended]
+        columns = {name: [prompt.get(name) for _, prompt, _ in asked] for name in names}
+        columns["completion_ids"] = [row["completion_ids"][i] for row, _, i in asked]
+        said = rewards.judged(
+            run.rewards,
+            [plain(row["prompt"]) for row, *_ in asked],
+            [plain(row["completions"][i]) for row, _, i in asked],
+            columns,
+            on_error=run.config.on_reward_error,
+            memory=run.memory,
         )
-        return [row | {"scores": [next(scores) for _ in row["completions"]]} for row, _ in part]
+        values = zip(rewards.combined(said, run.config.reward_weights), zip(*said, strict=True), strict=True)
+        nothing = None, (None,) * len(run.rewards)
+        found = [[next(values) if cut_too or ended else nothing for ended in row["finished"]] for row, _ in part]
+        return [
+            row | {"scores": [score for score, _ in one], "rewards": [list(each) for _, each in one]}
+            for (row, _), one in zip(part, found, strict=True)
+        ]
 
     return in_chunks(chunks, list(zip(rows, prompts, strict=True)), run.config.chunk_size, work)
 
@@ -214,11 +227,8 @@ def _mean_spread(rows: Rows) -> float | None:
 def lists(run: Run, iteration: int) -> dict[str, Any]:
     """What is trained on: earlier candidates merged in, duplicates and candidates without a score dropped, negatives and the
     subset chosen, lists without an order left out."""
-    config, folder = run.config, run.folder.iteration(iteration)
-    first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[config.memory]
-    old, new = [], _candidates(run, iteration)
-    for earlier in range(first, iteration):
-        old += _candidates(run, earlier)
+    folder = run.folder.iteration(iteration)
+    old, new = _candidates(run, iteration)
     pool, duplicates = lists_of.memorise(old, new) if old else lists_of.deduplicate(new)
     pool, unscored = lists_of.rank(pool)
     chosen = _choose(run, iteration, [one for one in pool if one.candidates])
@@ -238,8 +248,12 @@ def lists(run: Run, iteration: int) -> dict[str, Any]:
     }
 
 
-def _candidates(run: Run, iteration: int) -> list[PromptList]:
-    return from_rows(read_rows(run.folder.iteration(iteration) / "candidates.parquet"))
+def _candidates(run: Run, iteration: int) -> tuple[list[PromptList], list[PromptList]]:
+    """Those of earlier iterations that are remembered, and those of this one, by the scores that lists are trained by."""
+    first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[run.config.memory]
+    parts = [read_rows(run.folder.iteration(i) / "candidates.parquet") for i in range(first, iteration + 1)]
+    lists = from_rows(to_train_by(run.config, [row for part in parts for row in part]))
+    return lists[: -len(parts[-1])], lists[-len(parts[-1]) :]
 
 
 def _choose(run: Run, iteration: int, pool: list[PromptList]) -> list[PromptList]:

@@ -45,9 +45,8 @@ def test_rewards_are_summed_by_weight():
     assert score([length, gives(1, 0, 1)], [0.5, -2.0], PROMPTS, COMPLETIONS) == [-1.5, 1.0, -0.5]
 
 
-@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf"), -float("inf")])
-def test_a_reward_without_an_opinion_leaves_the_sum_to_the_others(nothing):
-    partly = gives(nothing, 5.0, nothing)
+def test_a_reward_without_an_opinion_leaves_the_sum_to_the_others():
+    partly = gives(None, 5.0, None)
     assert score([partly, length], None, PROMPTS, COMPLETIONS) == [1.0, 7.0, 3.0]
     assert score([partly], None, PROMPTS, COMPLETIONS) == [None, 5.0, None]
     assert score([partly, gives(None, None, 0.0)], None, PROMPTS, COMPLETIONS) == [None, 5.0, 0.0]
@@ -137,8 +136,10 @@ def test_only_what_has_an_order_is_taken_for_scores(returned, shown):
     [
         (fails, RuntimeError, "reward 'fails' raised KeyError: 'answer'"),
         (gives(1.0, 2.0), ValueError, "reward 'constant' returned 2 values; expected one for each of the 3 completions"),
-        (gives("1.5", 1, 2), ValueError, "reward 'constant' returned a value that is no number: .*'1.5'"),
-        (gives("good", 1, 2), ValueError, "reward 'constant' returned a value that is no number: .*'good'"),
+        (gives("1.5", 1, 2), ValueError, "reward 'constant' returned a value that is no finite number: .*'1.5'"),
+        (gives("good", 1, 2), ValueError, "reward 'constant' returned a value that is no finite number: .*'good'"),
+        (gives(1, float("nan"), 2), ValueError, "reward 'constant' returned a value that is no finite number: got nan, where"),
+        (gives(1, -float("inf"), 2), ValueError, "reward 'constant' returned a value that is no finite number: got -inf"),
         (lambda prompts, completions: None, ValueError, "returned NoneType; expected a list of floats or None"),
         (lambda prompts, completions: "abc", ValueError, "returned str; expected a list"),
     ],

@@ -1,0 +1,38 @@
+"""The scores that lists are ranked and trained by: what the rewards said, as the settings weigh it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from ..rewards import combined
+from ..runs.files import Rows
+from .config import AlignConfig
+from .prompts import key_of
+
+
+def to_train_by(config: AlignConfig, rows: Rows) -> Rows:
+    """The rows of candidates.parquet, of one iteration or several, with these scores: with normalise_rewards within all
+    candidates of a prompt, of whichever iteration, and with a number as `truncated` lower for those that have no end."""
+    if config.normalise_rewards:
+        rows = _normalised(config, rows)
+    if config.truncated in ("keep", "exclude"):
+        return rows
+    return [row | {"scores": _lowered(row["scores"], row["finished"], config.truncated)} for row in rows]
+
+
+def _normalised(config: AlignConfig, rows: Rows) -> Rows:
+    lists = defaultdict(list)
+    for i, row in enumerate(rows):
+        lists[key_of(row)].append(i)
+    scores = {}
+    for members in lists.values():
+        said = [values for i in members for values in rows[i]["rewards"]]
+        found = iter(combined(list(zip(*said, strict=True)), config.reward_weights, normalise=True))
+        scores |= {i: [next(found) for _ in rows[i]["completions"]] for i in members}
+    return [row | {"scores": scores[i]} for i, row in enumerate(rows)]
+
+
+def _lowered(scores: list[float | None], finished: list[bool], penalty: float) -> list[float | None]:
+    return [
+        None if score is None else score if ended else score - penalty for score, ended in zip(scores, finished, strict=True)
+    ]

@@ -1,0 +1,29 @@
+"""Rerankers: what scores a completion. A reward is any callable with TRL's reward-function signature.
+
+    reward(prompts=[...], completions=[...], **columns) -> list[float | None]      one value per completion, higher is better
+
+It may be a coroutine function. Prompts and completions are strings or lists of messages; columns are the data set's other
+columns, a value per completion, and in the loop `completion_ids`, the tokens of each. A reward may change what it is given: it
+has copies.
+
+    judge.py       Judge: how a reward is asked (batches, whole lists, how many calls at a time, again after an error)
+    combining.py   `score`, the weighted sum of several, as they are or normalised within a list
+    finding.py     a reward by its name or settings
+    classifier.py  `sequence_classifier`, a reward model of Hugging Face in this process
+    endpoint.py    Endpoint, a reward behind an address
+    identity.py    what makes a judge this one and no other
+    memory.py      what judges have said, kept on disk
+"""
+
+from .classifier import SequenceClassifier, sequence_classifier
+from .combining import combined, judged, score
+from .endpoint import Endpoint
+from .finding import BUILT_IN, from_name, from_settings
+from .judge import Judge, Reward, RewardError, name_of
+from .memory import Memory
+from .text import Text, text_of
+
+__all__ = [
+    "BUILT_IN", "Endpoint", "Judge", "Memory", "Reward", "RewardError", "SequenceClassifier", "Text", "combined", "from_name",
+    "from_settings", "judged", "name_of", "score", "sequence_classifier", "text_of",
+]  # fmt: skip

@@ -1,0 +1,119 @@
+"""What several rewards come to for each completion."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from .judge import Asked, Judge, Reward, RewardError
+from .memory import Memory, Values
+from .text import Text
+
+logger = logging.getLogger("larpo.rewards")
+
+NOISE = 1e-6  # rewards of a list that differ by less than this part of their size are taken for equal
+
+
+def score(
+    rewards: Reward | Sequence[Reward],
+    weights: Sequence[float] | None,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    **columns,
+) -> Values:
+    """The weighted sum of the rewards of every completion.
+
+    A reward that gives None for a completion has no opinion on it: its sum is over the other rewards, and is None where no
+    reward has one. (Such a sum misses a term, so it is comparable within a list only if the reward has no opinion on the whole
+    list. Drop the candidate if that matters.)
+
+    Args:
+        rewards: one reward or several.
+        weights: one per reward; None for 1 each.
+        prompts, completions: one prompt per completion.
+        on_error: "raise", or "skip": a reward that fails has no opinion on any completion of this call; the failure
+            and the number of completions go to the log as a warning.
+        columns: handed to every reward; a list must have one value per completion.
+
+    Raises:
+        RewardError: a reward raised; it is named, and its exception is the cause. A RuntimeError.
+        ValueError: a reward gave another number of values, or something else than finite numbers; lengths that don't fit.
+    """
+    rewards = list(rewards) if isinstance(rewards, Sequence) else [rewards]
+    _check_weights(weights, len(rewards))
+    values = judged(rewards, prompts, completions, columns, on_error=on_error)
+    return combined(values, weights)
+
+
+def judged(
+    rewards: Sequence[Reward],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Any],
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    memory: Memory | None = None,
+) -> list[Values]:
+    """What each reward says of every completion; see `score`. memory: where what they say is kept, and looked up first."""
+    if not rewards:
+        raise ValueError("rewards is empty; expected at least one reward")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    for name, column in {"prompts": prompts, **columns}.items():
+        if isinstance(column, list) and len(column) != len(completions):
+            raise ValueError(f"{name} has {len(column)} values; expected one for each of the {len(completions)} completions")
+    if not completions:
+        return [[] for _ in rewards]
+    asked = Asked(prompts, completions, dict(columns))
+    values = []
+    for reward in rewards:
+        try:
+            values.append(Judge.of(reward).values(asked, memory))
+        except (RewardError, ValueError) as error:
+            if on_error == "raise":
+                raise
+            logger.warning("%s; skipped for %d completions", error, len(completions))
+            values.append([None] * len(completions))
+    return values
+
+
+def combined(values: Sequence[Values], weights: Sequence[float] | None = None, *, normalise: bool = False) -> Values:
+    """The weighted sum over the rewards, for every completion: over those that have an opinion on it, None where none has.
+
+    normalise: these are the completions of one list, and every reward is first brought to mean 0 and standard deviation 1 over
+        it, so that no reward outweighs another by its scale, as in GDPO (arXiv 2601.05242; its last step, which normalises the
+        sums over a batch, is left out: it changes no order within a list). A reward that gives all the same says nothing: 0.
+
+    >>> combined([[1.0, 3.0], [0.0, None]], [1.0, 10.0])
+    [1.0, 3.0]
+    >>> combined([[1.0, 3.0], [700.0, 500.0]], [1.0, 0.5], normalise=True)
+    [-0.5, 0.5]
+    """
+    _check_weights(weights, len(values))
+    weights = [1.0] * len(values) if weights is None else weights
+    sums: Values = [None] * len(values[0])
+    for weight, of_one in zip(weights, values, strict=True):
+        for i, value in enumerate(_normalised(of_one) if normalise else of_one):
+            if value is not None:
+                sums[i] = (sums[i] or 0.0) + weight * value
+    return sums
+
+
+def _normalised(values: Values) -> Values:
+    known = np.array([value for value in values if value is not None], float)
+    if not len(known):
+        return values
+    mean, spread = float(known.mean()), float(known.std())
+    if spread <= NOISE * float(np.abs(known).max()):
+        return [None if value is None else 0.0 for value in values]
+    return [None if value is None else (value - mean) / spread for value in values]
+
+
+def _check_weights(weights: Sequence[float] | None, n: int) -> None:
+    if weights is not None and len(weights) != n:
+        raise ValueError(f"weights has {len(weights)} values; expected one for each of the {n} rewards")

@@ -1,0 +1,84 @@
+"""What makes a judge this one and no other: with it, what it has said before need not be asked again."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+def identity_of(reward: Any) -> dict[str, Any] | None:
+    """Its name, the source of the module that it stands in, and the plain values that it holds: defaults, what a closure and a
+    `functools.partial` have bound, attributes of an object. An object that knows better says so by an attribute `identity`.
+
+    Of the whole module, since a function calls others beside it: an edit anywhere in the file makes another judge. What it
+    imports from elsewhere, and values that are not plain (a model, a client), are not looked into: a `version` stands for them.
+    None where the source can't be read, as of what was typed into a prompt: nothing would tell whether it has changed.
+    """
+    own = getattr(reward, "identity", None)
+    if own is not None:
+        return {"is": _name(type(reward)), "says": plain(own)}
+    if isinstance(reward, functools.partial):
+        inner = identity_of(reward.func)
+        return None if inner is None else {"partial of": inner, "with": plain([reward.args, reward.keywords])}
+    of = inspect.unwrap(reward) if inspect.isroutine(reward) else type(reward)
+    source = _source_of_module(of)
+    if source is None:
+        return None
+    values = {"defaults": _defaults(of), "closure": _closure(of)} if inspect.isroutine(reward) else vars_of(reward)
+    bound = getattr(reward, "__self__", None)
+    if bound is not None and not inspect.ismodule(bound):
+        values["object"] = vars_of(bound)
+    return {"is": _name(of), "source": source, "holds": plain(values)}
+
+
+def digest(value: Any) -> str:
+    """A few characters for a value of JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_of_other).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it; of what is not plain, its type's name."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in value), key=repr)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return _of_other(value)
+
+
+def vars_of(thing: Any) -> dict[str, Any]:
+    return dict(getattr(thing, "__dict__", {}))
+
+
+def _of_other(value: Any) -> str:
+    return _name(value if inspect.isroutine(value) or inspect.isclass(value) else type(value))
+
+
+def _name(of: Any) -> str:
+    return f"{getattr(of, '__module__', '?')}:{getattr(of, '__qualname__', repr(of))}"
+
+
+def _defaults(function: Any) -> list[Any]:
+    return [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    return {} if getattr(function, "__closure__", None) is None else dict(inspect.getclosurevars(function).nonlocals)
+
+
+def _source_of_module(of: Any) -> str | None:
+    module = sys.modules.get(getattr(of, "__module__", None) or "")
+    try:
+        return digest(inspect.getsource(module))
+    except (OSError, TypeError):  # built in, or typed into a prompt
+        return None

@@ -1,0 +1,292 @@
+"""Judge: a reward, and how it is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import inspect
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from ..runs.secrets import masked
+from .background import wait_for
+from .identity import digest, identity_of
+from .memory import Memory, Remembered, Values
+from .text import Text
+
+logger = logging.getLogger(__name__)
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; each further one waits twice as long
+AT_A_TIME = 8  # calls of a coroutine
+
+
+class RewardError(RuntimeError):
+    """A reward raised; its exception is the cause."""
+
+
+class Later(Exception):
+    """Raised by a reward that may well answer if it is asked again, after `wait` seconds at least."""
+
+    def __init__(self, why: str, wait: float = 0.0):
+        super().__init__(why)
+        self.wait = wait
+
+
+class Reward(Protocol):
+    def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> Sequence[float | None]: ...
+
+
+def name_of(reward: Reward) -> str:
+    """The name that errors and logs use: the function's, or the class's."""
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+class Asked(NamedTuple):
+    """The completions that a reward is asked about, with the prompt of each and other columns."""
+
+    prompts: Sequence[Text]
+    completions: Sequence[Text]
+    columns: dict[str, Any]
+
+    def at(self, rows: Sequence[int]) -> Asked:
+        """Some of them; a column that is no list is the same for all."""
+        columns = {name: [c[i] for i in rows] if isinstance(c, list) else c for name, c in self.columns.items()}
+        return Asked([self.prompts[i] for i in rows], [self.completions[i] for i in rows], columns)
+
+    def lists(self) -> list[list[int]]:
+        """The rows of each list: completions that stand together and have one prompt."""
+        groups = itertools.groupby(range(len(self.prompts)), key=lambda i: self.prompts[i])
+        return [list(rows) for _, rows in groups]
+
+
+@dataclass(kw_only=True)
+class Judge:
+    """A reward, and how it is asked. Any reward is one with the defaults: a function is asked once for all completions that are
+    there, a coroutine function once for each, 8 at a time.
+
+    Args:
+        reward: a function, a coroutine function, or an object that is called.
+        batch_size: completions of a call, at most.
+        groupwise: a call has all completions of one prompt, and no others: what it says of one may depend on the others.
+        max_in_flight: calls at a time, at most. A function that is no coroutine is called in as many threads.
+        retries: further tries where it raises, 1, 2, 4, ... seconds later (a minute at most). A function that is no coroutine
+            is called in a thread then.
+        remember: keep what it says, so that it is asked once for a prompt and completion (see `identity_of`). By default where
+            there is more than one call.
+        version: makes another judge of it, which is asked again: what the code does not show, such as a model's name.
+    """
+
+    reward: Reward
+    batch_size: int | None = None
+    groupwise: bool = False
+    max_in_flight: int | None = None
+    retries: int | None = None
+    remember: bool | None = None
+    version: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("max_in_flight", 1), ("retries", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} of a judge must be a whole number of at least {least}, got {value!r}")
+        if self.groupwise and self.batch_size is not None:
+            raise ValueError("batch_size and groupwise exclude each other: a groupwise judge is asked once for each prompt")
+        usual = getattr(self.reward, "asked", {})  # an endpoint's
+        self.is_coroutine = _is_coroutine(self.reward)
+        if self.batch_size is None and not self.groupwise:
+            self.batch_size = usual.get("batch_size", 1 if self.is_coroutine else None)
+        if self.max_in_flight is None:
+            self.max_in_flight = AT_A_TIME if self.is_coroutine else 1
+        if self.retries is None:
+            self.retries = usual.get("retries", 0)
+        if self.remember is None:
+            self.remember = self.groupwise or self.batch_size is not None
+
+    @classmethod
+    def of(cls, reward: Reward) -> Judge:
+        return reward if isinstance(reward, Judge) else cls(reward=reward)
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.reward)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any] | None:
+        """What makes it this judge: how it is asked does not, but whether it sees whole lists. As it is before it is asked for
+        the first time: some count what they are asked."""
+        reward = identity_of(self.reward)
+        return None if reward is None else {"reward": reward, "groupwise": self.groupwise, "version": self.version}
+
+    def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> Values:
+        """A judge is a reward."""
+        return self.values(Asked(prompts, completions, columns))
+
+    def values(self, asked: Asked, memory: Memory | None = None) -> Values:
+        """What it says, checked: a finite float or None, no opinion, for every completion.
+
+        What is answered is remembered before an error of another call is raised.
+        """
+        if not self._splits and not (self.remember and memory):
+            return self._checked(self._now(asked), len(asked.completions))
+        questions = asked.lists() if self.groupwise else [[i] for i in range(len(asked.completions))]
+        known = self._remembered(memory)
+        keys = [self._key(asked.at(rows)) for rows in questions] if known is not None else range(len(questions))
+        said = {key: known.get(key) for key in keys} if known is not None else dict.fromkeys(keys)
+        first = {key: rows for key, rows in zip(reversed(keys), reversed(questions), strict=True) if said[key] is None}
+        missing = [(key, first[key]) for key in said if key in first]
+
+        def keep(part: Sequence[tuple[Any, list[int]]], values: Values) -> None:
+            rest = iter(values)
+            found = [(key, [next(rest) for _ in rows]) for key, rows in part]
+            said.update(found)
+            if known is not None:
+                known.put(found)
+
+        self._ask(asked, self._calls(missing), keep)
+        return [value for key in keys for value in said[key]]
+
+    @property
+    def _splits(self) -> bool:
+        return self.groupwise or self.batch_size is not None
+
+    def _calls(self, missing: list) -> list[list]:
+        size = 1 if self.groupwise else self.batch_size or max(1, len(missing))
+        return [missing[a : a + size] for a in range(0, len(missing), size)]
+
+    def _ask(self, asked: Asked, calls: list[list], keep: Callable[[list, Values], None]) -> None:
+        def rows_of(part: list) -> list[int]:
+            return [row for _, rows in part for row in rows]
+
+        if self._in_this_thread:
+            for part in calls:
+                rows = rows_of(part)
+                keep(part, self._checked(self._now(asked.at(rows)), len(rows)))
+            return
+        failed: list[Exception] = []
+
+        async def one(part: list, room: asyncio.Semaphore) -> None:
+            async with room:
+                if failed:
+                    return
+                rows = rows_of(part)
+                try:
+                    keep(part, self._checked(await self._patiently(asked.at(rows)), len(rows)))
+                except Exception as error:
+                    failed.append(error)
+
+        async def all_of_them() -> None:
+            room = asyncio.Semaphore(self.max_in_flight)
+            await asyncio.gather(*(one(part, room) for part in calls))
+
+        wait_for(all_of_them())
+        if failed:
+            raise failed[0]
+
+    @property
+    def _in_this_thread(self) -> bool:
+        return not (self.is_coroutine or self.retries or self.max_in_flight > 1)
+
+    def _now(self, asked: Asked) -> Any:
+        if not self._in_this_thread:
+            return wait_for(self._patiently(asked))
+        try:
+            return self._called(asked)
+        except Exception as error:
+            raise self._raised(error) from error
+
+    async def _patiently(self, asked: Asked) -> Any:
+        """Its answer, asked again after an error as often as it may be."""
+        only = getattr(self.reward, "again_after", Exception)
+        for wait in _waits(self.retries):
+            try:
+                if self.is_coroutine:
+                    return await self._called(asked)
+                return await asyncio.to_thread(self._called, asked)
+            except Exception as error:
+                if wait is None or not isinstance(error, only):
+                    raise self._raised(error) from error
+                logger.info("reward %r is asked again: %s", name_of(self), masked(str(error)))
+                await asyncio.sleep(max(wait, getattr(error, "wait", 0.0)))
+
+    def _called(self, asked: Asked) -> Any:
+        """It works on copies: whatever it does to its arguments, the next one is given what this one was."""
+        return self.reward(prompts=_own(asked.prompts), completions=_own(asked.completions), **_own(asked.columns))
+
+    def _raised(self, error: Exception) -> RewardError:
+        said = masked(str(error))  # a judge behind an address may show its key
+        if isinstance(error, Later):
+            return RewardError(f"reward {name_of(self)!r} was asked {self.retries + 1} times: {said}")
+        return RewardError(f"reward {name_of(self)!r} raised {type(error).__name__}: {said}")
+
+    def _checked(self, values: Any, n: int) -> Values:
+        return _one_per_completion(f"reward {name_of(self)!r}", values, n)
+
+    def _remembered(self, memory: Memory | None) -> Remembered | None:
+        if memory is None or not self.remember:
+            return None
+        identity = self.identity
+        if identity is None:
+            logger.warning("the source of reward %r can't be read: what it says is not remembered", name_of(self))
+            return None
+        return memory.of(name_of(self), identity)
+
+    def _key(self, asked: Asked) -> str:
+        """All that it is given."""
+        return digest([list(asked.prompts), list(asked.completions), asked.columns])
+
+
+def _is_coroutine(reward: Any) -> bool:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
+
+
+def _waits(retries: int) -> Iterator[float | None]:
+    """Seconds after each failed try; None after the last."""
+    yield from (min(FIRST_WAIT * 2**i, LONGEST_WAIT) for i in range(retries))
+    yield None
+
+
+def _own(value: Any) -> Any:
+    """A copy down to what can't be changed in place: of lists, dicts, sets, arrays and tensors. Other objects are handed on."""
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_own(item) for item in value]
+    if type(value) in (tuple, set):
+        return type(value)(map(_own, value))
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "__array__"):
+        return copy.deepcopy(value)
+    return value
+
+
+def _one_per_completion(said_by: str, values: Any, n: int) -> Values:
+    """The values as floats, None where one is None. What has no order (a set) or is ordered by keys (a dict) is refused: which
+    value belongs to which completion would be a guess."""
+    shape = getattr(values, "shape", None)
+    is_array = shape is not None and hasattr(values, "__array__") and len(shape) == 1
+    if not is_array and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
+        returned = type(values).__name__ if shape is None else f"{type(values).__name__} of shape {tuple(shape)}"
+        raise ValueError(
+            f"{said_by} returned {returned}; expected a list of floats or None, or an array or tensor of one dimension"
+        )
+    if len(values) != n:
+        raise ValueError(f"{said_by} returned {len(values)} values; expected one for each of the {n} completions")
+    try:
+        return [None if value is None else _number(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{said_by} returned a value that is no finite number: {error}") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):  # float() reads them
+        raise TypeError(f"got {value!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"got {number}, where None would say that it has no opinion")
+    return number

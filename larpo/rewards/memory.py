@@ -1,0 +1,69 @@
+"""What judges have said, kept on disk as it comes: a run that goes on asks nobody twice.
+
+    FOLDER/JUDGE/judge.json      what the judge is: see identity.py
+    FOLDER/JUDGE/00000.jsonl     a line per question that the process of this rank has asked, with the values that it was told
+
+A line is appended at once. The last one of a killed process may be cut; it is passed over, and asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runs.files import write_json
+from .identity import digest
+
+Values = list[float | None]
+
+
+class Memory:
+    """The folder in which judges' values are kept, a folder inside for each judge."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: dict[str, Remembered] = {}
+
+    def of(self, name: str, identity: dict[str, Any]) -> Remembered:
+        """What the judge of this identity has said."""
+        key = digest(identity)
+        if key not in self._open:
+            short = re.sub(r"\W+", "-", name).strip("-")[:40]
+            self._open[key] = Remembered(self.folder / f"{short}-{key[:12]}", identity)
+        return self._open[key]
+
+
+class Remembered:
+    """The values that one judge has given, by question. Ranks read each other's when they start, and write their own."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self._values: dict[str, Values] = {}
+        for file in sorted(folder.glob("*.jsonl")):
+            self._read(file)
+        rank = int(os.environ.get("RANK", "0"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and not (folder / "judge.json").exists():
+            write_json(folder / "judge.json", identity)
+        self._file = folder / f"{rank:05d}.jsonl"
+
+    def get(self, question: str) -> Values | None:
+        return self._values.get(question)
+
+    def put(self, questions: Sequence[tuple[str, Values]]) -> None:
+        """A newline comes first as well: what a killed process left may end without one."""
+        lines = [json.dumps({"question": question, "values": values}) for question, values in questions]
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write("\n" + "\n".join(lines) + "\n")
+        self._values.update(questions)
+
+    def _read(self, file: Path) -> None:
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                said = json.loads(line)
+                self._values[said["question"]] = said["values"]
+            except (ValueError, TypeError, KeyError):
+                continue

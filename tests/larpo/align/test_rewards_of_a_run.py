@@ -1,0 +1,168 @@
+"""Rewards in the loop: judges that are asked call by call, whole lists, normalised sums, completions without an end."""
+
+import statistics
+from collections import Counter
+
+import pytest
+
+for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
+    pytest.importorskip(package)
+from larpo.align import load_config, stages
+from larpo.align.config import differences
+from larpo.align.run_folder import RunFolder
+from larpo.align.stages import Run
+from larpo.rewards import RewardError, judge
+from larpo.runs.files import read_rows, write_rows
+from tests.helpers.align_runs import align, config, count_o
+from tests.helpers.judge_server import serving
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("larpo.align.plots.draw", lambda *args: {})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def rows_of(folder, iteration, name):
+    return read_rows(RunFolder(folder).iteration(iteration) / f"{name}.parquet")
+
+
+def test_a_run_that_goes_on_asks_a_server_nothing_twice(tmp_path):
+    broken = True
+
+    def answer(body, number):
+        if broken and number == 9:
+            return 403, "not today"
+        return 200, {"scores": count_o(body["completions"])}
+
+    with serving(answer) as server:
+        reward = {"url": server.url, "batch_size": 2, "max_in_flight": 3}
+        with pytest.raises(RewardError, match="it answers 403 Forbidden: not today"):
+            align(tmp_path, iterations=1, reward=reward)
+        before, broken = len(server.asked()), False
+        result = align(tmp_path, iterations=1, reward=reward | {"max_in_flight": 1})
+        assert result.metrics[1]["lists"]["lists"] > 0 and before >= 14
+        asked = [
+            (prompt, completion, tuple(ids))
+            for body in server.bodies
+            for prompt, completion, ids in zip(body["prompts"], body["completions"], body["completion_ids"], strict=True)
+        ]
+        assert set(Counter(asked).values()) == {1}
+        align(tmp_path, iterations=1, reward=reward)
+        assert len(server.asked()) == len(asked)
+        with pytest.raises(ValueError, match=r"holds another run: reward was .* and is"):
+            align(tmp_path, iterations=1, reward=reward | {"api": "tei_predict"})
+    for row in rows_of(tmp_path, 1, "candidates"):
+        assert row["scores"] == count_o(row["completions"])
+
+
+def test_a_groupwise_judge_sees_the_k_candidates_of_a_prompt_at_once(tmp_path):
+    seen = []
+
+    class Ranking:
+        """The place among the others."""
+
+        def __call__(self, prompts, completions, **columns):
+            seen.append((prompts, completions))
+            return [sum(text < other for other in completions) for text in completions]
+
+    from larpo.rewards import Judge
+
+    align(tmp_path, iterations=1, reward=Judge(reward=Ranking(), groupwise=True))
+    rows = rows_of(tmp_path, 1, "candidates")
+    assert all(([row["prompt"]] * 4, row["completions"]) in seen for row in rows)
+    assert {len(completions) for _, completions in seen} == {4}
+    for row in rows:
+        assert row["scores"] == [sum(text < other for other in row["completions"]) for text in row["completions"]]
+
+
+def test_rewards_are_normalised_over_all_candidates_of_a_list_of_whichever_iteration(tmp_path):
+    """Two rewards; the second, of which no reward of another scale may drown the order, weighs half."""
+    said = {1: [[1.0, 900.0], [2.0, 100.0]], 2: [[3.0, 100.0], [6.0, None]]}
+    for iteration, rewards in said.items():
+        row = {"prompt": "a", "prompt_ids": [1], "source": [f"iteration {iteration}"] * 2, "finished": [True, False],
+               "completions": [f"c{values[0]}" for values in rewards], "completion_ids": [[int(v[0])] for v in rewards],
+               "scores": [sum(value or 0.0 for value in values) for values in rewards], "rewards": rewards}  # fmt: skip
+        write_rows(RunFolder(tmp_path).iteration(iteration) / "candidates.parquet", [row])
+    own = config(
+        tmp_path, memory="all", reward=["a:b", "c:d"], reward_weights=[1.0, 0.5], normalise_rewards=True, truncated=0.25
+    )
+    stages.lists(Run(own, RunFolder(tmp_path), None, [], [], []), 2)
+    a, b = ([1.0, 2.0, 3.0, 6.0], [900.0, 100.0, 100.0])
+    first = [(x - statistics.mean(a)) / statistics.pstdev(a) for x in a]
+    second = [(x - statistics.mean(b)) / statistics.pstdev(b) for x in b] + [0.0]
+    cut = [0.0, 0.25, 0.0, 0.25]
+    expected = [x + 0.5 * y - z for x, y, z in zip(first, second, cut, strict=True)]
+    (row,) = rows_of(tmp_path, 2, "lists")
+    assert row["scores"] == pytest.approx(sorted(expected, reverse=True), abs=1e-12)
+
+
+@pytest.mark.parametrize("truncated", ["exclude", 100.0])
+def test_completions_without_an_end_are_not_asked_about_or_rank_last(tmp_path, truncated):
+    asked = []
+
+    def count(completions, completion_ids, **columns):
+        asked.extend(map(tuple, completion_ids))
+        return count_o(completions)
+
+    result = align(tmp_path, iterations=1, reward=count, truncated=truncated, max_new_tokens=20, eos_token=["e", "</s>"])
+    rows = rows_of(tmp_path, 1, "candidates")
+    cut = {tuple(ids) for row in rows for ids, ended in zip(row["completion_ids"], row["finished"], strict=True) if not ended}
+    flags = [ended for row in rows for ended in row["finished"]]
+    assert 0 < flags.count(False) == result.metrics[1]["score"]["truncated"] < len(flags)
+    trained = [
+        (score, tuple(ids) in cut)
+        for row in rows_of(tmp_path, 1, "lists")
+        for score, ids in zip(row["scores"], row["completion_ids"], strict=True)
+    ]
+    if truncated == "exclude":
+        assert not cut & set(asked[16:-16])  # the held-out ones, before and after, are asked about whatever they are
+        assert not any(is_cut for _, is_cut in trained) and result.metrics[1]["score"]["unscored"] == flags.count(False)
+    else:
+        assert all((score < -50) == is_cut for score, is_cut in trained) and any(is_cut for _, is_cut in trained)
+        assert min(score for row in rows for score in row["scores"]) >= 0  # what was said stays in candidates.parquet
+    assert result.metrics[1]["evaluate"]["unscored"] == 0 and result.metrics[1]["evaluate"]["reward"]["mean"] >= 0
+
+
+def test_lists_whose_rewards_are_all_equal_are_counted(tmp_path):
+    def coarse(completions, **columns):
+        return [min(count, 1.0) for count in count_o(completions)]
+
+    result = align(tmp_path, iterations=1, reward=coarse, k=2)
+    tied = sum(len(set(row["scores"])) == 1 for row in rows_of(tmp_path, 1, "candidates"))
+    assert result.metrics[1]["score"]["lists_without_order"] == tied > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(truncated="drop"), "truncated must be 'keep', 'exclude' or a number above 0, got 'drop'"),
+        (dict(truncated=0), "truncated must be 'keep', 'exclude' or a number above 0, got 0"),
+        (dict(reward={"url": "http://a/x", "groupwise": True}, memory="all"), "memory must be 'none' with a groupwise reward"),
+        (dict(reward=[{"url": "http://a/x", "apii": "json"}]), "unknown setting of a reward 'apii'; did you mean 'api'"),
+        (dict(reward_weights=[1.0, 2.0]), "reward_weights has 2 values; expected one for each of the 1 rewards"),
+    ],
+)
+def test_bad_settings_of_rewards_are_refused_before_anything_is_sampled(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        align(tmp_path, **changes)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_reward_of_a_file_goes_on_as_the_same_run_with_other_ways_to_ask_it(tmp_path):
+    import yaml
+
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\nprompts: imdb\noutput_dir: run\nmemory: none\nnormalise_rewards: yes\ntruncated: 0.5\nreward:\n"
+        "  - {url: 'http://node1:8000/classify', api: vllm_classify, model: judge, max_in_flight: 64}\n"
+        "  - {reward: 'my.judges:prefer', groupwise: true, retries: 3}\n"
+    )
+    one = load_config(file)
+    stored = yaml.safe_load(yaml.safe_dump(one.to_dict()))
+    assert stored["reward"][0]["url"] == "http://node1:8000/classify"
+    file.write_text(file.read_text().replace("node1", "node2").replace("64", "8").replace("retries: 3", "retries: 9"))
+    assert differences(stored, load_config(file)) == []
+    file.write_text(file.read_text().replace("model: judge", "model: other"))
+    assert "model': 'other'" in differences(stored, load_config(file))[0]
