@@ -15,6 +15,7 @@ from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
 from ..runs.yaml_config import as_meant, load_yaml, nearest, number
 from ..sampling import temperature_at
+from ..serving.settings import SAME_COMPLETIONS, server_settings
 
 # Settings of LarPOConfig where neither `training` nor the loop says otherwise. "paper": arXiv 2502.03699, its experiment
 # on objectives; it states neither schedule nor warm-up, these are what comparable public recipes use.
@@ -32,7 +33,7 @@ OWNED = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "sync_
          "list_top": "subset", "list_bottom": "subset", "eval_strategy": "eval_k", "load_best_model_at_end": "eval_k",
          "do_eval": "eval_k", "do_predict": "eval_k", "resume_from_checkpoint": "output_dir",
          "model_init_kwargs": "model_init_kwargs"}  # fmt: skip
-MAY_CHANGE = ("iterations", "output_dir")  # of a run that has begun
+MAY_CHANGE = ("iterations", "output_dir", "compared_prompts", "logps_tolerance")  # of a run that has begun
 
 
 def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING) -> Any:
@@ -90,8 +91,18 @@ class AlignConfig:
     distinct: bool = _arg(False, "Sample again until the k completions of a prompt differ (4 tries).")
     sample_batch_size: int = _arg(64, "Completions generated at a time.")
     chunk_size: int = _arg(64, "Prompts between two files of the sampling: what a killed process has to sample again.")
-    sampler: str = _arg("transformers", "What samples: transformers or vllm.")
-    sampler_options: dict[str, Any] = _arg(text="Keywords of vllm.LLM.", factory=dict)
+    sampler: str = _arg(
+        "transformers", "What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API)."
+    )
+    sampler_options: dict[str, Any] = _arg(
+        text="Keywords of vllm.LLM; of a server base_url, model, reload_command and what else larpo.serving.settings has.",
+        factory=dict,
+    )
+    compared_prompts: int = _arg(
+        32,
+        "Prompts per iteration of whose completions the log-likelihoods of vllm, or a server, are compared with the trainer's.",
+    )
+    logps_tolerance: float = _arg(0.05, "How far these may be apart without a warning: nats per token, on average.")
 
     # --- rerank
     reward_weights: list[float] | None = _arg(None, "A weight per reward (None: 1 each).")
@@ -150,7 +161,8 @@ class AlignConfig:
             if getattr(self, name) is not None:
                 self._at_least_one(name)
         for name, allowed in {
-            "reference": ("iteration", "initial"), "sampler": ("transformers", "vllm"), "on_reward_error": ("raise", "skip"),
+            "reference": ("iteration", "initial"), "sampler": ("transformers", "vllm", "server"),
+            "on_reward_error": ("raise", "skip"),
             "memory": ("none", "previous", "all"), "negatives": ("low", "hard", "related", "random"), "baseline": (None, "dpo"),
             "keep_models": ("all", "last"),
         }.items():  # fmt: skip
@@ -177,7 +189,9 @@ class AlignConfig:
         if self.sampler == "vllm" and self.peft is not None:
             raise ValueError("sampler vllm reads a whole model from the run folder, and peft leaves an adapter there")
         if self.sampler == "transformers" and self.sampler_options:
-            raise ValueError("sampler_options are keywords of vllm.LLM: they need sampler vllm")
+            raise ValueError("sampler_options are of another engine: they need sampler vllm or server")
+        if self.sampler == "server":
+            server_settings(self.sampler_options)
         self._check_training_names()
         _, bottom = self.top_and_bottom()
         if bottom == 0 and self.negatives != "low":
@@ -356,9 +370,18 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
     """The settings by which a run would become another one, as sentences; none if it may go on."""
-    before, now = ({**one, "reward": what_is_said(one.get("reward"))} for one in (before, after.to_dict()))
+    before, now = ({**one, **_what_counts(one)} for one in (before, after.to_dict()))
     found = changed(before, now, MAY_CHANGE)
     linear = isinstance(after.temperatures, Sequence) and after.temperatures[0] == "linear"
     if linear and before.get("iterations") != now["iterations"]:
         found.append(f"iterations was {before.get('iterations')!r}, and a linear temperature depends on it")
+    return found
+
+
+def _what_counts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings of a judge or a server those by which it is another one: not where it is, or how often it is asked."""
+    found = {"reward": what_is_said(settings.get("reward"))}
+    if settings.get("sampler") == "server":
+        options = settings["sampler_options"]
+        found["sampler_options"] = {name: options[name] for name in SAME_COMPLETIONS if name in options}
     return found

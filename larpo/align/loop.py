@@ -156,7 +156,7 @@ def _line(stage: str, counts: dict[str, Any]) -> str:
         last = counts["log"][-1] if counts["log"] else {}
         figures = [f"{name} {value:.3g}" for name, value in last.items() if name != "step"]
         return ", ".join([f"{counts['steps']} steps", *figures])
-    skipped = ("seconds", "sizes", "sources")
+    skipped = ("seconds", "sizes", "sources", "weights")
     said = {name: value for name, value in counts.items() if name not in skipped and value is not None}
     return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in said.items())
 

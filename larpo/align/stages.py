@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from ..candidates import Candidate, PromptList, from_rows, to_rows
 from ..data.chat_template import template_keywords
 from ..runs.divergence import remembered
 from ..runs.files import Rows, in_chunks, plain, read_json, read_rows, remove, rows_once, write_rows
-from . import evaluation, training
+from . import evaluation, other_engine, training
 from .config import AlignConfig
 from .models import Models
 from .prompts import Prompt, of_iteration
 from .run_folder import RunFolder
+from .samplers import Samplers
 from .scores import to_train_by
 
 SAMPLE, EVALUATE, NEGATIVES = 1, 2, 3  # what a seed is for; 0 is training
@@ -43,6 +44,10 @@ class Run:
     held_out: list[Prompt]
     progress: bool = True
     memory: rewards.Memory | None = None  # what was asked before
+    samplers: Samplers = field(init=False)
+
+    def __post_init__(self):
+        self.samplers = Samplers(self.config, self.models, self.folder)
 
     def seed(self, *purpose: int) -> int:
         """A seed that depends on the run's seed and on nothing but the purpose."""
@@ -50,7 +55,7 @@ class Run:
 
     def policy(self, iteration: int) -> str:
         """Name or folder of the policy after an iteration; after iteration 0 it is the initial model."""
-        return self.models.initial() if iteration == 0 else str(self.folder.model(iteration))
+        return self.samplers.policy(iteration)
 
     def of_iteration(self, iteration: int) -> list[Prompt]:
         return of_iteration(self.prompts, self.config.prompts_per_iteration, iteration)
@@ -66,7 +71,7 @@ def sample(run: Run, iteration: int) -> dict[str, Any]:
 
     def build() -> Rows:
         return draw(
-            run, run.policy(iteration - 1), run.of_iteration(iteration), run.config.k, temperature,
+            run, iteration - 1, run.of_iteration(iteration), run.config.k, temperature,
             seed=(SAMPLE, iteration), source=f"iteration {iteration}", chunks=chunks, to_train_on=True,
         )  # fmt: skip
 
@@ -80,12 +85,25 @@ def sample(run: Run, iteration: int) -> dict[str, Any]:
         "duplicates": lists_of.deduplicate(from_rows(rows))[1],
         "ended_by_themselves": float(np.mean([flag for row in rows for flag in row["finished"]])),
         "tokens_per_candidate": float(np.mean(lengths)),
+        **_of_another_engine(run, iteration, rows),
     }
+
+
+def _of_another_engine(run: Run, iteration: int, rows: Rows) -> dict[str, Any]:
+    """Counts of completions that are not the trainer's own: see `larpo.align.other_engine`."""
+    if run.config.sampler == "transformers":
+        return {}
+    pad = run.models.tokenizer.pad_token_id or 0
+    limits = {"tolerance": run.config.logps_tolerance, "temperature": run.config.temperature(iteration)}
+    apart = other_engine.gap(
+        lambda: run.models.load(run.policy(iteration - 1)), rows[: run.config.compared_prompts], pad, **limits
+    )
+    return {"weights": rows[0].get("weights")} | other_engine.counts_of_tokens(rows) | apart
 
 
 def draw(
     run: Run,
-    policy: str,
+    policy: int,
     prompts: Sequence[Prompt],
     k: int,
     temperature: float,
@@ -95,13 +113,15 @@ def draw(
     chunks: Path,
     to_train_on: bool = False,
 ) -> Rows:
-    """Rows of k completions per prompt with their tokens, and `finished` (ended by themselves).
+    """Rows of k completions per prompt with their tokens, `finished` (ended by themselves) and the `weights` that they are of;
+    from another engine than the trainer's also its log-likelihoods, and whether the tokens are the very ones.
 
+    policy: that after which iteration.
     to_train_on: with the run's top_k, top_p, min_new_tokens and distinct. Without, they are independent draws from the policy
     itself, which is what means, KL and Recall@N are defined on.
     """
-
-    sampler = functools.cache(lambda: _sampler(run, policy, to_train_on))  # not loaded where no chunk is missing
+    options = {"to_train_on": to_train_on, "kept": chunks / "answers", "progress": run.progress}
+    sampler = functools.cache(lambda: run.samplers.of(policy, **options))  # not loaded where no chunk is missing
 
     def work(chunk: int, part: Sequence[Prompt]) -> Rows:
         texts = [row["prompt"] for row in part]
@@ -112,10 +132,11 @@ def draw(
         for prompt, completions in zip(texts, sampled, strict=True):
             found = (Candidate(_answer(prompt, c.text), source=source, completion_ids=c.token_ids) for c in completions)
             one = PromptList(prompt, tuple(found), prompt_ids=completions[0].prompt_ids)
-            rows.append(one.to_row() | {"finished": [c.finished for c in completions]})
+            known = {"finished": [c.finished for c in completions]} | run.samplers.known_of(policy, completions)
+            rows.append(one.to_row() | known)
         return rows
 
-    return in_chunks(chunks, prompts, run.config.chunk_size, work)
+    return in_chunks(chunks, prompts, len(prompts) if run.samplers.in_one_go else run.config.chunk_size, work)
 
 
 def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
@@ -138,23 +159,6 @@ def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
             progress=False,
         )
     return scored["logps"][:]
-
-
-def _sampler(run: Run, policy: str, to_train_on: bool) -> Callable:
-    from ..sampling import Distinct, TransformersSampler, VLLMSampler
-
-    config = run.config
-    options: dict[str, Any] = {"eos_token_ids": run.models.eos_token_ids(), "stop": config.stop_strings()}
-    options["progress"] = run.progress
-    if to_train_on:
-        options |= {"top_k": config.top_k, "top_p": config.top_p, "min_new_tokens": config.min_new_tokens or 0}
-    if config.sampler == "vllm":
-        sampler = VLLMSampler(policy, config.max_new_tokens, **options, **config.sampler_options)
-    else:
-        sampler = TransformersSampler(
-            run.models.load(policy), run.models.tokenizer, config.max_new_tokens, batch_size=config.sample_batch_size, **options
-        )
-    return Distinct(sampler) if to_train_on and config.distinct else sampler
 
 
 def _answer(prompt: rewards.Text, text: str) -> rewards.Text:
@@ -312,7 +316,7 @@ def _held_out_rows(run: Run, iteration: int, chunks: Path) -> Rows:
     rows: Rows = []
     for i, temperature in enumerate(config.eval_temperatures):
         drawn = draw(
-            run, policy, run.held_out, config.eval_k, temperature,
+            run, iteration, run.held_out, config.eval_k, temperature,
             seed=(EVALUATE, i), source=run.folder.iteration(iteration).name, chunks=chunks / f"sampled-{i}",
         )  # fmt: skip
         scored = with_scores(run, drawn, run.held_out, chunks / f"scored-{i}")

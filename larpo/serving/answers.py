@@ -16,8 +16,8 @@ from ..runs.intact import Damaged
 from .asking import Answer, Choice, Limits, Wanted
 
 
-def key_of(model: str, checkpoint: str, wanted: Wanted, limits: Limits) -> str:
-    asked = {"model": model, "checkpoint": checkpoint} | dataclasses.asdict(wanted) | dataclasses.asdict(limits)
+def key_of(weights: str, wanted: Wanted, limits: Limits) -> str:
+    asked = {"weights": weights} | dataclasses.asdict(wanted) | dataclasses.asdict(limits)
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

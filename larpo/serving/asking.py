@@ -28,6 +28,10 @@ class Form(NamedTuple):
 FORMS = (Form(token_ids=True, logprobs=True), Form(token_ids=False, logprobs=True), Form(token_ids=False, logprobs=False))
 
 
+# Said, since a server takes what is not from the model's generation settings: completions come from the policy itself.
+NOTHING_ELSE = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
 @dataclass(frozen=True)
 class Wanted:
     """n completions of one prompt."""
@@ -87,7 +91,7 @@ async def ask(
     if form.token_ids:
         extra |= dict(
             return_token_ids=True, stop_token_ids=list(limits.end_token_ids), ignore_eos=limits.only_these_end,
-            min_tokens=limits.min_new_tokens,
+            min_tokens=limits.min_new_tokens, **NOTHING_ELSE,
         )  # fmt: skip
         if limits.top_k:
             extra["top_k"] = limits.top_k

@@ -39,6 +39,8 @@ async def what_happened(error: openai.OpenAIError, client: openai.AsyncOpenAI, s
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         key = "has none to show" if settings.api_key_env is None else f"shows the one in {settings.api_key_env}"
         return f"{server} wants another key, and this run {key} ({said})"
+    if isinstance(error, openai.InternalServerError):
+        return f"{server} fails when asked for model {model!r}, {settings.retries + 1} times ({said})"
     known = await _models(client)
     others = f"; the models it lists are {', '.join(known)}" if known and model not in known else ""
     return f"{server} refuses to sample from model {model!r}{others} ({said})"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from ..data import chat_template, endings, prompt_boundary
 from ..data.text_tokenizer import text_tokenizer
 from ..rewards import Text
+from ..rewards.background import wait_for
 from ..sampling import Sampled, Template, all_prompt_tokens, check_call, check_settings
 from .answers import Answers, key_of
 from .asking import FORMS, Answer, Choice, Form, Limits, Wanted, ask
@@ -23,8 +24,11 @@ from .settings import ServerSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 FINISHED = ("stop", "eos_token", "stop_sequence")
 COMPLETE = (*FINISHED, "length")  # anything else (abort, content_filter) is no completion
+ENOUGH_LISTS = 4  # to say that a server does not sample
 EMPTY_ANSWERS = 3  # in a row, before a prompt is given up
 BETWEEN_TRIES = 1.0  # seconds, while a server takes new weights
 
@@ -38,7 +42,8 @@ class ServerSampler:
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
         *,
-        checkpoint: str,
+        model: str,
+        weights: str,
         top_k: int = 0,
         top_p: float = 1.0,
         eos_token_ids: Sequence[int] | None = None,
@@ -53,7 +58,7 @@ class ServerSampler:
         Args:
             tokenizer: the policy's own, for prompts, and for completions where the server gives no token ids.
             max_new_tokens, top_k, top_p, eos_token_ids, stop, min_new_tokens: as in `TransformersSampler`.
-            checkpoint: the weights that the server samples from, by which kept answers are told apart.
+            model: what the server is asked for. weights: which ones these are, by which kept answers are told apart.
             kept: folder in which answers are kept as they arrive; None: in memory. rank: of the process that does so.
             patience: seconds in which a server that does not answer its first request may be taking new weights.
 
@@ -61,7 +66,7 @@ class ServerSampler:
         """
         check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         self.settings, self.tokenizer = settings, text_tokenizer(tokenizer)
-        self.checkpoint, self.model = checkpoint, settings.model_of(checkpoint)
+        self.model, self.weights = model, weights
         self.kept, self.rank, self.patience, self.progress = kept, rank, patience, progress
         own = eos_token_ids is not None
         ends = tuple(eos_token_ids) if own else endings.ending_of(self.tokenizer).token_ids
@@ -80,7 +85,7 @@ class ServerSampler:
         keywords = [None] * len(prompts) if template is None else template
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
         rows = [Wanted(*of, k, temperature, one) for *of, one in zip(prompts, ids, keywords, seeds, strict=True)]
-        return _run(self._lists(rows))
+        return wait_for(self._lists(rows))
 
     async def _lists(self, rows: Sequence[Wanted]) -> list[list[Sampled]]:
         from tqdm import tqdm
@@ -106,12 +111,23 @@ class ServerSampler:
                 await asyncio.gather(*(work() for _ in range(min(self.settings.max_in_flight, len(rows)))))
         answers.close()
         if not failed:
+            self._warn_of_greed(lists)
             return lists
         if not isinstance(failed[0], ServerError):
             raise failed[0]
         done = sum(one is not None for one in lists)
         kept = f"; {done} of {len(rows)} prompts are kept, and the same command goes on from there"
         raise ServerError(f"{failed[0]}{'' if self.kept is None else kept}")
+
+    def _warn_of_greed(self, lists: Sequence[list[Sampled]]) -> None:
+        """Some servers sample only if the model's generation settings say do_sample, whatever temperature they are given."""
+        several = [found for found in lists if len(found) > 1]
+        if len(several) >= ENOUGH_LISTS and all(one.token_ids == found[0].token_ids for found in several for one in found):
+            logger.warning(
+                "all completions of a prompt are the same, for each of %d prompts: does the server at %s sample at all, or do "
+                "the model's generation settings have it take the likeliest token (do_sample)?",
+                len(several), self.settings.base_url,
+            )  # fmt: skip
 
     def sampled(self, wanted: Wanted, answer: Answer) -> list[Sampled]:
         """The completions of an answer."""
@@ -182,7 +198,7 @@ class _Asker:
 
     async def _answer(self, wanted: Wanted) -> Answer:
         sampler = self.sampler
-        key = key_of(sampler.model, sampler.checkpoint, wanted, sampler.limits)
+        key = key_of(sampler.weights, wanted, sampler.limits)
         answer = self.answers.get(key)
         if answer is None:
             answer = await self._ask(wanted)
@@ -234,13 +250,3 @@ class _Asker:
 
     async def _said(self, error: Any) -> ServerError:
         return ServerError(await what_happened(error, self.client, self.sampler.settings, self.sampler.model))
-
-
-def _run(work: Coroutine) -> Any:
-    """The result of a coroutine, also where an event loop is running already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        return threads.submit(asyncio.run, work).result()

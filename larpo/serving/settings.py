@@ -70,7 +70,10 @@ class ServerSettings:
                 f"nothing tells the server of new weights: give {_named('reload_command')}, a model name with {CHECKPOINT} "
                 "where the server loads what is asked for, or allow_stale_weights to sample from the weights it has"
             )
-        self.api_key()
+
+    def is_stale(self, iteration: int) -> bool:
+        """Whether completions that shall be of the policy after an iteration are not, since nothing tells the server of it."""
+        return iteration > 0 and self.reload_command is None and CHECKPOINT not in self.model
 
     def model_of(self, checkpoint: str) -> str:
         return self.model.replace(CHECKPOINT, checkpoint)
@@ -83,6 +86,9 @@ class ServerSettings:
         if not key:
             raise ValueError(f"{_named('api_key_env')} is {self.api_key_env!r}, and there is no such environment variable")
         return key
+
+
+SAME_COMPLETIONS = ("model", "extra_body")  # the others may change in a run that goes on
 
 
 def server_settings(options: Mapping[str, Any]) -> ServerSettings:

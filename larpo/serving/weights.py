@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..runs.secrets import masked
 from .client import ServerError
@@ -23,27 +22,24 @@ class ServedWeights:
     settings: ServerSettings
     told: str | None = field(default=None, init=False)
 
-    def tell(self, checkpoint: str, iteration: int) -> dict[str, Any]:
-        """Sees to it that the server samples from a checkpoint, and returns what is known of it, to be written down.
+    def tell(self, checkpoint: str, iteration: int) -> bool:
+        """Sees to it that the server samples from a checkpoint, that of the policy after an iteration. Returns whether it may
+        still be at it.
 
-        Raises ServerError where the command failed; the server's answers are waited for by who asks next.
+        Raises ServerError where the command failed.
         """
-        settings = self.settings
-        if settings.reload_command is None:
-            named = CHECKPOINT in settings.model
-            if not named and iteration > 0 and self.told != checkpoint:
-                logger.warning(
-                    "nobody tells the server at %s of the weights after iteration %d (allow_stale_weights): its completions "
-                    "are those of the weights it was started with",
-                    settings.base_url, iteration,
-                )  # fmt: skip
-                self.told = checkpoint
-            how = "named in the request" if named else "as the server was started"
-            return {"how": how, "stale": not named and iteration > 0}
-        if self.told != checkpoint:
+        if self.told == checkpoint:
+            return False
+        if self.settings.reload_command is not None:
             self._reload(checkpoint, iteration)
-            self.told = checkpoint
-        return {"how": "reload_command", "stale": False}
+        elif self.settings.is_stale(iteration):
+            logger.warning(
+                "nobody tells the server at %s of the weights after iteration %d (allow_stale_weights): its completions are of "
+                "the weights that it was started with",
+                self.settings.base_url, iteration,
+            )  # fmt: skip
+        self.told = checkpoint
+        return self.settings.reload_command is not None
 
     def _reload(self, checkpoint: str, iteration: int) -> None:
         settings = self.settings

@@ -37,7 +37,7 @@ def config(**changes):
         (dict(baseline="dpo", subset=[1, 3]), "leave out subset"),
         (dict(trained_layers=1, peft={}), "exclude each other"),
         (dict(sampler="vllm", peft={}), "reads a whole model"),
-        (dict(sampler_options={"x": 1}), "need sampler vllm"),
+        (dict(sampler_options={"x": 1}), "they need sampler vllm or server"),
         (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens must be a whole number from 0 to max_new_tokens=8, got 9"),
         (dict(min_new_tokens=True), "min_new_tokens must be a whole number"),
         (dict(stop=["\n\n", ""]), "stop must be a text or a list of texts, none of them empty"),

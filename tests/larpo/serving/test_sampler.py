@@ -34,7 +34,7 @@ def sampler(server, folder=None, max_new_tokens=4, bos=False, **settings):
     own = {name: settings.pop(name) for name in ours & settings.keys()}
     given = {"base_url": server.base_url, "model": "policy", "allow_stale_weights": True, "retries": 0} | settings
     return ServerSampler(
-        server_settings(given), tiny_tokenizer(bos=bos), max_new_tokens, checkpoint="start", kept=folder, **own
+        server_settings(given), tiny_tokenizer(bos=bos), max_new_tokens, model="policy", weights="start", kept=folder, **own
     )
 
 
@@ -60,7 +60,7 @@ def test_the_very_tokens_that_were_sampled_come_back_with_their_log_likelihoods(
     assert asked[1, B] == {
         "path": "/v1/completions", "model": "policy", "n": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 4,
         "min_tokens": 1, "stop": ["\n"], "stop_token_ids": [EOS], "ignore_eos": False, "return_token_ids": True, "logprobs": 1,
-        "priority": 3,
+        "priority": 3, "min_p": 0.0, "repetition_penalty": 1.0,
     }  # fmt: skip
 
 
@@ -131,6 +131,12 @@ def test_what_a_server_of_text_would_ignore_is_refused(setting, value):
             sampler(server, **{setting: value})(["a"], 1, 1.0, seed=0)
 
 
+def test_a_server_that_only_takes_the_likeliest_tokens_is_noticed(caplog):
+    with StandIn(lambda body, _: of_prompt(body)) as server:
+        sampler(server)(list("abcd"), 2, 1.0, seed=0)
+    assert "does the server" in caplog.text and "do_sample" in caplog.text
+
+
 # --- a server that fails
 
 
@@ -138,6 +144,10 @@ def test_errors_of_the_server_are_tried_again():
     with StandIn(lambda body, number: 500 if number % 3 else of_prompt(body)) as server:
         found = sampler(server, retries=4, max_in_flight=1)(["a", "b", "c"], 1, 1.0, seed=0)
     assert [one.token_ids for (one,) in found] == [(A, EOS), (B, EOS), (B + 1, EOS)]
+    with StandIn(lambda body, number: 500) as server:
+        with pytest.raises(ServerError, match=r"fails when asked for model 'policy', 2 times \(Error code: 500"):
+            sampler(server, retries=1)(["a"], 1, 1.0, seed=0)
+        assert len(server.asked) == 2
 
 
 def test_what_had_arrived_when_the_server_died_is_not_asked_for_again(tmp_path):

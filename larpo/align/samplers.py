@@ -1,0 +1,85 @@
+"""What samples in a run, by its setting `sampler`, and from which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..sampling import Distinct, Sampled, Sampler
+from ..serving.settings import server_settings
+from ..serving.weights import ServedWeights
+from . import other_engine
+from .config import AlignConfig
+from .models import Models
+from .run_folder import RunFolder
+
+
+@dataclass
+class Samplers:
+    """Samplers of the policies of a run. A policy is named by its iteration; 0 is the initial model."""
+
+    config: AlignConfig
+    models: Models
+    folder: RunFolder
+    _served: ServedWeights | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        """Raises ValueError where a server's key is not there."""
+        if self.config.sampler == "server":
+            self._served = ServedWeights(server_settings(self.config.sampler_options))
+            self._served.settings.api_key()
+
+    @property
+    def in_one_go(self) -> bool:
+        """Whether all prompts may be given at once: what has arrived is kept by the sampler itself."""
+        return self.config.sampler == "server"
+
+    def policy(self, iteration: int) -> str:
+        """Name or folder."""
+        return self.models.initial() if iteration == 0 else str(self.folder.model(iteration))
+
+    def weights(self, iteration: int) -> dict[str, Any]:
+        """Which weights completions are of, as their files say it; stale: not those, but what a server was started with."""
+        model = self.folder.model(iteration).relative_to(self.folder.path).as_posix()
+        stale = self._served is not None and self._served.settings.is_stale(iteration)
+        return {"checkpoint": model if iteration else str(self.config.model), "iteration": iteration, "stale": stale}
+
+    def known_of(self, iteration: int, completions: Sequence[Sampled]) -> dict[str, Any]:
+        """What the row of a prompt says of its completions by this policy."""
+        others = {} if self.config.sampler == "transformers" else other_engine.columns(completions)
+        return {"weights": self.weights(iteration)} | others
+
+    def of(self, iteration: int, *, to_train_on: bool, kept: Path, progress: bool) -> Sampler:
+        """The sampler of a policy. A server is told of its weights now.
+
+        to_train_on: with the run's top_k, top_p, min_new_tokens and distinct. kept: where a server's answers are as they come.
+        """
+        from .. import sampling
+
+        config, policy = self.config, self.policy(iteration)
+        options: dict[str, Any] = {"eos_token_ids": self.models.eos_token_ids(), "stop": config.stop_strings()}
+        options["progress"] = progress
+        if to_train_on:
+            options |= {"top_k": config.top_k, "top_p": config.top_p, "min_new_tokens": config.min_new_tokens or 0}
+        if config.sampler == "vllm":
+            sampler = sampling.VLLMSampler(policy, config.max_new_tokens, **options, **config.sampler_options)
+        elif self._served is not None:
+            sampler = self._of_server(iteration, kept, options)
+        else:
+            sampler = sampling.TransformersSampler(
+                self.models.load(policy), self.models.tokenizer, config.max_new_tokens, batch_size=config.sample_batch_size,
+                **options,
+            )  # fmt: skip
+        return Distinct(sampler) if to_train_on and config.distinct else sampler
+
+    def _of_server(self, iteration: int, kept: Path, options: dict[str, Any]) -> Sampler:
+        from ..serving.sampler import ServerSampler
+
+        policy, settings = self.policy(iteration), self._served.settings
+        taking = self._served.tell(policy, iteration)
+        return ServerSampler(
+            settings, self.models.tokenizer, self.config.max_new_tokens, model=settings.model_of(policy),
+            weights=str(self.weights(iteration)), kept=kept, patience=settings.reload_timeout if taking else 0.0, **options,
+        )  # fmt: skip
