@@ -1,16 +1,16 @@
-"""Everything that only a GPU can show, in one command: right, capturable, deterministic, and how fast.
+"""Everything that only a GPU can show, in one command: right, tuned, how fast against whom, capturable, deterministic.
 
-    python benchmarks/gpu_check.py --minutes 9 --out RESULTS
+    python benchmarks/gpu_check.py --minutes 8.5 --out RESULTS
 
-Made for a bare machine: torch, Triton and pytest are enough. What matters most comes first, each step is a process of its
-own, results.json is written after every step, and the table comes last; so a time limit costs only what had not begun.
-Other libraries are measured where they are installed, or found in the folder given by --peers.
+Made for a bare machine and a short time: torch, Triton and pytest are enough. What matters most comes first
+(benchmarks/gpu/plan.py), each step is a process of its own that imports while the one before it measures, what it finds is on
+disk at once, and the table comes last; so a time limit costs only what had not begun. Other libraries are measured where they
+are installed, or found in the folder given by --peers. --dry-run runs every step on a CPU with tiny shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -20,68 +20,76 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.steps import ROOT, Step, run, write_rows
+from benchmarks.gpu import BEGIN, device, plan
+from benchmarks.gpu.steps import ROOT, run, wait_to_go, write_rows
 from benchmarks.reporting.by_shape import by_shape
-from benchmarks.reporting.tables import aligned, plain
+from benchmarks.reporting.tables import aligned, cells, shown
 
 NO_GPU = "gpu_check needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
-LAST_S = 15  # seconds kept for plots and tables
-
-# name: module of benchmarks.gpu with a generator of that name, seconds it may take, what it shows
-STEPS = {
-    "tests": ("correct", 150, "the kernel tests, on the GPU"),
-    "big": ("correct", 60, "more than 2^31 elements and more than 65,535 rows"),
-    "graphs": ("correct", 60, "no waiting for the device; CUDA graphs, forward and backward"),
-    "rows": ("speed", 60, "from logits, against copying as many bytes"),
-    "linear": ("speed", 75, "from hidden and weight, against the GEMMs alone"),
-    "determinism": ("correct", 60, "the same numbers in 100 runs, and in any batch"),
-    "profile": ("speed", 40, "kernels by time"),
-    "suites": ("speed", 240, "against eager, torch.compile and installed libraries"),
-    "prefix": ("speed", 60, "a prompt that runs once for its candidates, against separate rows"),
-}
-
-
-def steps(only: list[str] | None) -> list[Step]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--step"]
-    return [Step(name, what, [*command, name], s) for name, (_, s, what) in STEPS.items() if not only or name in only]
-
-
-def rows_of(step: str):
-    module = importlib.import_module(f"benchmarks.gpu.{STEPS[step][0]}")
-    return getattr(module, step)()
+MOST_CHARACTERS = 9_500  # of what is printed last: some terminals keep no more
 
 
 # --- results -------------------------------------------------------------------------------------------------------
 
 
 def record(results, folder: Path, header: dict, say=print) -> list[dict]:
-    """Collects results of steps, on disk after each one; suites also in the form that benchmarks/report.py reads."""
+    """Collects results of steps, on disk after each one; tables also in the form that benchmarks/report.py reads."""
     done = []
     for result in results:
         done.append(result)
-        say(f"{result['step']}: {result['status']}, {result['seconds']:.0f} s {result['message']}")
-        (folder / "results.json").write_text(json.dumps({**header, "steps": done}, indent=1) + "\n")
-        tables = [row["table"] for row in result["rows"] if "table" in row]
-        if tables:
-            (folder / "suites.json").write_text(json.dumps({**header, "tables": tables}, indent=1) + "\n")
+        say(f"{result['step']}: {result['status']}, {result['seconds']:.0f} s {result['message'][:150]}")
+        _write(folder / "results.json", {**header, "steps": done})
+        if tables := merged(done):
+            _write(folder / "suites.json", {**header, "tables": tables})
     return done
 
 
+def _write(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def merged(done: list[dict]) -> list[dict]:
+    """One table a case, side and mode, of the rows that several steps measured."""
+    found = {}
+    for table in (row["table"] for result in done for row in result["rows"] if "table" in row):
+        key = tuple(table[name] for name in ("case", "side", "mode", "dtype"))
+        if key in found:
+            known = {row["provider"] for row in found[key]["rows"]}
+            rows = [*found[key]["rows"], *(row for row in table["rows"] if row["provider"] not in known)]
+            found[key] = {**found[key], "rows": rows}
+        else:
+            found[key] = table
+    return list(found.values())
+
+
 def summary(done: list[dict]) -> str:
-    """Tables of what was measured, the most important ones and a line for each step last."""
-    results = {result["step"]: result["rows"] for result in done}
-    drawn = [table(results[step]) for step, table in TABLES.items() if results.get(step)]
-    lines = [[r["step"], r["status"], f"{r['seconds']:.0f} s"] for r in done]
-    table = aligned([["step", "status", "time"], *lines]).splitlines()
-    said = ["", *(_says(result) for result in done)]
-    return "\n\n".join([*drawn, "\n".join(f"{line}  {text}".rstrip() for line, text in zip(table, said, strict=True))])
+    """Tables of what was measured, cut to what a terminal keeps: the most important one and a line for each step last."""
+    found = {result["step"]: result["rows"] for result in done}
+    drawn = [table(rows) for step, table in TABLES.items() if (rows := found.get(step))]
+    if tables := merged(done):
+        drawn.append(_cases(tables))
+    text = "\n\n".join([*drawn, _steps(done)])
+    return text if len(text) <= MOST_CHARACTERS else f"...{text[-MOST_CHARACTERS:]}"
+
+
+def _steps(done: list[dict]) -> str:
+    """Steps that are fine and were made for others alone are left out."""
+    shown = [r for r in done if r["status"] != "ok" or not r["step"].startswith("ahead")]
+    table = aligned([["step", "status", "time"], *([r["step"], r["status"], f"{r['seconds']:.0f} s"] for r in shown)])
+    said = ["", *map(_says, shown)]
+    return "\n".join(f"{line}  {text}".rstrip() for line, text in zip(table.splitlines(), said, strict=True))
 
 
 def _says(result: dict) -> str:
-    rows, said = result["rows"], [result["message"][:150]] if result["message"] else []
+    rows, said = result["rows"], [result["message"][:120]] if result["message"] else []
     checks = [row for row in rows if "ok" in row]
     if result["step"] == "tests" and rows:
         said.append(", ".join(f"{rows[-1][what]} {what}" for what in ("passed", "skipped", "failed") if what in rows[-1]))
+    elif result["step"] == "tune" and rows:
+        said.append("; ".join(", ".join(f"{name} {value}" for name, value in row["chosen"].items()) for row in rows))
+    elif tables := [row["table"] for row in rows if "table" in row]:
+        said += [f"{r['provider']}: {r['status']} {r['message'][:120]}" for t in tables for r in t["rows"] if _worth_saying(r)]
+        said.append(f"{len(tables)} tables")
     elif checks:
         said.append(f"{sum(row['ok'] for row in checks)} of {len(checks)} checks")
     elif rows:
@@ -89,46 +97,70 @@ def _says(result: dict) -> str:
     return "; ".join(said)
 
 
-def _suites(rows: list[dict]) -> str:
-    few = ["provider", "time", "time, eager = 1", "GEMMs alone / time", "GB/s", "peak", "logps", "d logits", "d hidden"]
-    return "\n\n".join(plain(row["table"], few) for row in rows)
+def _worth_saying(row: dict) -> bool:
+    return bool(row["message"]) and (row["status"] != "not run" or "not installed" in row["message"])
+
+
+def _cases(tables: list[dict]) -> str:
+    """A line a provider, the fastest first."""
+    names = ["time", "eager = 1", "of GEMMs", "peak", "logps", "gradient"]
+    found, prefixes = [], [table for table in tables if table["side"] == "prefix"]
+    for table in (table for table in tables if table["side"] != "prefix"):
+        found.append([f"{table['side']}, {table['mode']}: {table['case']}", *[""] * len(names)])
+        for row in (row for row in shown(table) if row["status"] != "not run"):
+            text = cells(table, row)
+            worst = max((e for name, e in row["errors"].items() if name.startswith("d_") and e is not None), default=None)
+            line = [text["time"], text["time, eager = 1"], text["GEMMs alone / time"], text["peak"], text["logps"]]
+            found.append([f"  {text['provider']}"[:44], *line, "" if worst is None else f"{worst:.1e}"])
+    drawn = [aligned([["case and provider", *names], *found])] if found else []
+    if prefixes:
+        drawn.insert(0, "A prompt run once\n" + aligned(by_shape(prefixes)))
+    return "\n\n".join(drawn)
 
 
 def _profile(rows: list[dict]) -> str:
-    cells = [(r["what"], k) for r in rows for k in r["kernels"][:5]]
-    lines = [[f"{what}: {k['kernel'][:60]}", f"{k['ms']:.2f} ms", f"{k['launches']} x"] for what, k in cells]
+    found = [(r["what"], k) for r in rows for k in r["kernels"][:5]]
+    lines = [[f"{what}: {k['kernel'][:44]}", f"{k['ms']:.2f} ms", f"{k['launches']} x"] for what, k in found]
     return "Where the time goes\n" + aligned([["kernel", "time", "launches"], *lines])
 
 
-def _linear(rows: list[dict]) -> str:
-    names = ["TFLOP/s", "GEMMs TFLOP/s", "GEMMs alone / time"]
+def _head(rows: list[dict]) -> str:
+    names = ["ms", "TFLOP/s", "GEMMs TFLOP/s", "time / GEMMs alone", "host ms", "peak GB"]
     lines = [
-        [_head_name(r), f"{r['seconds'] * 1e3:.2f}", *(_short(r[name]) for name in names), f"{r['peak bytes'] / 1e9:.2f}"]
+        [
+            f"{_head_name(r)}, {r['launch']}",
+            f"{r['seconds'] * 1e3:.2f}",
+            _short(r["TFLOP/s"]),
+            _short(r["GEMMs TFLOP/s"]),
+            f"{r['time / GEMMs alone']:.3f}",
+            f"{r['on the host'] * 1e3:.2f}",
+            f"{r['peak bytes'] / 1e9:.2f}",
+        ]
         for r in rows
     ]
-    head = f"Head, forward and backward: H {rows[0]['H']}, V {rows[0]['V']}, bfloat16\n"
-    return head + aligned([["tokens, schedule", "ms", *names, "peak GB"], *lines])
+    return "Head, forward and backward, bfloat16\n" + aligned([["tokens x H x V, schedule", *names], *lines])
 
 
 def _rows(rows: list[dict]) -> str:
-    names = ["forward GB/s", "forward of copy", "backward GB/s", "backward of copy", "copy GB/s"]
-    lines = [[f"{r['T']} x {r['V']} {r['dtype']}", *(_short(r[name]) for name in names)] for r in rows]
+    names = ["forward GB/s", "of copy", "backward GB/s", "of copy", "copy GB/s", "host us"]
+    lines = [
+        [
+            f"{r['T']} x {r['V']} {r['dtype']}, {r['launch']}",
+            _short(r["forward GB/s"]),
+            f"{r['forward of copy']:.2f}",
+            _short(r["backward GB/s"]),
+            f"{r['backward of copy']:.2f}",
+            _short(r["copy GB/s"]),
+            f"{(r['forward on the host'] + r['backward on the host']) * 1e6:.0f}",
+        ]
+        for r in rows
+    ]
     return "From logits: bandwidth, and its share of what copying as many bytes reaches\n" + aligned(
         [["logits", *names], *lines]
     )
 
 
-def _prefix(rows: list[dict]) -> str:
-    return "A prompt run once\n" + aligned(by_shape([row["table"] for row in rows]))
-
-
-TABLES = {
-    "prefix": _prefix,
-    "suites": _suites,
-    "profile": _profile,
-    "linear": _linear,
-    "rows": _rows,
-}  # in the order they are printed
+TABLES = {"profile": _profile, "rows": _rows, "head": _head}  # in the order they are printed
 
 
 def _short(value: float) -> str:
@@ -136,7 +168,7 @@ def _short(value: float) -> str:
 
 
 def _head_name(row: dict) -> str:
-    return f"{row['T']}{' - ' + str(row['ignored']) if row['ignored'] else ''}, {row['schedule']}"
+    return f"{row['T']}{' - ' + str(row['ignored']) if row['ignored'] else ''} x {row['H']} x {row['V']}, {row['schedule']}"
 
 
 # --- plots ---------------------------------------------------------------------------------------------------------
@@ -153,7 +185,7 @@ def draw(done: list[dict], folder: Path) -> list[Path]:
     except ImportError:
         return []
     files = []
-    if bf16 := [r for r in rows.get("rows", []) if r["dtype"] == "bfloat16"]:
+    if bf16 := [r for r in _best_launch(rows.get("rows", [])) if r["dtype"] == "bfloat16"]:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
         for axis, which in zip(axes, ("forward", "backward"), strict=True):
             for v in sorted({r["V"] for r in bf16}):
@@ -163,8 +195,8 @@ def draw(done: list[dict], folder: Path) -> list[Path]:
             axis.grid(alpha=0.3)
         axes[1].legend()
         files.append(_save(figure, folder / "rows.png"))
-    if head := [r for r in rows.get("linear", []) if not r["ignored"]]:
-        figure, axis = plt.subplots(figsize=(9, 4))
+    if head := [r for r in _best_launch(rows.get("head", [])) if not r["ignored"]]:
+        figure, axis = plt.subplots(figsize=(9, 1 + len(head) / 3))
         names = [_head_name(r) for r in head][::-1]
         axis.barh(names, [r["GEMMs TFLOP/s"] for r in head][::-1], color="lightgrey", label="its GEMMs alone")
         axis.barh(names, [r["TFLOP/s"] for r in head][::-1], height=0.5, color="tab:blue", label="ours")
@@ -179,50 +211,101 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
+def _best_launch(rows: list[dict]) -> list[dict]:
+    """Those of the tuned launches where there are any."""
+    return [r for r in rows if r["launch"] == rows[-1]["launch"]]
+
+
 # --- command -------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--minutes", type=float, default=plan.MINUTES, help=f"for everything (default {plan.MINUTES})")
+    found.add_argument("--out", type=Path, default=ROOT / "benchmarks/out", help="folder for what is found, 7 files")
+    found.add_argument("--only", action="append", help="steps whose name has this word; may be given several times")
+    found.add_argument("--peers", type=Path, help="folder with other libraries")
+    found.add_argument("--launch", type=Path, help="launch.json of an earlier run or of tune.py: nothing is tuned")
+    found.add_argument("--commit", help="what is measured, where the files are no git checkout")
+    found.add_argument("--dry-run", action="store_true", help="every step on a CPU with tiny shapes: figures mean nothing")
+    found.add_argument("--plan", action="store_true", help="print the steps and their seconds, run nothing")
+    found.add_argument("--show", type=Path, help="a recorded results.json: print its tables and run nothing")
+    for hidden, kind in (("--step", str), ("--seconds", float), ("--rows", Path)):
+        found.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    return found
+
+
+def one_step(asked) -> int:
+    """What a step's process does."""
+    (planned,) = (one for one in plan.plan() if one.name == asked.step)
+    planned.load()
+    wait_to_go(sys.stdin)
+    context = plan.Context(asked.rows, asked.launch, asked.seconds)
+    if not asked.step.startswith(("smoke", "ahead", "tune")):
+        from benchmarks import tune
+
+        tune.apply(asked.launch)
+    write_rows(planned.rows(context), asked.rows, asked.step)
+    return 0
+
+
+def described(asked) -> dict:
+    """The head of the recorded files."""
+    from benchmarks.core import machine
+
+    if asked.peers:
+        sys.path.append(str(asked.peers))  # versions are found there
+    header = machine.header(device.name())
+    if asked.commit:
+        header["git"] = {"commit": asked.commit, "dirty": None}
+    return {**header, "command": f"gpu_check --minutes {asked.minutes:g}"}
+
+
+def check(asked, start=None, begin: float = BEGIN) -> int:
+    """Runs the plan. 0: all that ran is right. 1: something failed."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rows, log = asked.out / "rows.jsonl", asked.out / "log.txt"
+    for file in (rows, log):
+        file.unlink(missing_ok=True)
+    launch = asked.launch or asked.out / "launch.json"
+    command = [sys.executable, str(Path(__file__).resolve()), "--rows", str(rows.resolve()), "--launch", str(launch.resolve())]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    steps = plan.steps([*command, "--step"], asked.minutes, asked.only, environment, asked.peers)
+    if asked.launch:
+        steps = [step for step in steps if step.name not in ("tune", "ahead: launches")]
+    else:
+        launch.unlink(missing_ok=True)  # an earlier run's
+    header, spent = described(asked), time.monotonic() - begin
+    done = record(run(steps, 60 * asked.minutes - plan.LAST_S - spent, rows, log, start), asked.out, header)
+    draw(done, asked.out)
+    text = summary(done)
+    (asked.out / "table.txt").write_text(text + "\n")
+    print(f"\n{device.card()}, commit {header['git']['commit']}, {time.monotonic() - begin:.0f} s; wrote {asked.out}\n")
+    print(text, flush=True)
+    return int(any(result["status"] == "failed" for result in done))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0: all that ran is right. 1: something failed. 2: no GPU, nothing was run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9, help="for everything (default 9)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/out", help="folder for results.json, log and plots")
-    parser.add_argument("--only", action="append", choices=list(STEPS), help="a step; may be given several times")
-    parser.add_argument("--peers", type=Path, help="folder with other libraries, added to PYTHONPATH if it exists")
-    parser.add_argument("--show", type=Path, help="a recorded results.json: print its tables and run nothing")
-    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
-    parser.add_argument("file", nargs="?", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args(arguments)
+    asked = parser().parse_args(arguments)
+    if asked.dry_run:
+        os.environ[device.DRY_RUN] = "1"
     if asked.step:
-        write_rows(rows_of(asked.step), asked.file)
-        return 0
+        return one_step(asked)
     if asked.show:
         print(summary(json.loads(asked.show.read_text())["steps"]))
         return 0
+    if asked.plan:
+        print(aligned([["step", "seconds", "beside"], *([o.name, f"{o.seconds:g}", "x" * o.beside] for o in plan.plan())]))
+        print(f"{plan.planned_seconds():g} s, and {plan.LAST_S} s for tables and plots")
+        return 0
     import torch
 
-    if not torch.cuda.is_available():
+    if not asked.dry_run and not torch.cuda.is_available():
         print(NO_GPU)
         return 2
-    from benchmarks.core import machine
-
-    start = time.monotonic()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    paths = [
-        str(ROOT),
-        *([str(asked.peers.resolve())] if asked.peers and asked.peers.is_dir() else []),
-        os.environ.get("PYTHONPATH"),
-    ]
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    header = machine.header("cuda")
-    seconds = 60 * asked.minutes - LAST_S
-    log = asked.out / "log.txt"
-    done = record(run(steps(asked.only), seconds, log, environment), asked.out, header)
-    files = [asked.out / "results.json", log, *draw(done, asked.out)]
-    print(f"\n{header['machine']['gpu']}, torch {torch.__version__}, {time.monotonic() - start:.0f} s")
-    print(f"wrote {', '.join(map(str, files))}\n")
-    print(summary(done))
-    return int(any(result["status"] == "failed" for result in done))
+    return check(asked)
 
 
 if __name__ == "__main__":

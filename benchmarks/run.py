@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run as a file
 
 from benchmarks import report
 from benchmarks.core import cases, first_call, machine, suites
-from benchmarks.core.measure import Settings, all_providers, measure
+from benchmarks.core.measure import Settings, all_providers, auto_plan, measure
 from benchmarks.core.problem import SIDES, Problem
 from benchmarks.core.truth import COMPUTES, Truth
 from benchmarks.providers.prefix import ModelStep, SeparateRows
@@ -139,21 +139,9 @@ def _tables(todo, device, globs, settings, limit, *, small):
                     share = None if limit is None else start + limit * done / count
                     table = measure(problem, chosen, truth, replace(settings, deadline=share), say)
                     bar.advance(tables)
-                    yield {**table, "plan": _plan(problem), "small": small}
+                    yield {**table, "plan": auto_plan(problem), "small": small}
             del case
             gc.collect()
-
-
-def _plan(problem: Problem) -> str | None:
-    """Which schedule "auto" takes here, and why."""
-    import larpo_kernels as lk
-
-    if problem.side != "linear" or not hasattr(lk, "plan"):
-        return None
-    p = problem.fresh()
-    with torch.set_grad_enabled(problem.mode != "score"):
-        plan = lk.plan(p.hidden, p.weight, p.labels)
-    return f"{plan.schedule}, {plan.reason}"
 
 
 def _list(todo, device, globs) -> None:

@@ -2,6 +2,8 @@
 
     python benchmarks/tune.py --minutes 6 --out RESULTS
 
+launch.json in that folder is what `benchmarks/gpu_check.py --launch` takes; gpu_check tunes by itself without it.
+
 Groups of parameters are tuned one after the other, each with the winners of those before it. Every candidate is compiled
 first, in other processes and without the GPU; one that spills registers is left out. What is timed runs in turns. The
 shipped entry wins unless a candidate is faster by more than NOISE.
@@ -17,9 +19,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -30,6 +32,8 @@ import torch
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu import device
+from benchmarks.gpu.timing import medians
 from benchmarks.reporting.tables import aligned
 from larpo_kernels.linear import schedules
 
@@ -82,7 +86,7 @@ GROUPS = (
     ),
     Group(
         "schedule",
-        {"GPU_TILE_BYTES": (1 << 28, 1 << 29, 1 << 30, 1 << 31), "GPU_TILE_TOKENS": (4096, 8192, 16384, 32768)},
+        {"GPU_TILE_BYTES": (1 << 29, 1 << 30, 1 << 31), "GPU_TILE_TOKENS": (4096, 8192, 16384)},
         share=0.3,
     ),
 )
@@ -98,30 +102,37 @@ def shipped(arch: str) -> dict[str, int]:
     return entry | {name: getattr(schedules, name) for name in SCHEDULE_VALUES}
 
 
+def place(values: dict[str, int], arch: str) -> None:
+    """Launches and schedules take these values from now on."""
+    from larpo_kernels.backends.triton import launch
+
+    entry = launch.TABLE[arch]
+    known = {field.name for field in fields(entry)}
+    launch.TABLE[arch] = replace(entry, **{name: value for name, value in values.items() if name in known})
+    launch.for_device.cache_clear()
+    for name in SCHEDULE_VALUES:
+        setattr(schedules, name, values.get(name, getattr(schedules, name)))
+
+
 @contextmanager
 def using(values: dict[str, int], arch: str) -> Iterator[None]:
     """Launches and schedules take these values inside."""
     from larpo_kernels.backends.triton import launch
 
     entry, before = launch.TABLE[arch], {name: getattr(schedules, name) for name in SCHEDULE_VALUES}
-    known = {field.name for field in fields(entry)}
-    launch.TABLE[arch] = replace(entry, **{name: value for name, value in values.items() if name in known})
-    launch.for_device.cache_clear()
-    for name in SCHEDULE_VALUES:
-        setattr(schedules, name, values.get(name, before[name]))
+    place(values, arch)
     try:
         yield
     finally:
+        place(before, arch)
         launch.TABLE[arch] = entry
-        launch.for_device.cache_clear()
-        for name, value in before.items():
-            setattr(schedules, name, value)
 
 
 # --- compiling beforehand -------------------------------------------------------------------------------------------
 
 LAUNCHES = {  # group -> kernels of larpo_kernels/inspect/cases.py that its parameters reach
     "rows": ("token_logps_forward/plain", "token_logps_forward/split", "token_logps_backward/plain"),
+    "split": ("token_logps_forward/split",),
     "tile": ("exp_tile/plain", "exp_tile/again", "level_spans/plain"),
 }
 
@@ -135,63 +146,71 @@ def spills(group: str, values: dict[str, int], arch: str) -> int | None:
 
     with using(values, arch):
         try:
-            cases = [case for case in choose(LAUNCHES.get(group, ()), ["bf16"]) if case.aligned] if group in LAUNCHES else []
+            cases = [case for case in choose(LAUNCHES[group], ["bf16"]) if case.aligned]
             return sum(read(compile_case(case, TARGETS[arch]).asm).spills for case in cases)
         except Exception:  # a combination that the compiler refuses is no candidate
             return None
 
 
-def compiled(group: Group, base: dict[str, int], arch: str, deadline: float) -> list[dict]:
-    """The candidates that compile without spilling, the shipped values first."""
-    own = {name: base[name] for name in group.values}
-    others = [values for values in group.candidates() if values != own]
-    if group.name not in LAUNCHES:
-        return [own, *others]
-    good = [own]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
-        pool.submit(spills, group.name, base, arch)
-        counted = [(values, pool.submit(spills, group.name, base | values, arch)) for values in others]
-        for values, future in counted:
-            try:
-                if future.result(max(0.0, deadline - time.monotonic())) == 0:
-                    good.append(values)
-            except TimeoutError:
-                pool.shutdown(wait=False, cancel_futures=True)
-                break
-    return good
+def compiled(groups: tuple[Group, ...], arch: str, deadline: float) -> Iterator[tuple[str, dict]]:
+    """(group's name, values) of the candidates that were compiled by then without spilling, as they come."""
+    base, context, todo = shipped(arch), multiprocessing.get_context("spawn"), {}
+    pool = ProcessPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 2)), mp_context=context)
+    try:
+        for group in groups:
+            for values in group.candidates()[: 2 if device.dry() else None]:
+                if group.name in LAUNCHES and not device.dry():
+                    todo[pool.submit(spills, group.name, base | values, arch)] = group.name, values
+                else:
+                    yield group.name, values
+        for future in as_completed(todo, max(0.0, deadline - time.monotonic())):
+            if future.result() == 0:
+                yield todo[future]
+    except TimeoutError:
+        return
+    finally:
+        for process in list((pool._processes or {}).values()):  # none of them has anything to keep
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # --- what is timed --------------------------------------------------------------------------------------------------
 
 
+SIZES = {  # group -> tokens, vocabulary
+    "rows": ((8192, 128256), (8192, 32000), (1024, 128256)),
+    "split": ((8192, 128256), (64, 128256), (4, 262144)),
+    "fill": ((64, 128256), (1024, 128256), (8192, 32000)),
+    "tile": ((4096, 128256), (8192, 65536)),
+    "schedule": ((8192, 128256), (16384, 32000)),
+}
+
+
 def problems(group: str) -> Iterator[tuple[str, Callable]]:
     """Named functions whose time the group's parameters decide; made one at a time, for they hold memory."""
+    for n, v in ((64, 96),) if device.dry() else SIZES[group]:
+        if group in ("rows", "split", "fill"):
+            yield from _rows(n, v, group)
+        else:
+            h = 64 if group == "tile" or device.dry() else 4096  # few columns: the GEMM shall not hide the kernels
+            schedules = ("frozen_head", "recompute") if group == "tile" else ("frozen_head", "list_hold", "recompute")
+            hidden = torch.randn(n, h, device=device.name()).bfloat16()
+            weight = (torch.randn(v, h, device=device.name()) / h**0.5).bfloat16()
+            labels = torch.randint(v, (n,), device=device.name())
+            for schedule in schedules:
+                yield f"{schedule} {n} x {v}", _head(hidden, weight, labels, schedule)
+
+
+def _rows(n: int, v: int, group: str) -> Iterator[tuple[str, Callable]]:
     import larpo_kernels as lk
 
-    if group in ("rows", "split", "fill"):
-        shapes = {
-            "rows": ((8192, 128256), (8192, 32000), (4096, 262144)),
-            "split": ((8192, 128256), (64, 128256), (4, 262144)),
-            "fill": ((64, 128256), (1024, 128256), (8192, 32000)),
-        }
-        for n, v in shapes[group]:
-            logits = torch.empty(n, v, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
-            labels, upstream = torch.randint(v, (n,), device="cuda"), torch.randn(n, device="cuda")
-            if group != "fill":
-                yield f"forward {n} x {v}", lambda x=logits, y=labels: lk.token_logps(x.detach(), y)
-            if group != "split":
-                logps = lk.token_logps(logits, labels)
-                back = lambda x=logits, l=logps, g=upstream: torch.autograd.grad(l, x, g, retain_graph=True)  # noqa: E731
-                yield f"backward {n} x {v}", back
-    h = 64 if group == "tile" else 4096  # few columns: the GEMM shall not hide the kernels
-    if group in ("tile", "schedule"):
-        for n, v in ((4096, 128256), (8192, 65536)) if group == "tile" else ((8192, 128256), (16384, 32000)):
-            hidden = torch.randn(n, h, device="cuda").bfloat16()
-            weight = (torch.randn(v, h, device="cuda") / h**0.5).bfloat16()
-            labels = torch.randint(v, (n,), device="cuda")
-            for schedule in ("frozen_head", "recompute") if group == "tile" else ("frozen_head", "list_hold", "recompute"):
-                yield f"{schedule} {n} x {v}", _head(hidden, weight, labels, schedule)
+    logits = torch.empty(n, v, dtype=torch.bfloat16, device=device.name()).normal_().requires_grad_()
+    labels, upstream = torch.randint(v, (n,), device=device.name()), torch.randn(n, device=device.name())
+    if group != "fill":
+        yield f"forward {n} x {v}", lambda: lk.token_logps(logits.detach(), labels)
+    if group != "split":
+        logps = lk.token_logps(logits, labels)
+        yield f"backward {n} x {v}", lambda: torch.autograd.grad(logps, logits, upstream, retain_graph=True)
 
 
 def _head(hidden, weight, labels, schedule) -> Callable:
@@ -207,8 +226,10 @@ def _head(hidden, weight, labels, schedule) -> Callable:
 
 
 def measured(group: Group, candidates: list[dict], base: dict[str, int], arch: str, deadline: float) -> list[dict]:
-    """Rows {values, seconds by problem, ratio to the first candidate}, the fastest first, of the problems in time."""
-    from benchmarks.gpu.timing import medians
+    """Rows {values, seconds by problem, ratio to the first candidate}, the fastest first, of the problems in time.
+
+    A candidate that raises, or that was not reached in time, is left out from then on.
+    """
 
     def under(values, function):
         def run():
@@ -217,16 +238,20 @@ def measured(group: Group, candidates: list[dict], base: dict[str, int], arch: s
 
         return run
 
-    seconds = [{} for _ in candidates]
+    seconds, alive = [{} for _ in candidates], set(range(len(candidates)))
     for name, function in problems(group.name):
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        runs = {str(i): under(values, function) for i, values in enumerate(candidates)}
-        for i, value in medians(runs, rounds=9, budget_s=min(left, 10.0)).items():
+        runs = {str(i): under(candidates[i], function) for i in sorted(alive)}
+        found = medians(runs, rounds=9, budget_s=min(left / 2, 10.0), warm_s=left / 2, failed={})
+        alive = {int(i) for i in found}
+        if 0 not in alive:  # nothing to compare with
+            return []
+        for i, value in found.items():
             seconds[int(i)][name] = value
-        torch.cuda.empty_cache()
-    return ranked(candidates, seconds)
+        device.release()
+    return ranked([candidates[i] for i in sorted(alive)], [seconds[i] for i in sorted(alive)])
 
 
 def ranked(candidates: list[dict], seconds: list[dict[str, float]]) -> list[dict]:
@@ -274,39 +299,89 @@ def _bytes(value: int) -> str:
 def arch_here() -> str:
     from larpo_kernels.backends.triton import launch
 
+    if device.dry():
+        return "sm_90"
     used = launch.for_device(torch.cuda.current_device())
     return next(name for name, known in launch.TABLE.items() if known is used)
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What launch.json holds."""
+
+    arch: str
+    origin: str
+    chosen: dict[str, int]
+    changed: dict[str, int] = field(default_factory=dict)  # of what was shipped
+
+    def write(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read(file: Path | None, arch: str) -> dict[str, int]:
+    """Values of a launch.json for this architecture; none where there is no such file, or it is for another one."""
+    if file is None or not file.exists():
+        return {}
+    found = json.loads(file.read_text())
+    known = shipped(arch)
+    return {name: value for name, value in found["chosen"].items() if name in known} if found["arch"] == arch else {}
+
+
+def apply(file: Path | None) -> None:
+    """This process launches as launch.json says."""
+    arch = arch_here()
+    place(read(file, arch), arch)
+
+
+def tuned(seconds: float, file: Path, candidates: Callable[[str], list[dict]], only: list[str] | None = None) -> Iterator[dict]:
+    """A row for each group of parameters; the winners so far are in the file after each.
+
+    candidates(group's name): values that are compiled.
+    """
+    arch, end = arch_here(), time.monotonic() + seconds
+    found = Found(arch, f"measured, {device.card()}, {date.today()}", shipped(arch))
+    groups = [g for g in GROUPS if (not only or g.name in only) and set(g.values) <= set(found.chosen)]
+    for i, group in enumerate(groups):
+        deadline = time.monotonic() + (end - time.monotonic()) * group.share / sum(g.share for g in groups[i:])
+        own = {name: found.chosen[name] for name in group.values}
+        others = [values for values in candidates(group.name) if values != own]
+        rows = measured(group, [own, *others], found.chosen, arch, deadline)
+        if rows:
+            best = winner(rows, own)
+            found.chosen |= best
+            found.changed |= {name: value for name, value in best.items() if value != own[name]}
+        found.write(file)
+        yield {
+            "what": group.name,
+            "compiled": len(others),
+            "measured": len(rows),
+            "chosen": {name: found.chosen[name] for name in own},
+            "text": table(group, rows),
+            "rows": rows[:8],
+        }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6, help="for everything (default 6)")
-    parser.add_argument("--out", type=Path, help="folder for tune.json")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for launch.json")
     parser.add_argument("--only", action="append", choices=[group.name for group in GROUPS], help="a group of parameters")
     asked = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(NO_GPU)
         return 2
-    arch, end = arch_here(), time.monotonic() + 60 * asked.minutes
-    chosen = shipped(arch)
-    groups = [group for group in GROUPS if (not asked.only or group.name in asked.only) and set(group.values) <= set(chosen)]
-    origin = f"measured, {torch.cuda.get_device_name()}, {date.today()}"
-    found, printed = {}, []
-    for i, group in enumerate(groups):
-        deadline = time.monotonic() + (end - time.monotonic()) * group.share / sum(g.share for g in groups[i:])
-        candidates = compiled(group, chosen, arch, time.monotonic() + (deadline - time.monotonic()) / 2)
-        rows = measured(group, candidates, chosen, arch, deadline)
-        found[group.name] = rows
-        own = {name: chosen[name] for name in group.values}
-        if rows:
-            chosen |= winner(rows, own)
-        printed.append(table(group, rows))
-        print(printed[-1], end="\n\n", flush=True)
-        if asked.out:
-            asked.out.mkdir(parents=True, exist_ok=True)
-            result = {"arch": arch, "origin": origin, "chosen": chosen, "groups": found}
-            (asked.out / "tune.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(entry(arch, chosen, origin))
+    end, arch, file = time.monotonic() + 60 * asked.minutes, arch_here(), asked.out / "launch.json"
+    groups = tuple(group for group in GROUPS if not asked.only or group.name in asked.only)
+    ahead = list(compiled(groups, arch, time.monotonic() + 60 * asked.minutes / 3))
+    candidates = lambda name: [values for group, values in ahead if group == name]  # noqa: E731
+    for row in tuned(end - time.monotonic(), file, candidates, asked.only):
+        print(row["text"], end="\n\n", flush=True)
+    found = json.loads(file.read_text())
+    print(entry(arch, found["chosen"], found["origin"]))
     return 0
 
 

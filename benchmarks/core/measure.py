@@ -21,7 +21,7 @@ from benchmarks.core.truth import Truth
 from benchmarks.providers.registry import Output, Provider
 from benchmarks.providers.registry import select as all_providers
 
-__all__ = ["Settings", "all_providers", "measure", "run_once"]
+__all__ = ["Settings", "all_providers", "auto_plan", "measure", "run_once"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,16 @@ def measure(
         _peaks(entries, problem, settings, progress)
     torch._dynamo.reset()  # the next problem has other shapes
     return {**problem.describe(), "rows": [entry.row for entry in entries]}
+
+
+def auto_plan(problem: Problem) -> str | None:
+    """Which schedule "auto" takes here, and why."""
+    if problem.side != "linear":
+        return None
+    p = problem.fresh()
+    with torch.set_grad_enabled(problem.mode != "score"):
+        plan = lk.plan(p.hidden, p.weight, p.labels)
+    return f"{plan.schedule}, {plan.reason}"
 
 
 class Entry:

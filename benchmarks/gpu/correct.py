@@ -1,13 +1,16 @@
 """What only a GPU can show of correctness: sizes past 2^31, CUDA graphs, no waiting for the device, determinism.
 
-Each function yields rows {"what": ..., "ok": ..., numbers}; benchmarks/gpu_check.py runs them.
+Each step yields rows {"what": ..., "ok": ..., numbers}; benchmarks/gpu_check.py runs them.
 """
 
 from __future__ import annotations
 
-import re
+import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,17 +19,25 @@ import torch
 
 import larpo_kernels as lk
 from benchmarks.core.problem import BETA, IGNORE
+from benchmarks.gpu import device, pytest_rows
+from benchmarks.gpu.plan import shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (  # of the kernels, by importance
     "token_logps",
-    "sequence_logps",
-    "objectives",
     "linear_logps",
-    "fused_listwise_loss",
     "fused_linear_listwise_loss",
+    "fused_listwise_loss",
+    "objectives",
+    "sequence_logps",
     "extreme_logits",
+    "row_blocks",
+    "schedules",
+    "tail",
     "microbatch",
+    "second_derivatives",
+    "unread_input",
+    "operators",
     "bad_input",
     "bad_linear_input",
     "compile",
@@ -37,7 +48,7 @@ TRAINING = {  # schedule -> which inputs require grad
     "list_hold": ("hidden", "weight"),
     "recompute": ("hidden", "weight"),
 }
-RUNS = 100
+SCHEDULES = {**TRAINING, "score_only": ()}
 
 
 def guarded(what: str, check, **shown) -> dict:
@@ -52,54 +63,128 @@ def guarded(what: str, check, **shown) -> dict:
 # --- the tests -----------------------------------------------------------------------------------------------------
 
 
-def tests() -> Iterator[dict]:
+def test_files() -> list[Path]:
+    """A dry run has few."""
+    files = [ROOT / f"tests/larpo_kernels/test_{name}.py" for name in TESTS]
+    return [ROOT / "tests/test_import.py"] if device.dry() else [file for file in files if file.exists()]
+
+
+def tests(context, every_s: float = 5.0) -> Iterator[dict]:
     """The kernel tests, on the GPU; counted as they end, so that a cut run still says how far it came."""
-    files = [f"tests/larpo_kernels/test_{name}.py" for name in TESTS]
-    workers = ["-n", "12"] if find_spec("xdist") else []
-    flags = ["-o", "addopts=", "-v", "--tb=short", "-rf", "--maxfail=20", "-p", "no:cacheprovider", *workers]
-    command = [sys.executable, "-m", "pytest", *files, *flags]
-    counts, failed = {}, []
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        sys.stdout.write(line)
-        found = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", line)
-        if not found or "::" not in line or " - " in line:  # a line of the summary says it a second time
-            continue
-        counts[found[1].lower()] = counts.get(found[1].lower(), 0) + 1
-        if found[1] in ("FAILED", "ERROR"):
-            failed.append(re.search(r"\S+::\S+", line)[0])
-        if sum(counts.values()) % 50 == 0:
-            yield {"what": "so far", **counts}
-    code = process.wait()
-    if failed:
-        yield {"what": f"{len(failed)} tests failed, first {failed[0]}", "ok": False, "failed": failed, **counts}
-    else:
-        yield {"what": "kernel tests", "ok": code == 0 and bool(counts), "exit": code, **counts}
+    workers = ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") and not device.dry() else []
+    flags = ["-o", "addopts=", "-q", "--tb=short", "--maxfail=40", "-p", "no:cacheprovider", "-p", pytest_rows.__name__]
+    command = [sys.executable, "-m", "pytest", *map(str, test_files()), *flags, *workers]
+    with tempfile.TemporaryDirectory() as folder:
+        ended = Path(folder) / "tests"
+        environment = {**os.environ, pytest_rows.FILE: str(ended), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        process, said, shown = subprocess.Popen(command, cwd=ROOT, env=environment), time.monotonic(), 0
+        while process.poll() is None:
+            time.sleep(0.1)
+            counts = _counts(ended)
+            if sum(counts.values()) > shown and time.monotonic() - said > every_s:
+                said, shown = time.monotonic(), sum(counts.values())
+                yield {"what": "so far", **counts, "failures": _failures(ended)}
+        counts, failures = _counts(ended), _failures(ended)
+    ok = process.returncode == 0 and counts.get("passed", 0) > 0
+    what = f"{len(failures)} failed, first {failures[0]['test']}" if failures else "kernel tests"
+    yield {"what": what, "ok": ok, "exit": process.returncode, **counts, "failures": failures}
+
+
+def _ended(file: Path) -> list[dict]:
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _counts(file: Path) -> dict[str, int]:
+    counts = {}
+    for test in _ended(file):
+        counts[test["outcome"]] = counts.get(test["outcome"], 0) + 1
+    return counts
+
+
+def _failures(file: Path) -> list[dict]:
+    return [{"test": test["test"], "error": test["error"]} for test in _ended(file) if test["outcome"] == "failed"]
+
+
+# --- against float64 -----------------------------------------------------------------------------------------------
+
+
+def smoke_rows(context) -> Iterator[dict]:
+    """Log-probabilities of rows and their gradient, in every dtype; the loss of every objective."""
+    for n, v, dtype in shapes().smoke_rows:
+        yield guarded(f"rows, {n} x {v} {dtype}", lambda n=n, v=v, d=dtype: _rows(n, v, getattr(torch, d)), elements=n * v)
+    for objective in ("contrastive", "pairwise", "listmle", "lambdarank", "listnet"):
+        yield guarded(f"loss from logits, {objective}", lambda o=objective: _list_loss(o))
+
+
+def smoke_head(context) -> Iterator[dict]:
+    """Every schedule."""
+    n, h, v = shapes().smoke_head
+    for schedule in SCHEDULES:
+        yield guarded(f"hidden, {schedule}: {n} tokens x {v} columns", lambda s=schedule: _head(n, h, v, s))
+
+
+def smoke_graph(context) -> Iterator[dict]:
+    yield guarded("graph, from logits", lambda: _replayed(_from_logits("contrastive", False), exact=True))
+    yield guarded("graph, from hidden", lambda: _replayed(_from_hidden("list_hold", False), exact=True))
+
+
+def _list_loss(objective: str) -> dict:
+    """The whole of fused_listwise_loss against its specification in float64."""
+    s, t, _, v = shapes().graph
+    torch.manual_seed(0)
+    logits = torch.randn(s, t, v, device=device.name()).bfloat16().requires_grad_()
+    labels, relevance = _labels(s * t, v).view(s, t), torch.randn(s, device=device.name())
+    given = {"list_sizes": 4, "objective": objective}
+    out = lk.fused_listwise_loss(logits, labels, relevance, beta=BETA, backend=device.backend(), **given)
+    (grad,) = torch.autograd.grad(3 * out.loss, logits)
+    few = slice(0, 4)  # the gradient of the first list; lists do not know of each other
+    z, y = logits.detach().double(), labels.clamp(min=0)[..., None]
+    logps = ((z.gather(-1, y) - z.logsumexp(-1, keepdim=True))[..., 0] * (labels != IGNORE)).sum(-1).requires_grad_()
+    loss = lk.reference.listwise_loss(BETA * logps, relevance.double(), **given)
+    (c,) = torch.autograd.grad(3 * loss, logps)
+    d = -z[few].softmax(-1)
+    d.scatter_add_(-1, y[few], torch.ones_like(d[..., :1]))
+    d *= (c[few, None] * (labels[few] != IGNORE))[..., None]
+    loss, value = loss.detach(), out.loss.detach().double()
+    errors = {
+        "loss": float((value - loss).abs() / loss.abs().clamp(min=1e-3)),
+        "logps": _worst(out.logps, logps.detach()),
+        "d_logits": _worst(grad[few], d),
+    }
+    return {"ok": errors["loss"] < 1e-4 and errors["logps"] < 1e-5 and errors["d_logits"] < 8e-3, **errors}
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def big() -> Iterator[dict]:
+def big(context) -> Iterator[dict]:
     """More than 2^31 elements and more than 65,535 rows, against float64 on the first, middle and last rows."""
-    shapes = [(70_000, 32_000, "many rows"), (9_000, 262_144, "long rows"), (66_000, 50_257, "misaligned rows")]
-    for n, v, name in shapes:
-        yield guarded(f"logits, {name}: {n} x {v}", lambda n=n, v=v: _big_logits(n, v), elements=n * v)
-        torch.cuda.empty_cache()
-    n, v = 70_000, 32_768
+    size = shapes()
+    for n, v in size.big_rows:
+        yield guarded(f"logits: {n} x {v}", lambda n=n, v=v: _more(_rows(n, v, torch.bfloat16), n * v))
+        device.release()
+    n, h, v = size.big_head
+    scored = int((_labels(n, v) != IGNORE).sum())  # the tiles, and E where it is held, are of these tokens alone
     for schedule in TRAINING:
-        what = f"hidden, {schedule}: {n} tokens x {v} columns"
-        yield guarded(what, lambda s=schedule: _big_hidden(70_000, 64, 32_768, s), elements=n * v)
-        torch.cuda.empty_cache()
+        what = f"hidden, {schedule}: {scored} scored tokens x {v} columns"
+        yield guarded(what, lambda s=schedule: _more(_head(n, h, v, s), scored * v))
+        device.release()
+
+
+def _more(found: dict, elements: int) -> dict:
+    """Fails what is not big."""
+    return {**found, "ok": found["ok"] and elements > shapes().more_than, "elements": elements}
 
 
 def _some(n: int) -> torch.Tensor:
     """The first, middle and last rows."""
-    return torch.cat([torch.arange(a, a + 32, device="cuda") for a in (0, n // 2, n - 32)])
+    starts = (0, n // 2, max(0, n - 32))
+    return torch.cat([torch.arange(a, min(a + 32, n), device=device.name()) for a in starts]).unique()
 
 
 def _labels(n: int, v: int) -> torch.Tensor:
-    labels = torch.randint(v, (n,), device="cuda")
+    labels = torch.randint(v, (n,), device=device.name())
     labels[1::7] = IGNORE
     return labels
 
@@ -109,38 +194,41 @@ def _worst(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x.double() - y).abs().max() / y.abs().max())
 
 
-def _big_logits(n: int, v: int) -> dict:
+def _rows(n: int, v: int, dtype: torch.dtype) -> dict:
     torch.manual_seed(0)
-    logits = torch.empty(n, v, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
-    labels, upstream, at = _labels(n, v), torch.randn(n, device="cuda"), _some(n)
-    logps = lk.token_logps(logits, labels, backend="triton")
+    logits = torch.empty(n, v, dtype=dtype, device=device.name()).normal_().requires_grad_()
+    labels, upstream, at = _labels(n, v), torch.randn(n, device=device.name()), _some(n)
+    logps = lk.token_logps(logits, labels, backend=device.backend())
     (grad,) = torch.autograd.grad(logps, logits, upstream)
     z, y = logits.detach()[at].double(), labels[at]
     keep = y != IGNORE
     true = torch.where(keep, z.log_softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0], 0)
     d = -z.softmax(-1)
-    d[torch.arange(len(at), device="cuda"), y.clamp(min=0)] += 1
+    d[torch.arange(len(at), device=device.name()), y.clamp(min=0)] += 1
     d *= (upstream[at].double() * keep)[:, None]
     errors = {"logps": _worst(logps.detach()[at], true), "d_logits": _worst(grad[at], d)}
     zero = bool((grad[labels == IGNORE] == 0).all())
-    return {"ok": errors["logps"] < 1e-5 and errors["d_logits"] < 8e-3 and zero, **errors, "ignored rows are 0": zero}
+    ok = errors["logps"] < 1e-5 and errors["d_logits"] < torch.finfo(dtype).eps + 1e-5 and zero
+    return {"ok": ok, **errors, "ignored rows are 0": zero}
 
 
-def _big_hidden(n: int, h: int, v: int, schedule: str) -> dict:
+def _head(n: int, h: int, v: int, schedule: str) -> dict:
     torch.manual_seed(0)
-    hidden = torch.randn(n, h, device="cuda").bfloat16().requires_grad_()
-    weight = (torch.randn(v, h, device="cuda") / h**0.5).bfloat16().requires_grad_("weight" in TRAINING[schedule])
-    labels, upstream, at = _labels(n, v), torch.randn(n, device="cuda"), _some(n)
-    logps = lk.linear_token_logps(hidden, weight, labels, schedule=schedule, backend="triton")
+    hidden = torch.randn(n, h, device=device.name()).bfloat16().requires_grad_("hidden" in SCHEDULES[schedule])
+    weight = (torch.randn(v, h, device=device.name()) / h**0.5).bfloat16().requires_grad_("weight" in SCHEDULES[schedule])
+    labels, upstream, at = _labels(n, v), torch.randn(n, device=device.name()), _some(n)
+    logps = lk.linear_token_logps(hidden, weight, labels, schedule=schedule, backend=device.backend())
     wanted = [x for x in (hidden, weight) if x.requires_grad]
-    grads = torch.autograd.grad(logps, wanted, upstream)
+    grads = torch.autograd.grad(logps, wanted, upstream) if wanted else ()
     y, keep = labels[at], labels[at] != IGNORE
     z = hidden.detach()[at].double() @ weight.detach().double().T
     true = torch.where(keep, z.log_softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0], 0)
     d = -z.softmax(-1)
-    d[torch.arange(len(at), device="cuda"), y.clamp(min=0)] += 1
+    d[torch.arange(len(at), device=device.name()), y.clamp(min=0)] += 1
     d *= (upstream[at].double() * keep)[:, None]
-    errors = {"logps": _worst(logps.detach()[at], true), "d_hidden": _worst(grads[0][at], d @ weight.detach().double())}
+    errors = {"logps": _worst(logps.detach()[at], true)}
+    if grads:
+        errors["d_hidden"] = _worst(grads[0][at], d @ weight.detach().double())
     if len(grads) > 1:
         errors["d_weight"] = _worst(grads[1][:64], _d_weight(hidden.detach(), weight.detach(), labels, upstream, 64))
     return {"ok": errors["logps"] < 4e-3 and all(e < 2e-2 for e in errors.values()), **errors}
@@ -148,12 +236,12 @@ def _big_hidden(n: int, h: int, v: int, schedule: str) -> dict:
 
 def _d_weight(hidden, weight, labels, upstream, rows: int) -> torch.Tensor:
     """float64 d weight of the first vocabulary rows, in blocks of tokens."""
-    found = torch.zeros(rows, hidden.shape[1], dtype=torch.float64, device="cuda")
+    found = torch.zeros(rows, hidden.shape[1], dtype=torch.float64, device=device.name())
     c = (upstream.double() * (labels != IGNORE))[:, None]
     for a in range(0, len(hidden), 4096):
         h, part = hidden[a : a + 4096].double(), slice(a, a + 4096)
         g = -(h @ weight.double().T).softmax(-1)[:, :rows]
-        g += labels[part, None] == torch.arange(rows, device="cuda")
+        g += labels[part, None] == torch.arange(rows, device=device.name())
         found += (g * c[part]).T @ h
     return found
 
@@ -161,7 +249,7 @@ def _d_weight(hidden, weight, labels, upstream, rows: int) -> torch.Tensor:
 # --- CUDA graphs, waiting for the device ---------------------------------------------------------------------------
 
 
-def graphs() -> Iterator[dict]:
+def graphs(context) -> Iterator[dict]:
     """Forward and backward captured once give, on replay with other numbers, what a fresh call gives."""
     for objective in ("contrastive", "lambdarank"):
         for packed in (False, True):
@@ -175,7 +263,7 @@ def graphs() -> Iterator[dict]:
             what = f"graph, from hidden, {schedule}, {'ignored tokens' if ignored else 'all tokens count'}"
             exact = not ignored and schedule != "auto"  # which takes another schedule in a graph
             yield guarded(what, lambda s=schedule, i=ignored, e=exact: _replayed(_from_hidden(s, i), exact=e))
-    sizes = [[4] * 4, torch.full((4,), 4, device="cuda")]
+    sizes = [[4] * 4, torch.full((4,), 4, device=device.name())]
     for name, list_sizes in zip(("a Python list", "a tensor"), sizes, strict=True):
         row = guarded("", lambda x=list_sizes: _without_waiting(_from_logits("listmle", False, x)))
         yield {"what": f"list_sizes as {name}", "waits": not row["ok"], "note": row.get("error", "")}
@@ -183,15 +271,15 @@ def graphs() -> Iterator[dict]:
 
 def _from_logits(objective: str, packed: bool, list_sizes=4):
     """-> tensors to change between replays, and a step that returns loss, logps and gradient."""
-    s, t, v = 16, 32, 32_000
-    logits = torch.randn(s, t, v, device="cuda").bfloat16().requires_grad_()
+    s, t, _, v = shapes().graph
+    logits = torch.randn(s, t, v, device=device.name()).bfloat16().requires_grad_()
     labels = _labels(s * t, v).view(s, t)
     borders = {}
     if packed:
         logits, labels = logits.detach().flatten(0, 1).requires_grad_(), labels.flatten()
-        borders = {"cu_seqlens": torch.arange(s + 1, device="cuda") * t}
-    changing = {"logits": logits, "labels": labels, "relevance": torch.randn(s, device="cuda")}
-    ref = torch.randn(s, device="cuda")
+        borders = {"cu_seqlens": torch.arange(s + 1, device=device.name()) * t}
+    changing = {"logits": logits, "labels": labels, "relevance": torch.randn(s, device=device.name())}
+    ref = torch.randn(s, device=device.name())
 
     def step():
         out = lk.fused_listwise_loss(
@@ -210,12 +298,12 @@ def _from_logits(objective: str, packed: bool, list_sizes=4):
 
 
 def _from_hidden(schedule: str, ignored: bool, **options):
-    s, t, h, v = 16, 32, 256, 32_000
+    s, t, h, v = shapes().graph
     wanted = TRAINING.get(schedule, () if schedule == "score_only" else ("hidden", "weight"))
-    hidden = torch.randn(s, t, h, device="cuda").bfloat16().requires_grad_("hidden" in wanted)
-    weight = (torch.randn(v, h, device="cuda") / 16).bfloat16().requires_grad_("weight" in wanted)
-    labels = _labels(s * t, v).view(s, t) if ignored else torch.randint(v, (s, t), device="cuda")
-    changing = {"hidden": hidden, "labels": labels, "relevance": torch.randn(s, device="cuda")}
+    hidden = torch.randn(s, t, h, device=device.name()).bfloat16().requires_grad_("hidden" in wanted)
+    weight = (torch.randn(v, h, device=device.name()) / 16).bfloat16().requires_grad_("weight" in wanted)
+    labels = _labels(s * t, v).view(s, t) if ignored else torch.randint(v, (s, t), device=device.name())
+    changing = {"hidden": hidden, "labels": labels, "relevance": torch.randn(s, device=device.name())}
 
     def step():
         out = lk.fused_linear_listwise_loss(
@@ -235,22 +323,14 @@ def _shuffle(changing: dict[str, torch.Tensor]) -> None:
             if x.is_floating_point():
                 x.copy_(torch.randn_like(x))
             else:
-                x.copy_(torch.where(x == IGNORE, x, (x * 7 + 3) % 32_000))
+                x.copy_(torch.where(x == IGNORE, x, (x * 7 + 3) % shapes().graph[-1]))
 
 
 def _replayed(case, exact: bool) -> dict:
     changing, step = case
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and opens the libraries' handles
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    captured, replay = device.captured(step)
     _shuffle(changing)
-    graph.replay()
+    replay()
     replayed = [x.clone() for x in captured]
     fresh = step()
     largest = max(_worst(a, b.double()) for a, b in zip(replayed, fresh, strict=True))
@@ -262,36 +342,34 @@ def _replayed(case, exact: bool) -> dict:
 def _without_waiting(case) -> dict:
     _, step = case
     step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    device.synchronize()
+    with device.waiting_is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     return {}
 
 
 # --- determinism ---------------------------------------------------------------------------------------------------
 
 
-def determinism() -> Iterator[dict]:
+def determinism(context) -> Iterator[dict]:
     """Bitwise the same numbers in 100 runs, and for a list whatever stands beside it."""
     cases = {f"from logits, {o}": (lambda o=o: _from_logits(o, False)) for o in ("contrastive", "lambdarank", "listnet")}
     cases |= {f"from hidden, {s}": (lambda s=s: _from_hidden(s, True)) for s in (*TRAINING, "score_only")}
     for what, make in cases.items():
-        yield guarded(f"{RUNS} runs, {what}", lambda m=make: _same_every_time(m()[1]))
+        yield guarded(f"{shapes().runs} runs, {what}", lambda m=make: _same_every_time(m()[1]))
     yield guarded("a list alone and in company, from logits", _company)
 
 
 def _same_every_time(step) -> dict:
     first = [x.clone() for x in step()]
-    different = sum(not all(map(torch.equal, first, step())) for _ in range(RUNS - 1))
+    different = sum(not all(map(torch.equal, first, step())) for _ in range(shapes().runs - 1))
     return {"ok": different == 0, "different": different}
 
 
 def _company() -> dict:
-    s, t, v = 64, 64, 128_256
-    logits = torch.randn(s, t, v, device="cuda").bfloat16()
-    labels, relevance = _labels(s * t, v).view(s, t), torch.randn(s, device="cuda")
+    s, t, v = shapes().company
+    logits = torch.randn(s, t, v, device=device.name()).bfloat16()
+    labels, relevance = _labels(s * t, v).view(s, t), torch.randn(s, device=device.name())
 
     def run(a: int, b: int):
         x = logits[a:b].clone().requires_grad_()

@@ -1,27 +1,26 @@
-"""How fast the kernels are against what the card can do: rows against copying, the head against its GEMMs alone.
+"""How fast the kernels are against what the card can do and against others, with shipped and with tuned launches.
 
-Each function yields rows of numbers; benchmarks/gpu_check.py runs them and prints the tables.
+Each step yields rows of numbers; benchmarks/gpu_check.py runs them and prints the tables.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from statistics import median
 
 import torch
 
 import larpo_kernels as lk
+from benchmarks import tune as tuning
 from benchmarks.core import cases
-from benchmarks.core.measure import Settings, all_providers, measure
+from benchmarks.core.measure import Settings, all_providers, auto_plan, measure
 from benchmarks.core.problem import IGNORE, Problem
 from benchmarks.core.truth import Truth
-from benchmarks.gpu.timing import medians
-from benchmarks.providers.prefix import ModelStep, SeparateRows
+from benchmarks.gpu import device
+from benchmarks.gpu.plan import shapes
+from benchmarks.gpu.steps import read_rows
+from benchmarks.gpu.timing import Times, interleaved
 
-VOCABULARIES = (128256, 32000, 262144, 151936)
-TOKENS = (8192, 1024, 4096, 16384)
-HEAD = {"H": 4096, "V": 128256}
-HEAD_TOKENS = (4096, 8192, 16384)
 SCHEDULES = {  # schedule -> which inputs require grad, GEMMs
     "score_only": ((), 1),
     "frozen_head": (("hidden",), 2),
@@ -30,114 +29,155 @@ SCHEDULES = {  # schedule -> which inputs require grad, GEMMs
 }
 
 
+# --- launches ------------------------------------------------------------------------------------------------------
+
+
+def tune(context) -> Iterator[dict]:
+    """Measures the candidates that the step "ahead: launches" compiled; each group's winners are on disk at once."""
+    ahead = {}
+    for row in read_rows(context.rows, "ahead: launches"):
+        ahead.setdefault(row["group"], []).append(row["values"])
+    yield from tuning.tuned(context.seconds, context.launch, lambda group: ahead.get(group, []))
+
+
+def _launches(context) -> dict[str, dict[str, int]]:
+    """Names of launches -> values: the shipped ones, and the tuned ones where they differ."""
+    arch = tuning.arch_here()
+    own, tuned = tuning.shipped(arch), tuning.read(context.launch, arch)
+    return {"shipped": own, **({"tuned": own | tuned} if any(own.get(name) != tuned[name] for name in tuned) else {})}
+
+
+def _under(values: dict[str, int], function):
+    arch = tuning.arch_here()
+
+    def run():
+        with tuning.using(values, arch):
+            return function()
+
+    return run
+
+
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def rows() -> Iterator[dict]:
+def rows(context) -> Iterator[dict]:
     """token_logps, forward and backward, against copy_ of as many bytes as must cross memory."""
-    for v in VOCABULARIES:
-        for n in TOKENS:
-            yield _row(n, v, torch.bfloat16)
-            torch.cuda.empty_cache()
-    for n, v, dtype in ((8192, 50257, torch.bfloat16), (64, 128256, torch.bfloat16), (8192, 128256, torch.float32)):
-        yield _row(n, v, dtype)
+    launches = _launches(context)
+    for n, v, dtype in shapes().rows:
+        yield from _row(n, v, getattr(torch, dtype), launches)
+        device.release()
 
 
-def _row(n: int, v: int, dtype: torch.dtype) -> dict:
-    logits = torch.empty(n, v, dtype=dtype, device="cuda").normal_().requires_grad_()
-    labels, upstream = torch.randint(v, (n,), device="cuda"), torch.randn(n, device="cuda")
+def _row(n: int, v: int, dtype: torch.dtype, launches: dict) -> Iterator[dict]:
+    logits = torch.empty(n, v, dtype=dtype, device=device.name()).normal_().requires_grad_()
+    labels, upstream = torch.randint(v, (n,), device=device.name()), torch.randn(n, device=device.name())
     logps = lk.token_logps(logits, labels)
-    flat, other = logits.detach().view(-1), torch.empty(n * v, dtype=dtype, device="cuda")
+    flat, other = logits.detach().view(-1), torch.empty(n * v, dtype=dtype, device=device.name())
     half = n * v // 2
 
     def forward():
         with torch.no_grad():
             lk.token_logps(logits, labels)
 
-    found = medians(
-        {
-            "forward": forward,
-            "copy of half": lambda: other[:half].copy_(flat[:half]),  # reads and writes: the bytes of one read
-            "backward": lambda: torch.autograd.grad(logps, logits, upstream, retain_graph=True),
-            "copy": lambda: other.copy_(flat),
-        },
-        budget_s=1.0,
-    )
+    def backward():
+        torch.autograd.grad(logps, logits, upstream, retain_graph=True)
+
+    functions = {"copy of half": lambda: other[:half].copy_(flat[:half])}  # reads and writes: the bytes of one read
+    functions["copy"] = lambda: other.copy_(flat)
+    for name, values in launches.items():
+        functions[f"{name} forward"], functions[f"{name} backward"] = _under(values, forward), _under(values, backward)
+    times = interleaved(functions, rounds=15, budget_s=1.0)
+    host = interleaved({"forward": forward, "backward": backward}, rounds=15, budget_s=0.3)
+    found = {name: median(x.device) for name, x in times.items()}
     size = n * v * logits.element_size()
-    return {
-        "T": n,
-        "V": v,
-        "dtype": str(dtype).removeprefix("torch."),
-        **found,
-        "forward GB/s": size / found["forward"] / 1e9,
-        "backward GB/s": 2 * size / found["backward"] / 1e9,
-        "copy GB/s": 2 * size / found["copy"] / 1e9,
-        "forward of copy": found["copy of half"] / found["forward"],
-        "backward of copy": found["copy"] / found["backward"],
-    }
+    for name in launches:
+        yield {
+            "T": n,
+            "V": v,
+            "dtype": str(dtype).removeprefix("torch."),
+            "launch": name,
+            "forward": found[f"{name} forward"],
+            "backward": found[f"{name} backward"],
+            "copy": found["copy"],
+            "copy of half": found["copy of half"],
+            "forward on the host": median(host["forward"].host),
+            "backward on the host": median(host["backward"].host),
+            "forward GB/s": size / found[f"{name} forward"] / 1e9,
+            "backward GB/s": 2 * size / found[f"{name} backward"] / 1e9,
+            "copy GB/s": 2 * size / found["copy"] / 1e9,
+            "forward of copy": found["copy of half"] / found[f"{name} forward"],
+            "backward of copy": found["copy"] / found[f"{name} backward"],
+        }
 
 
 # --- the head ------------------------------------------------------------------------------------------------------
 
 
-def linear() -> Iterator[dict]:
+def head(context) -> Iterator[dict]:
     """Each schedule, forward and backward, against whole GEMMs without tiles, accumulation or a softmax; peak memory."""
-    for n in HEAD_TOKENS:
-        yield from _head(n, 0)
-    yield from _head(4096, 3)  # tokens that count are rarely a multiple of 8
+    launches = _launches(context)
+    for n, ignored, h, v in shapes().heads:
+        yield from _head(n, ignored, h, v, launches)
+        device.release()
 
 
-def _head(n: int, ignored: int) -> Iterator[dict]:
+def _inputs(n: int, h: int, v: int):
+    """hidden, weight, labels, and the gradient of each token's log-probability."""
     torch.manual_seed(0)
-    h, v = HEAD["H"], HEAD["V"]
-    hidden = torch.randn(n, h, device="cuda").bfloat16()
-    weight = (torch.randn(v, h, device="cuda") / h**0.5).bfloat16()
-    labels = torch.randint(v, (n,), device="cuda")
+    hidden = torch.randn(n, h, device=device.name()).bfloat16()
+    weight = (torch.randn(v, h, device=device.name()) / h**0.5).bfloat16()
+    return hidden, weight, torch.randint(v, (n,), device=device.name()), torch.randn(n, device=device.name())
+
+
+def _step(schedule: str, hidden, weight, labels, upstream):
+    """A function that runs forward and backward."""
+    wanted, _ = SCHEDULES[schedule]
+    x, w = hidden.detach().requires_grad_("hidden" in wanted), weight.detach().requires_grad_("weight" in wanted)
+
+    def run():
+        logps = lk.linear_token_logps(x, w, labels, schedule=schedule)
+        return torch.autograd.grad(logps, [t for t in (x, w) if t.requires_grad], upstream) if wanted else logps
+
+    return run
+
+
+def _head(n: int, ignored: int, h: int, v: int, launches: dict) -> Iterator[dict]:
+    hidden, weight, labels, upstream = _inputs(n, h, v)
     labels[:ignored] = IGNORE
-    upstream = torch.randn(n, device="cuda")
-
-    def step(schedule: str):
-        wanted, _ = SCHEDULES[schedule]
-        x, w = hidden.detach().requires_grad_("hidden" in wanted), weight.detach().requires_grad_("weight" in wanted)
-
-        def run():
-            logps = lk.linear_token_logps(x, w, labels, schedule=schedule)
-            return torch.autograd.grad(logps, [t for t in (x, w) if t.requires_grad], upstream) if wanted else logps
-
-        return run
-
-    ours = {schedule: step(schedule) for schedule in SCHEDULES}
-    found = medians({**_gemms(hidden, weight), **ours}, rounds=8, budget_s=8.0)
+    steps = {schedule: _step(schedule, hidden, weight, labels, upstream) for schedule in SCHEDULES}
+    ours = {(name, s): _under(values, run) for name, values in launches.items() for s, run in steps.items()}
+    functions = {**_gemms(hidden, weight), **{f"{name} {s}": run for (name, s), run in ours.items()}}
+    times: dict[str, Times] = interleaved(functions, rounds=9, budget_s=5.0)
+    found = {name: median(x.device) for name, x in times.items()}
     alone = {
         "score_only": found["logits"],
         "frozen_head": found["logits"] + found["d hidden"],
         "list_hold": found["logits"] + found["d hidden"] + found["d weight"],
         "recompute": 2 * found["logits"] + found["d hidden"] + found["d weight"],
     }
-    for schedule, run in ours.items():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        flops = SCHEDULES[schedule][1] * 2 * (n - ignored) * h * v
+    for (name, schedule), run in ours.items():
+        seconds, gemms = found[f"{name} {schedule}"], SCHEDULES[schedule][1]
+        device.release()
         yield {
             "T": n,
             "ignored": ignored,
-            **HEAD,
+            "H": h,
+            "V": v,
             "schedule": schedule,
-            "seconds": found[schedule],
-            "TFLOP/s": flops / found[schedule] / 1e12,
+            "launch": name,
+            "seconds": seconds,
+            "on the host": median(times[f"{name} {schedule}"].host),
+            "TFLOP/s": gemms * 2 * (n - ignored) * h * v / seconds / 1e12,
             "GEMMs alone": alone[schedule],
-            "GEMMs TFLOP/s": SCHEDULES[schedule][1] * 2 * n * h * v / alone[schedule] / 1e12,
-            "GEMMs alone / time": alone[schedule] / found[schedule],
-            "peak bytes": torch.cuda.max_memory_allocated() - before,
+            "GEMMs TFLOP/s": gemms * 2 * n * h * v / alone[schedule] / 1e12,
+            "time / GEMMs alone": seconds / alone[schedule],
+            "peak bytes": device.peak_bytes(run),
         }
 
 
 def _gemms(hidden, weight) -> dict:
     """The products of the head, each as one GEMM."""
-    tile = weight.new_empty(len(weight), len(hidden))
+    tile = weight.new_empty(len(weight), len(hidden)).normal_()
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
     return {
         "logits": lambda: torch.mm(weight, hidden.t(), out=tile),
@@ -149,26 +189,17 @@ def _gemms(hidden, weight) -> dict:
 # --- where the time goes -------------------------------------------------------------------------------------------
 
 
-def profile() -> Iterator[dict]:
+def profile(context) -> Iterator[dict]:
     """Kernels by time, of one forward and backward of each schedule and of the loss from logits."""
-    n, h, v = 8192, HEAD["H"], HEAD["V"]
-    hidden = torch.randn(n, h, device="cuda").bfloat16()
-    weight = (torch.randn(v, h, device="cuda") / h**0.5).bfloat16()
-    labels, upstream = torch.randint(v, (n,), device="cuda"), torch.randn(n, device="cuda")
-    for schedule, (wanted, _) in SCHEDULES.items():
-        x, w = hidden.detach().requires_grad_("hidden" in wanted), weight.detach().requires_grad_("weight" in wanted)
-
-        def run(x=x, w=w, schedule=schedule, wanted=wanted):
-            logps = lk.linear_token_logps(x, w, labels, schedule=schedule)
-            if wanted:
-                torch.autograd.grad(logps, [t for t in (x, w) if t.requires_grad], upstream)
-
-        yield {"what": schedule, "kernels": _kernels(run)}
-    logits = torch.empty(64, n // 64, v, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
-    relevance = torch.randn(64, device="cuda")
+    n, h, v = shapes().profile
+    given = _inputs(n, h, v)
+    for schedule in ("list_hold", "frozen_head", "recompute", "score_only"):
+        yield {"what": schedule, "kernels": _kernels(_step(schedule, *given))}
+    logits = torch.empty(n // 64, 64, v, dtype=torch.bfloat16, device=device.name()).normal_().requires_grad_()
+    relevance = torch.randn(n // 64, device=device.name())
 
     def loss():
-        out = lk.fused_listwise_loss(logits, labels.view(64, -1), relevance, list_sizes=8)
+        out = lk.fused_listwise_loss(logits, given[2].view(-1, 64), relevance, list_sizes=min(8, len(relevance)))
         torch.autograd.grad(out.loss, logits)
 
     yield {"what": "loss from logits", "kernels": _kernels(loss)}
@@ -177,55 +208,61 @@ def profile() -> Iterator[dict]:
 def _kernels(run, most: int = 12) -> list[dict]:
     """Name, milliseconds and launches of the kernels that take the most time."""
     run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    device.synchronize()
+    activity = torch.profiler.ProfilerActivity.CPU if device.dry() else torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as seen:
         run()
-        torch.cuda.synchronize()
-    events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:most]
-    return [{"kernel": e.key[:90], "ms": e.self_device_time_total / 1e3, "launches": e.count} for e in events]
+        device.synchronize()
+    time_of = lambda e: e.self_cpu_time_total if device.dry() else e.self_device_time_total  # noqa: E731
+    events = sorted(seen.key_averages(), key=lambda e: -time_of(e))[:most]
+    return [{"kernel": e.key[:90], "ms": time_of(e) / 1e3, "launches": e.count} for e in events]
 
 
 # --- everybody else ------------------------------------------------------------------------------------------------
 
-SUITE = (  # case, side, modes; what matters most first
-    ("T8192-H4096-V128256-m8", "logits", ("train",)),
-    ("T8192-H4096-V128256-m8", "linear", ("frozen", "trainable")),
-    ("T8192-H4096-V128256-m8-peaked", "linear", ("trainable",)),
-    ("T4096-H4096-V262144-m8", "logits", ("train",)),
-    ("T16384-H4096-V32000-m8", "logits", ("train",)),
-    ("T4096-H4096-V128256-m8", "linear", ("frozen", "trainable")),
-    ("T16384-H4096-V151936-m8", "linear", ("frozen", "trainable")),
-)
+
+def case(context, name: str, side: str, mode: str) -> Iterator[dict]:
+    """Ours, eager and floors, then torch.compile, as benchmarks/run.py measures them: a row is a table."""
+    ours = f"ours*({device.backend()})*"
+    first = [ours, "eager", "*GEMMs only", "moving the same bytes"]
+    problem = _problem(name, side, mode)
+    yield from _tables(problem, first, () if device.dry() else ("torch.compile cross_entropy",))
 
 
-def suites() -> Iterator[dict]:
-    """Ours, eager, torch.compile and every installed peer, as benchmarks/run.py measures them: a row is its table."""
-    for name, side, modes in SUITE:
-        case = cases.build(name, torch.bfloat16, "cuda", 0)
-        truth = None
-        for mode in modes:
-            start = time.perf_counter()
-            problem = Problem.from_case(case, side, mode)
-            truth = truth or Truth(problem)
-            table = measure(problem, all_providers(side, mode), truth, Settings(rounds=9, budget_s=8, guard_s=3))
-            wrong = [f"{r['provider']} {r['status']}" for r in table["rows"] if _failed(r)]
-            what = f"{side} {mode} {name}" + (f": {', '.join(wrong)}" if wrong else "")
-            yield {"what": what, "ok": not wrong, "seconds": time.perf_counter() - start, "table": table}
-        del case, truth, problem
-        torch.cuda.empty_cache()
+def peer(context, name: str, sides: tuple[tuple[str, str], ...]) -> Iterator[dict]:
+    for side, mode in sides:
+        yield from _tables(_problem(shapes().peer_case, side, mode), [name])
+        device.release()
 
 
-def prefix() -> Iterator[dict]:
-    """A model's training step with the prompt of a list run once (FlexAttention), against a row for every candidate."""
-    for name in ("P1024-R1024-m8", "P2048-R512-m8"):
-        start = time.perf_counter()
-        step = ModelStep.build(name, torch.bfloat16, "cuda", 0)
-        table = measure(step, all_providers("prefix", "step"), SeparateRows(step), Settings(rounds=5, budget_s=8, guard_s=10))
-        wrong = [f"{r['provider']} {r['status']}" for r in table["rows"] if _failed(r)]
-        yield {"what": name, "ok": not wrong, "seconds": time.perf_counter() - start, "table": table}
-        del step
-        torch.cuda.empty_cache()
+def _problem(name: str, side: str, mode: str) -> Problem:
+    return Problem.from_case(cases.build(name, torch.bfloat16, device.name(), 0), side, mode)
 
 
-def _failed(row: dict) -> bool:
+def _tables(problem: Problem, *globs) -> Iterator[dict]:
+    """A table for each choice of providers; one truth."""
+    settings = Settings(rounds=9, budget_s=3.0, guard_s=3.0, memory=not device.dry())
+    truth, plan = Truth(problem), auto_plan(problem)
+    for names in filter(None, globs):
+        yield _row_of(measure(problem, all_providers(problem.side, problem.mode, list(names)), truth, settings), plan)
+
+
+def _row_of(table: dict, plan: str | None) -> dict:
+    """A table as a step's result: it fails if ours is wrong; what befell others stands in the table."""
+    wrong = [f"{r['provider']} {r['status']} {r['message']}" for r in table["rows"] if _is_our_failure(r)]
+    what = f"{table['side']} {table['mode']} {table['case']}"
+    failed = {"error": "; ".join(wrong)} if wrong else {}
+    return {"what": what, "ok": not wrong, **failed, "table": {**table, "plan": plan, "small": False}}
+
+
+def _is_our_failure(row: dict) -> bool:
     return row["provider"].startswith("ours") and row["status"] in ("WRONG", "error")
+
+
+def model(context) -> Iterator[dict]:
+    """A model's training step with the prompt of a list run once (FlexAttention), against a row for every candidate."""
+    from benchmarks.providers.prefix import ModelStep, SeparateRows
+
+    step = ModelStep.build(shapes().model, torch.bfloat16, device.name(), 0)
+    settings = Settings(rounds=5, budget_s=6, guard_s=10, memory=not device.dry())
+    yield _row_of(measure(step, all_providers("prefix", "step"), SeparateRows(step), settings), None)

@@ -74,17 +74,19 @@ class ModelStep:
     side, mode = "prefix", "step"
 
     @classmethod
-    def build(cls, case: str, dtype: torch.dtype, device: str, seed: int) -> ModelStep:
+    def build(cls, case: str, dtype: torch.dtype, device: str, seed: int, share: int | None = None) -> ModelStep:
+        """share: one in so many of the layers and of the vocabulary."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        shape, keep = Shape.named(case), SHARE[device]
+        shape, keep = Shape.named(case), share or SHARE[device]
         base = SMOLLM2_135M if device == "cpu" else LLAMA3_1B
         cut = {name: base[name] // keep for name in ("num_hidden_layers", "vocab_size")}
         longest = shape.prompt + shape.completion
         config = LlamaConfig(**{**base, **cut}, tie_word_embeddings=True, max_position_embeddings=longest)
         config._attn_implementation = "sdpa" if device == "cpu" else "flex_attention"
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(device, dtype).eval()
+        with torch.device(device):  # numbers are drawn where they are used: a CPU takes many seconds
+            model = LlamaForCausalLM(config).to(dtype).eval()
         draw = torch.Generator().manual_seed(seed)
         tokens = lambda n: torch.randint(config.vocab_size, (n,), generator=draw).tolist()  # noqa: E731
         prompt = tokens(shape.prompt)

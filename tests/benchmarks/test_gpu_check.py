@@ -11,63 +11,66 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, limits, tune
-from benchmarks.gpu import steps
+from benchmarks import gpu_check, limits, report, tune
+from benchmarks.gpu import device, plan, steps
+from benchmarks.gpu.plan import Planned
 from benchmarks.gpu.steps import Step
 from tests.helpers import HANGS
+from tests.helpers.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 WRITE = """
 import json, sys, time
-from tests.helpers import HANGS
 def write(**row):
-    with open(sys.argv[1], "a") as file:
-        file.write(json.dumps(row) + "\\n")
+    with open(sys.argv[2], "a") as file:
+        file.write(json.dumps({"step": sys.argv[1], **row}) + "\\n")
 """
 
 
-def fake(name, code, limit_s=60.0, least_s=0.0):
-    return Step(name, f"what {name} shows", [sys.executable, "-c", WRITE + code], limit_s, least_s)
+def fake(name, code, folder, limit_s=60.0, **options):
+    command = [sys.executable, "-c", WRITE + code, name, str(folder / "rows")]
+    return Step(name, f"what {name} shows", command, limit_s, **{"least_s": 0.0, **options})
 
 
 def ran(*fakes, seconds=120.0, folder):
-    return list(steps.run(fakes, seconds, folder / "log.txt"))
+    made = [fake(*one, folder) if isinstance(one, tuple) else one for one in fakes]
+    return list(steps.run(made, seconds, folder / "rows", folder / "log.txt"))
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_that_ends_keeps_its_rows(tmp_path):
-    (found,) = ran(fake("one", "write(what='a', ok=True); write(what='b', value=2)"), folder=tmp_path)
+    (found,) = ran(("one", "write(what='a', ok=True); write(what='b', value=2)"), folder=tmp_path)
     assert found["status"] == "ok" and found["message"] == ""
     assert found["rows"] == [{"what": "a", "ok": True}, {"what": "b", "value": 2}]
 
 
 def test_a_step_past_its_own_limit_is_cut_and_keeps_what_it_wrote(tmp_path):
     slow = "write(what='before'); time.sleep(60); write(what='after')"
-    cut, after = ran(fake("slow", slow, limit_s=2.0), fake("next", "write(what='c')"), folder=tmp_path)
-    assert cut["status"] == "cut" and cut["message"] == "after 2 s" and cut["seconds"] < 20
+    cut, after = ran(fake("slow", slow, tmp_path, 1.0), ("next", "write(what='c')"), folder=tmp_path)
+    assert cut["status"] == "cut" and cut["message"] == "after 1 s" and cut["seconds"] < 20
     assert cut["rows"] == [{"what": "before"}]
     assert after["status"] == "ok" and after["rows"] == [{"what": "c"}]
 
 
 def test_what_a_cut_step_started_ends_with_it(tmp_path):
     alive = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(alive)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
     code = f"import subprocess; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    (cut,) = ran(fake("parent", code, limit_s=2.0), folder=tmp_path)
+    (cut,) = ran(fake("parent", code, tmp_path, 1.0), folder=tmp_path)
     assert cut["status"] == "cut"
-    time.sleep(4)
+    time.sleep(3)
     assert not alive.exists()
 
 
 def test_a_failing_step_is_shown_as_failed_and_does_not_stop_the_others(tmp_path):
     raising, wrong, dead, good = ran(
-        fake("raising", "write(what='a'); raise RuntimeError('no luck')"),
-        fake("wrong", "write(what='one', ok=True); write(what='two', ok=False, error='off by 3')"),
-        fake("dead", "import os; os.abort()"),
-        fake("good", "write(what='b', ok=True)"),
+        ("raising", "write(what='a'); raise RuntimeError('no luck')"),
+        ("wrong", "write(what='one', ok=True); write(what='two', ok=False, error='off by 3')"),
+        ("dead", "import os; os.abort()"),
+        ("good", "write(what='b', ok=True)"),
         folder=tmp_path,
     )
     assert [r["status"] for r in (raising, wrong, dead, good)] == ["failed", "failed", "failed", "ok"]
@@ -77,18 +80,41 @@ def test_a_failing_step_is_shown_as_failed_and_does_not_stop_the_others(tmp_path
 
 
 def test_steps_for_which_no_time_is_left_are_not_started(tmp_path):
-    first = fake("first", "time.sleep(60)")
-    second = fake("second", "write(what='never')", least_s=1.0)
-    cut, left_out = ran(first, second, seconds=2.5, folder=tmp_path)
+    first = fake("first", "time.sleep(60)", tmp_path)
+    second = fake("second", "write(what='never')", tmp_path, least_s=1.0)
+    cut, left_out = ran(first, second, seconds=1.5, folder=tmp_path)
     assert cut["status"] == "cut"
     assert left_out["status"] == "not run" and left_out["message"] == steps.OUT_OF_TIME and left_out["rows"] == []
 
 
+def test_a_step_leaves_the_seconds_that_a_later_one_reserves(tmp_path):
+    first = fake("first", "time.sleep(60)", tmp_path)
+    cut, last = ran(first, fake("last", "write(what='a')", tmp_path, reserved_s=20.0), seconds=21.0, folder=tmp_path)
+    assert cut["status"] == "cut" and cut["seconds"] < 15 and last["status"] == "ok"
+
+
+def test_steps_beside_each_other_run_at_the_same_time(tmp_path):
+    wait = "import pathlib; pathlib.Path({me!r}).touch()\nwhile not pathlib.Path({other!r}).exists(): time.sleep(0.01)"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    one = fake("one", wait.format(me=a, other=b), tmp_path)
+    two = fake("two", wait.format(me=b, other=a), tmp_path, beside=True)
+    assert [r["status"] for r in ran(one, two, seconds=HANGS, folder=tmp_path)] == ["ok", "ok"]
+
+
+def test_a_step_that_waits_is_started_early_and_told_to_go_when_its_turn_comes(tmp_path):
+    started, order = tmp_path / "started", tmp_path / "order"
+    say = f"open({str(order)!r}, 'a').write('{{}} ')"
+    first = f"import pathlib\nwhile not pathlib.Path({str(started)!r}).exists(): time.sleep(0.01)\n" + say.format("first")
+    second = f"open({str(started)!r}, 'w').close(); word = sys.stdin.readline(); " + say.format("' + word + '")
+    ran(fake("first", first, tmp_path), fake("second", second, tmp_path, waits=True), seconds=HANGS, folder=tmp_path)
+    assert order.read_text() == "first go\n "
+
+
 def test_a_row_that_was_half_written_is_left_out(tmp_path):
     file = tmp_path / "rows"
-    file.write_text('{"what": "whole"}\n{"what": "ha')
-    assert steps.read_rows(file) == [{"what": "whole"}]
-    assert steps.read_rows(tmp_path / "none") == []
+    file.write_text('{"step": "a", "what": "whole"}\n{"step": "b", "what": "another"}\n{"step": "a", "what": "ha')
+    assert steps.read_rows(file, "a") == [{"what": "whole"}]
+    assert steps.read_rows(tmp_path / "none", "a") == []
 
 
 def test_rows_are_on_disk_before_the_next_is_computed(tmp_path):
@@ -96,21 +122,68 @@ def test_rows_are_on_disk_before_the_next_is_computed(tmp_path):
 
     def rows():
         for i in range(3):
-            seen.append(len(steps.read_rows(file)))
+            seen.append(len(steps.read_rows(file, "a")))
             yield {"i": i}
 
-    steps.write_rows(rows(), file, say=lambda line: None)
-    assert seen == [0, 1, 2] and len(steps.read_rows(file)) == 3
+    steps.write_rows(rows(), file, "a", say=lambda line: None)
+    assert seen == [0, 1, 2] and len(steps.read_rows(file, "a")) == 3
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
 def test_every_step_names_a_generator_that_exists():
-    for name in gpu_check.STEPS:
-        assert hasattr(gpu_check.rows_of(name), "__next__")  # nothing runs before the first row is asked for
-    assert [s.name for s in gpu_check.steps(None)][:2] == ["tests", "big"]
-    assert [s.name for s in gpu_check.steps(["rows", "big"])] == ["big", "rows"]
+    context = plan.Context(Path("rows"), None, 60.0)
+    for one in plan.plan():
+        assert hasattr(one.rows(context), "__next__")  # nothing runs before the first row is asked for
+    assert len({one.name for one in plan.plan()}) == len(plan.plan())
+
+
+def test_limits_are_the_planned_seconds_scaled_to_the_minutes_and_those_in_turn_fill_them():
+    assert plan.planned_seconds() == pytest.approx(60 * plan.MINUTES - plan.LAST_S, abs=10)
+    whole, half = (plan.steps(["run"], minutes, None, {"PYTHONPATH": "here"}, None) for minutes in (8.5, 4.375))
+    assert [2 * step.limit_s for step in half] == pytest.approx([step.limit_s for step in whole])
+    assert [step.name for step in whole if step.reserved_s] == ["model"]
+    peers = plan.steps(["run"], 8.5, ["trl", "rows"], {"PYTHONPATH": "here"}, Path("/peers"))
+    found = {step.name: step.environment["PYTHONPATH"] for step in peers}
+    assert found["trl fused head"] == f"here{os.pathsep}/peers" and found["rows"] == "here"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="steps are forked here, for speed")
+def test_a_dry_run_goes_through_every_step_whatever_befalls_some(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(device.DRY_RUN, "1")
+    own = plan.plan()
+    faulty = [Planned(x, "goes wrong", f"tests.helpers.faulty_steps.{x}", 1) for x in ("crashes", "hangs", "raises")]
+    monkeypatch.setattr(plan, "plan", lambda: [*own[:3], *faulty, *own[3:]])
+    file = tmp_path / "inner" / "test_two.py"
+    file.parent.mkdir()
+    file.write_text("def test_good(device='x'): pass\ndef test_bad(): assert 1 == 2\n")
+    monkeypatch.setattr("benchmarks.gpu.correct.test_files", lambda: [file])
+    tmp_path = tmp_path / "out"
+    asked = gpu_check.parser().parse_args(["--dry-run", "--minutes", "8.5", "--out", str(tmp_path), "--commit", "abc123"])
+    for one in plan.plan():
+        one.load()  # once, for all that are forked
+    forked = lambda step, output: Forked(step, output, gpu_check.main)  # noqa: E731
+    assert gpu_check.check(asked, forked, begin=time.monotonic()) == 1  # for some failed
+    printed = capfd.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = {one["step"]: one for one in results["steps"]}
+    assert set(found) == {one.name for one in plan.plan()}
+    bad = {name: one["status"] for name, one in found.items() if one["status"] != "ok"}
+    assert bad == {"crashes": "failed", "hangs": "cut", "raises": "failed", "tests": "failed"}
+    assert found["crashes"]["rows"] == found["hangs"]["rows"] == [{"what": "before", "ok": True}]
+    assert found["raises"]["message"] == "RuntimeError: no luck"
+    (tests,) = (row for row in found["tests"]["rows"] if "exit" in row)
+    assert (tests["passed"], tests["failed"], tests["exit"]) == (1, 1, 1)
+    assert tests["failures"][0]["test"].endswith("test_two.py::test_bad") and "1 == 2" in tests["failures"][0]["error"]
+    assert results["git"]["commit"] == "abc123"
+    assert len(list(tmp_path.iterdir())) <= 8 and not any(path.is_dir() for path in tmp_path.iterdir())
+    last = printed.split("\n\n")[-1]
+    assert last.startswith("step") and len(printed[printed.index("no GPU, a dry run") :]) < 10_000
+    assert "runs on cuda" in json.dumps(found["cut-cross-entropy"]["rows"])  # a row says why a peer was not measured
+    loaded = report.load([tmp_path / "suites.json"])
+    text = report.markdown("cpu/linear-frozen/T64-H16-V96-m4", loaded)
+    assert "| eager |" in text and "abc123" in text
 
 
 @NO_GPU
@@ -128,18 +201,19 @@ def result(step, rows=(), status="ok", message=""):
 
 
 ROW = {
-    "T": 8192, "V": 32000, "dtype": "bfloat16", "forward GB/s": 4000.0, "backward GB/s": 3900.0, "copy GB/s": 4200.0,
-    "forward of copy": 0.95, "backward of copy": 0.93,
+    "T": 8192, "V": 32000, "dtype": "bfloat16", "launch": "tuned", "forward GB/s": 4000.0, "backward GB/s": 3900.0,
+    "copy GB/s": 4200.0, "forward of copy": 0.95, "backward of copy": 0.93, "forward on the host": 5e-5,
+    "backward on the host": 6e-5,
 }  # fmt: skip
 HEAD = {
-    "T": 4096, "ignored": 3, "H": 4096, "V": 128256, "schedule": "list_hold", "seconds": 0.0182, "TFLOP/s": 700.0,
-    "GEMMs TFLOP/s": 790.0, "GEMMs alone / time": 0.89, "peak bytes": 2.1e9,
+    "T": 4096, "ignored": 3, "H": 4096, "V": 128256, "schedule": "list_hold", "launch": "tuned", "seconds": 0.0182,
+    "TFLOP/s": 700.0, "GEMMs TFLOP/s": 790.0, "time / GEMMs alone": 1.124, "peak bytes": 2.1e9, "on the host": 5e-4,
 }  # fmt: skip
 DONE = [
     result("tests", [{"what": "so far", "passed": 50}, {"what": "kernel tests", "ok": True, "passed": 70, "skipped": 2}]),
     result("big", [{"what": "a", "ok": True}, {"what": "b", "ok": False}], "failed", "b: too large"),
     result("rows", [ROW]),
-    result("linear", [HEAD]),
+    result("head", [HEAD]),
     result("profile", [{"what": "recompute", "kernels": [{"kernel": "gemm", "ms": 5.5, "launches": 2}]}], "cut", "after 40 s"),
     result("suites", status="not run", message=steps.OUT_OF_TIME),
 ]
@@ -166,8 +240,10 @@ def test_the_table_of_steps_comes_last_and_says_what_happened():
     assert "failed" in last[2] and "b: too large; 1 of 2 checks" in last[2]
     assert "cut" in last[5] and "after 40 s" in last[5]
     assert "not run" in last[6]
-    assert text.index("gemm") < text.index("4096 - 3, list_hold") < text.index("8192 x 32000 bfloat16")
-    assert "18.20" in text and "2.10" in text and "0.95" in text
+    assert text.index("gemm") < text.index("8192 x 32000 bfloat16, tuned") < text.index("list_hold, tuned")
+    assert "18.20" in text and "2.10" in text and "0.95" in text and "1.124" in text
+    many = gpu_check.summary([*DONE[:2], result("rows", [ROW] * 300), *DONE[3:]])
+    assert len(many) < 10_000 and len(many.split("\n\n")[-1].splitlines()) == len(last)
 
 
 def test_a_recorded_run_is_shown_again(tmp_path, capsys):
@@ -191,13 +267,16 @@ def test_suites_are_recorded_as_the_report_reads_them(tmp_path):
     suites = result("suites", [{"what": "logits train", "ok": True, "table": table}])
     gpu_check.record([suites], tmp_path, {"schema": 1}, say=lambda line: None)
     assert json.loads((tmp_path / "suites.json").read_text())["tables"] == [table]
-    (line,) = (line for line in gpu_check.summary([suites]).splitlines() if line.startswith("ours (triton)"))
+    (line,) = (line for line in gpu_check.summary([suites]).splitlines() if line.startswith("  ours (triton)"))
     assert line.split()[2:4] == ["1", "ms"]
+    peer = {**row, "provider": "a peer", "seconds": [2e-3] * 3}
+    both = gpu_check.merged([suites, result("a peer", [{"what": "", "table": {**table, "rows": [peer, row]}}])])
+    assert [r["provider"] for r in both[0]["rows"]] == ["ours (triton)", "a peer"] and len(both) == 1
 
 
 def test_plots_show_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
-    drawn = gpu_check.draw([result("rows", [ROW]), result("linear", [{**HEAD, "ignored": 0}])], tmp_path)
+    drawn = gpu_check.draw([result("rows", [ROW]), result("head", [{**HEAD, "ignored": 0}])], tmp_path)
     assert [path.name for path in drawn] == ["rows.png", "head.png"] and all(path.stat().st_size for path in drawn)
     assert gpu_check.draw([result("big")], tmp_path) == []
 
@@ -258,14 +337,45 @@ def test_problems_past_the_deadline_are_not_measured(monkeypatch):
         timed.append(sorted(functions))
         return {name: 1.0 for name in functions}
 
-    import benchmarks.gpu.timing
-
-    monkeypatch.setattr(benchmarks.gpu.timing, "medians", medians)
+    monkeypatch.setattr(tune, "medians", medians)
     monkeypatch.setattr(tune, "problems", lambda group: iter([("first", None), ("second", None)]))
     monkeypatch.setattr(tune.time, "monotonic", iter([0.0, 5.0]).__next__)
     group = tune.Group("rows", {"row_block": (1, 2)})
     rows = tune.measured(group, group.candidates(), {}, "sm_90", deadline=3.0)
     assert timed == [["0", "1"]] and list(rows[0]["seconds"]) == ["first"]
+
+
+def test_a_candidate_that_raises_is_left_out_and_the_others_are_measured(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv(device.DRY_RUN, "1")
+    from larpo_kernels.linear import schedules
+
+    def run():
+        if schedules.GPU_TILE_TOKENS == 2:
+            raise RuntimeError("too many resources requested")
+
+    monkeypatch.setattr(tune, "problems", lambda group: iter([("first", run), ("second", run)]))
+    group = tune.Group("schedule", {"GPU_TILE_TOKENS": (1, 2, 4)})
+    rows = tune.measured(group, group.candidates(), {}, "sm_90", deadline=time.monotonic() + 60)
+    assert sorted(row["values"]["GPU_TILE_TOKENS"] for row in rows) == [1, 4]
+    assert all(set(row["seconds"]) == {"first", "second"} for row in rows)
+
+
+def test_what_was_tuned_is_read_by_steps_and_for_its_own_architecture_only(tmp_path, monkeypatch):
+    launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
+    monkeypatch.setenv(device.DRY_RUN, "1")
+    monkeypatch.setattr(tune, "measured", lambda group, candidates, *_: tune.ranked(candidates, [{"a": 2.0}, {"a": 1.0}]))
+    file = tmp_path / "launch.json"
+    rows = list(tune.tuned(60.0, file, lambda group: [{"split_columns": 65536}], only=["split"]))
+    assert [row["chosen"] for row in rows] == [{"split_columns": 65536}]
+    assert tune.read(file, "sm_90") == tune.shipped("sm_90") | {"split_columns": 65536}
+    assert tune.read(file, "sm_80") == tune.read(tmp_path / "none", "sm_90") == {}
+    before = dict(launch.TABLE)
+    try:
+        tune.apply(file)
+        assert launch.TABLE["sm_90"].split_columns == 65536
+    finally:
+        launch.TABLE.update(before)
 
 
 def test_the_printed_entry_is_a_line_of_the_launch_table():
