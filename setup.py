@@ -13,6 +13,7 @@ EXTRAS = {
         "pandas>=2.2",
         "matplotlib>=3.8",
         "rich>=13",
+        "markdown-it-py>=3",
         "typer>=0.15",
         "pyyaml>=6",
         "psutil",

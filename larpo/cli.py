@@ -63,12 +63,21 @@ def data(
 
 
 @app.command(context_settings=FORWARDED)
-def align(context: typer.Context, config: Config = None) -> None:
+def align(
+    context: typer.Context,
+    config: Config = None,
+    status: Annotated[Optional[Path], typer.Option(help="Only say where the run in this folder stands.")] = None,  # noqa: UP045
+) -> None:
     """Run the whole loop: sample, score, build lists, train, evaluate, and again.
 
     Every setting of larpo.align.AlignConfig can stand in the file or be a flag (--iterations 5, --training.beta 0.05). A run
     that was killed goes on where it was.
     """
+    if status is not None:
+        from .align.status import status as where
+
+        typer.echo(where(status))
+        return
     from . import align as package
 
     result = package.run(package.load_config(config, flag_values(context.args)))

@@ -33,7 +33,7 @@ OWNED = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "sync_
          "list_top": "subset", "list_bottom": "subset", "eval_strategy": "eval_k", "load_best_model_at_end": "eval_k",
          "do_eval": "eval_k", "do_predict": "eval_k", "resume_from_checkpoint": "output_dir",
          "model_init_kwargs": "model_init_kwargs"}  # fmt: skip
-MAY_CHANGE = ("iterations", "output_dir", "compared_prompts", "logps_tolerance")  # of a run that has begun
+MAY_CHANGE = ("iterations", "output_dir", "report_to", "compared_prompts", "logps_tolerance")  # of a run that has begun
 
 
 def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING) -> Any:
@@ -68,6 +68,9 @@ class AlignConfig:
         None, "So many prompts an iteration, the next ones of a shuffled order (None: all)."
     )
     prompts_split: str = _arg("train", "Split of a dataset on the hub.")
+    report_to: str | list[str] = _arg(
+        "none", "Tools that the counts of each stage go to: tensorboard, trackio, wandb, ... (see TrainingArguments)."
+    )
     seed: int = _arg(0, "Equal seeds on an equal machine give an equal run.")
     reference: str = _arg(
         "iteration", "The reference policy: iteration (the policy at the start of the iteration; paper) or initial (`model`)."

@@ -5,30 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..runs.files import read_json, read_text, whole_path, write_json, write_text
+from ..runs.files import read_json, whole_path, write_json, write_text
 from ..runs.intact import Damaged
 from ..runs.lock import locked
 from . import stages
 from .config import AlignConfig, differences
-from .evaluation import interval
+from .lines import line
 from .prompts import load_prompts
-from .run_folder import RunFolder
+from .run_folder import RunFolder, stages_of
 from .stages import Run
 
 if TYPE_CHECKING:
     import torch
-
-STAGES: dict[str, Callable[[Run, int], dict[str, Any]]] = {
-    "sample": stages.sample,
-    "score": stages.score,
-    "lists": stages.lists,
-    "train": stages.train,
-    "evaluate": stages.evaluate,
-}
 
 
 class Result(NamedTuple):
@@ -52,16 +44,19 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
         Damaged: a file was not written to its end; says which, and what to delete to have it again. A ValueError.
         RuntimeError: a reward raised (with on_reward_error="raise"); nothing that was sampled is lost.
     """
+    from .reporting import reporting
+    from .training import arguments
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the loop runs in one process; start it without torchrun or accelerate launch")
     folder = RunFolder(config.output_dir)
     with locked(folder.path), _quiet_libraries(), _saying_how_to_redo(folder):
         state = _prepare(config, folder, progress)
-        _stage(state, 0, "evaluate")
-        for iteration in range(1, config.iterations + 1):
-            for stage in STAGES:
-                _stage(state, iteration, stage)
-            stages.clean_up(state, iteration)
+        with reporting(config.report_to, arguments(config, str(folder.path), seed=config.seed)) as reporter:
+            for iteration in range(config.iterations + 1):
+                for stage in stages_of(iteration):
+                    reporter.stage(iteration, stage, _stage(state, iteration, stage))
+                stages.clean_up(state, iteration)
         return _summarise(state)
 
 
@@ -75,7 +70,7 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
     from .training import arguments
 
     settings, prompts = folder.path / "config.yaml", folder.path / "prompts.json"
-    before = _settings_of_before(settings) if settings.exists() else None
+    before = folder.settings()
     if before is not None:
         changed = differences(before, config)
         if changed:
@@ -95,25 +90,13 @@ def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
     return Run(config, folder, models, rewards, read["train"], read["held_out"], progress, memory=memory)
 
 
-def _settings_of_before(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise Damaged(path, f"it is cut or damaged ({str(error).splitlines()[0]})") from None
-    if not isinstance(settings, dict) or "output_dir" not in settings:
-        raise Damaged(path, "it is cut: it has no settings" if settings else "it is empty")
-    return settings
-
-
 def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
     from ..rewards import BUILT_IN, Judge, from_name, from_settings, sequence_classifier
 
     def find(name: str) -> Any:
         if name in BUILT_IN or (":" in name and not Path(name).exists()):
             return from_name(name)
-        classifier = sequence_classifier(whole_path(name))
+        classifier = sequence_classifier(name)
         classifier.model.to(device)
         return classifier
 
@@ -122,7 +105,12 @@ def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
             return from_settings(one, find)
         return Judge.of(one if callable(one) else find(one))
 
-    given = config.rewards()
+    def placed(one: Any) -> Any:
+        if isinstance(one, Mapping):
+            return {name: placed(value) if name == "reward" else value for name, value in one.items()}
+        return one if callable(one) or one in BUILT_IN else whole_path(one)
+
+    given = [placed(one) for one in config.rewards()]  # before one of them may change the working directory
     if not given:
         raise ValueError("reward is empty; expected at least one")
     if config.reward_weights is not None and len(config.reward_weights) != len(given):
@@ -138,40 +126,28 @@ def _stage(run: Run, iteration: int, name: str) -> dict[str, Any]:
     if counts is not None:
         return counts
     started = time.perf_counter()
-    counts = STAGES[name](run, iteration)
+    counts = getattr(stages, name)(run, iteration)
     counts["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder / f"{name}.json", counts)
     if run.progress:
-        print(f"{folder.name:>12} {name:<8} {counts['seconds']:7.1f} s  {_line(name, counts)}", flush=True)
+        print(line(folder.name, name, counts), flush=True)
     return counts
-
-
-def _line(stage: str, counts: dict[str, Any]) -> str:
-    """What was done, in a line."""
-    if stage == "evaluate":
-        reward, kl = counts["reward"], counts["kl"]
-        shown = "no reward" if reward is None else f"reward {interval(reward)}"
-        return f"{shown}, KL {interval(kl)} nats, {counts['distinct']:.0%} distinct"
-    if stage == "train":
-        last = counts["log"][-1] if counts["log"] else {}
-        figures = [f"{name} {value:.3g}" for name, value in last.items() if name != "step"]
-        return ", ".join([f"{counts['steps']} steps", *figures])
-    skipped = ("seconds", "sizes", "sources", "weights")
-    said = {name: value for name, value in counts.items() if name not in skipped and value is not None}
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in said.items())
 
 
 def _summarise(run: Run) -> Result:
     from . import plots, summary
+    from .page import html
 
     metrics = [
-        {"iteration": i} | {name: stages.done(run.folder.iteration(i), name) for name in STAGES if i > 0 or name == "evaluate"}
+        {"iteration": i} | {name: stages.done(run.folder.iteration(i), name) for name in stages_of(i)}
         for i in range(run.config.iterations + 1)
     ]
     write_json(run.folder.path / "metrics.json", metrics)
     pictures = plots.draw(metrics, run.config, run.folder.path / "plots")
     page = run.folder.path / "summary.md"
-    write_text(page, summary.page(run, metrics, pictures))
+    text = summary.page(run, metrics, pictures)
+    write_text(page, text)
+    write_text(page.with_suffix(".html"), html(text, run.folder.path, summary.title(run)))
     if run.progress:
         print(f"\n{summary.table(metrics)}\n\n{page}", flush=True)
     return Result(run.folder.path, page, metrics)

@@ -10,7 +10,8 @@
         diverged.json                          instead of these two: why training ended without a policy
         evaluation.parquet   evaluate.json     its completions of the held-out prompts, and what they say
     judgements/                            what judges have said that are asked call by call (larpo/rewards/memory.py)
-    metrics.json, summary.md, plots/       all of it for a reader
+    metrics.json, plots/                   all of it for a reader
+    summary.md, summary.html               the same page twice; the second has its pictures in it
 
 A stage is done when its .json is there, which is written last. Before that, a data file that is there is whole: it appeared
 by one rename. A process killed at any moment leaves at worst hidden `.name.unfinished` files, which the next one replaces.
@@ -20,7 +21,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+from ..runs.files import read_text
+from ..runs.intact import Damaged
+
+STAGES = ("sample", "score", "lists", "train", "evaluate")  # of an iteration, in their order
 MADE_BY = {
     "sampled.parquet": "sample",
     "candidates.parquet": "score",
@@ -31,6 +37,11 @@ OF_THE_RUN = {
     "config.yaml": "It says which run this is: delete it if you are sure that the settings of now are that run's",
     "prompts.json": "Delete it to read the prompts again, if their source is as it was",
 }
+
+
+def stages_of(iteration: int) -> tuple[str, ...]:
+    """The stages of an iteration; at the start, iteration 0, the initial policy is evaluated."""
+    return ("evaluate",) if iteration == 0 else STAGES
 
 
 class RunFolder:
@@ -46,6 +57,21 @@ class RunFolder:
     def model(self, iteration: int) -> Path:
         """The policy after an iteration, counted from 1."""
         return self.iteration(iteration) / "model"
+
+    def settings(self) -> dict[str, Any] | None:
+        """What config.yaml holds; None if it is not there. Raises Damaged where it is cut."""
+        import yaml
+
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return None
+        try:
+            settings = yaml.safe_load(read_text(path))
+        except yaml.YAMLError as error:
+            raise Damaged(path, f"it is cut or damaged ({str(error).splitlines()[0]})") from None
+        if not isinstance(settings, dict) or "output_dir" not in settings:
+            raise Damaged(path, "it is cut: it has no settings" if settings else "it is empty")
+        return settings
 
     def how_to_redo(self, path: Path) -> str:
         """What to do about a file of the run that can't be read; nothing for one that is not of the run."""

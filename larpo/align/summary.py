@@ -54,10 +54,15 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def title(run: Run) -> str:
+    config = run.config
+    return f"{config.objective} on {Path(str(masked(config.model))).name}, {config.iterations} iterations"
+
+
 def page(run: Run, metrics: Metrics, pictures: dict[str, Path]) -> str:
     config = run.config
     parts = [
-        f"# {config.objective} on {cell(Path(str(masked(config.model))).name)}, {config.iterations} iterations",
+        f"# {cell(title(run))}",
         f"{len(run.held_out)} held-out prompts x {config.eval_k} completions at temperature 1; ± is half of the 95 % interval "
         "over prompts. KL is the policy's to the initial model, per completion. Read reward and KL together: a reward "
         "that rises at a large KL, or with completions that repeat, may have been gamed.",

@@ -10,6 +10,21 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process is at work in `folder`; None where that can't be told. To find out takes the lock for a moment."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):  # some network file systems; a folder that only others may write to
+        return None
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, rank: int = 0) -> Iterator[None]:
     """Held while a run works in `folder`, by the first process of its job for all of them; a killed process gives it back.

@@ -137,7 +137,7 @@ def test_evaluation_logps_are_those_of_the_saved_policy_and_the_initial_model(fi
 def test_a_run_folder_can_be_read_by_a_person(finished):
     folder, result = finished
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"config.yaml", "prompts.json", "metrics.json", "summary.md", "plots/reward-and-kl.png"} <= names
+    assert {"config.yaml", "prompts.json", "metrics.json", "summary.md", "summary.html", "plots/reward-and-kl.png"} <= names
     assert not [name for name in names if "unfinished" in name or "chunks" in name or "checkpoint" in name]
     page = result.summary.read_text(encoding="utf-8")
     for said in ("| start ", "| iteration 3 ", "plots/n.png", "## Before and after", "objective: listmle"):
@@ -146,6 +146,9 @@ def test_a_run_folder_can_be_read_by_a_person(finished):
     for line in page.splitlines():
         if line.startswith("!["):
             assert (folder / line.split("](")[1].rstrip(")")).is_file()
+    html = (folder / "summary.html").read_text(encoding="utf-8")
+    assert html.count("<img ") == html.count('<img src="data:image/png;base64,') == 3
+    assert page.count("\n|") - 2 * page.count("\n| -") == html.count("<tr>") - html.count("<thead>")
 
 
 def test_a_finished_run_is_not_run_again_and_is_not_mixed_with_another(finished):

@@ -1,5 +1,7 @@
 """Nothing that a model wrote acts on the page that shows it."""
 
+import re
+
 import pytest
 
 from larpo.align.markdown import block, cell, visible
@@ -32,3 +34,19 @@ def test_a_block_ends_where_it_ends():
     text = "a: 'x\n\n  ```\n\n  # y\u202e'"
     assert block(text, "yaml") == "````yaml\na: 'x\n\n  ```\n\n  # y\\u202e'\n````"
     assert visible("a\n\tb") == "a\n\\u0009b"
+
+
+def test_a_page_of_html_shows_texts_as_they_are_and_loads_nothing(tmp_path):
+    pytest.importorskip("markdown_it")
+    from larpo.align.page import html
+
+    bad = "</pre></td><script>alert(1)</script> ![a](http://e.org/a.png) [b](javascript:alert(1)) <img src=x onerror=alert(1)>"
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "a.png").write_bytes(b"\x89PNG")
+    page = f"# {cell(bad)}\n\n| a |\n| - |\n| {cell(bad)} |\n\n![Plot](plots/a.png)\n\n<b>raw</b>\n\n{block(bad, 'yaml')}\n"
+    found = html(page, tmp_path, f"of {bad}")
+    tags = set(re.findall(r"<(/?[a-z0-9]+)", found))
+    assert not tags & {"script", "b", "a"} and found.count("<img") == 1
+    assert '<img src="data:image/png;base64,iVBORw==" alt="Plot" />' in found
+    assert found.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4 and "default-src 'none'" in found
+    assert "<td>&lt;/pre&gt;&lt;/td&gt;&lt;script&gt;" in found and "&lt;b&gt;raw&lt;/b&gt;" in found

@@ -1,0 +1,84 @@
+"""The counts of finished stages for TensorBoard, trackio, wandb and what else transformers reports to, an iteration a step.
+
+`report_to` names the tools, as in TrainingArguments. Each is spoken to through its callback in transformers, which has
+variables of the environment of its own (TENSORBOARD_LOGGING_DIR, WANDB_PROJECT, ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..config import LarPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Speaks to the tools of `report_to`. One that fails is left out from then on, with a warning: the counts are in the run's
+    folder, and no run ends for it.
+
+    Every process of a run reports all stages that it finds done or does, so that what one process reports is whole.
+    """
+
+    def __init__(self, report_to: str | list[str], args: LarPOConfig):
+        """Raises ValueError for a tool that transformers doesn't know, and RuntimeError for one that is not installed."""
+        from transformers.integrations import get_reporting_integration_callbacks
+        from transformers.trainer_callback import TrainerControl, TrainerState
+
+        try:
+            self._tools = [tool() for tool in get_reporting_integration_callbacks(report_to)]
+        except ValueError as error:
+            raise ValueError(f"report_to: {error}") from None
+        self._args, self._state, self._control = args, TrainerState(), TrainerControl()
+        self._tell("on_train_begin")
+
+    def stage(self, iteration: int, stage: str, counts: Mapping[str, Any]) -> None:
+        """The counts of a stage; those of evaluation are called eval/..., others train/sample/..., as each tool has it."""
+        if self._tools:
+            self._state.global_step = iteration
+            begin = "eval_" if stage == "evaluate" else f"{stage}/"
+            self._tell("on_log", logs={begin + name: value for name, value in figures(counts).items()})
+
+    def close(self) -> None:
+        self._tell("on_train_end")
+
+    def _tell(self, event: str, **what: Any) -> None:
+        for tool in list(self._tools):
+            try:
+                getattr(tool, event)(self._args, self._state, self._control, model=None, **what)
+            except Exception as error:
+                logger.warning("%s fails, and is told no more: %s: %s", type(tool).__name__, type(error).__name__, error)
+                self._tools.remove(tool)
+
+
+@contextlib.contextmanager
+def reporting(report_to: str | list[str], args: LarPOConfig) -> Iterator[Reporter]:
+    """A Reporter that is closed in the end."""
+    reporter = Reporter(report_to, args)
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+def figures(counts: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in a stage's counts by their place; of an estimate its mean, of a log its last entry.
+
+    >>> figures({"reward": {"mean": 0.5, "low": 0.1}, "log": [{"loss": 2}, {"loss": 1}], "best_of_n": {"1": {"4": 3}}})
+    {'reward': 0.5, 'log/loss': 1, 'best_of_n/1/4': 3}
+    """
+    found: dict[str, float] = {}
+    for name, value in counts.items():
+        if isinstance(value, Mapping) and "mean" in value:
+            value = value["mean"]
+        if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+            value = value[-1]
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in figures(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = value
+    return found
