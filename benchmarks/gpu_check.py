@@ -38,6 +38,7 @@ def record(results, folder: Path, header: dict, say=print) -> list[dict]:
     for result in results:
         done.append(result)
         say(f"{result['step']}: {result['status']}, {result['seconds']:.0f} s {result['message'][:150]}")
+        sys.stdout.flush()
         _write(folder / "results.json", {**header, "steps": done})
         if tables := merged(done):
             _write(folder / "suites.json", {**header, "tables": tables})

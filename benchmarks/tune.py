@@ -147,9 +147,13 @@ def spills(group: str, values: dict[str, int], arch: str) -> int | None:
     with using(values, arch):
         try:
             cases = [case for case in choose(LAUNCHES[group], ["bf16"]) if case.aligned]
-            return sum(read(compile_case(case, TARGETS[arch]).asm).spills for case in cases)
+            kernels = [compile_case(case, TARGETS[arch]) for case in cases]
         except Exception:  # a combination that the compiler refuses is no candidate
             return None
+    try:
+        return sum(read(kernel.asm).spills for kernel in kernels)
+    except Exception:  # nothing here can read machine code: a clock will tell
+        return 0
 
 
 def compiled(groups: tuple[Group, ...], arch: str, deadline: float) -> Iterator[tuple[str, dict]]:

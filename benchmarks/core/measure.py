@@ -201,6 +201,7 @@ class Entry:
         self.row["rows"] = shares.rows if shares.tokens else None
         allowed = {name: limit + self.provider.merges * name.startswith("d_") for name, limit in allowed.items()}
         _, out, gradients = done
+        self.row["message"] = out.note
         errors = self.truth.errors(self.provider.computes, out.value, out.logps, gradients)
         self.row["errors"] = {name: error if math.isfinite(error) else None for name, error in errors.items()}
         over = [name for name, error in errors.items() if not error <= allowed[name]]

@@ -182,8 +182,9 @@ def steps(
     scale = max(0.0, 60 * minutes - LAST_S) / (60 * MINUTES - LAST_S)
     paths = [str(peers.resolve())] if peers else []
     with_peers = {**environment, "PYTHONPATH": os.pathsep.join([environment["PYTHONPATH"], *paths])}
-    found = []
+    found, together = [], False  # whether a step that `one` runs beside is among the found
     for one in plan():
+        together = together and one.beside
         if only and not any(word in one.name for word in only):
             continue
         limit = one.seconds * scale * one.patience
@@ -194,9 +195,10 @@ def steps(
                 [*command, one.name, "--seconds", f"{limit:.1f}"],
                 limit,
                 reserved_s=one.seconds * scale if one.reserved else 0.0,
-                beside=one.beside and bool(found),
+                beside=together,
                 waits=True,
                 environment=with_peers if one.what == "a peer" else environment,
             )
         )
+        together = True
     return found

@@ -23,6 +23,7 @@ from benchmarks.core.truth import COMPUTES
 class Output(NamedTuple):
     value: torch.Tensor | None  # a scalar loss, or [S, T] token log-probs
     logps: torch.Tensor | None = None  # [S]; None where the provider shows none
+    note: str = ""  # what a reader of the table must know
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ def test_limits_are_the_planned_seconds_scaled_to_the_minutes_and_those_in_turn_
     whole, half = (plan.steps(["run"], minutes, None, {"PYTHONPATH": "here"}, None) for minutes in (8.5, 4.375))
     assert [2 * step.limit_s for step in half] == pytest.approx([step.limit_s for step in whole])
     assert [step.name for step in whole if step.reserved_s] == ["model"]
+    few = plan.steps(["run"], 8.5, ["profile", "big", "tests"], {"PYTHONPATH": "here"}, None)
+    assert {step.name: step.beside for step in few} == {"profile": False, "big": False, "tests": True}
     peers = plan.steps(["run"], 8.5, ["trl", "rows"], {"PYTHONPATH": "here"}, Path("/peers"))
     found = {step.name: step.environment["PYTHONPATH"] for step in peers}
     assert found["trl fused head"] == f"here{os.pathsep}/peers" and found["rows"] == "here"
