@@ -63,14 +63,14 @@ def merged(done: list[dict]) -> list[dict]:
     return list(found.values())
 
 
-def summary(done: list[dict]) -> str:
-    """Tables of what was measured, cut to what a terminal keeps: the most important one and a line for each step last."""
+def summary(done: list[dict], most: int = MOST_CHARACTERS) -> str:
+    """Tables of what was measured, the most important ones and a line for each step last; cut at the top if too long."""
     found = {result["step"]: result["rows"] for result in done}
     drawn = [table(rows) for step, table in TABLES.items() if (rows := found.get(step))]
     if tables := merged(done):
         drawn.append(_cases(tables))
     text = "\n\n".join([*drawn, _steps(done)])
-    return text if len(text) <= MOST_CHARACTERS else f"...{text[-MOST_CHARACTERS:]}"
+    return text if len(text) <= most else f"...{text[-most:]}"
 
 
 def _steps(done: list[dict]) -> str:
@@ -223,7 +223,7 @@ def _best_launch(rows: list[dict]) -> list[dict]:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--minutes", type=float, default=plan.MINUTES, help=f"for everything (default {plan.MINUTES})")
-    found.add_argument("--out", type=Path, default=ROOT / "benchmarks/out", help="folder for what is found, 7 files")
+    found.add_argument("--out", type=Path, default=ROOT / "benchmarks/out", help="folder for what is found, 8 files at most")
     found.add_argument("--only", action="append", help="steps whose name has this word; may be given several times")
     found.add_argument("--peers", type=Path, help="folder with other libraries")
     found.add_argument("--launch", type=Path, help="launch.json of an earlier run or of tune.py: nothing is tuned")
@@ -280,10 +280,9 @@ def check(asked, start=None, begin: float = BEGIN) -> int:
     header, spent = described(asked), time.monotonic() - begin
     done = record(run(steps, 60 * asked.minutes - plan.LAST_S - spent, rows, log, start), asked.out, header)
     draw(done, asked.out)
-    text = summary(done)
-    (asked.out / "table.txt").write_text(text + "\n")
+    (asked.out / "table.txt").write_text(summary(done, most=10**9) + "\n")
     print(f"\n{device.card()}, commit {header['git']['commit']}, {time.monotonic() - begin:.0f} s; wrote {asked.out}\n")
-    print(text, flush=True)
+    print(summary(done), flush=True)
     return int(any(result["status"] == "failed" for result in done))
 
 
@@ -310,4 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    if "--step" in sys.argv:
+        os._exit(status)  # all is on disk: what libraries do at exit takes seconds
+    sys.exit(status)
