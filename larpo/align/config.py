@@ -121,6 +121,12 @@ class AlignConfig:
     on_reward_error: str = _arg("raise", "A reward that fails: raise, or skip (the completions of that chunk have no score).")
 
     # --- lists
+    refill: bool = _arg(
+        False,
+        "Sample further prompts in place of those whose candidates all have one score, until an iteration has "
+        "prompts_per_iteration lists with an order.",
+    )
+    refill_most: int = _arg(3, "Rounds of that at most, each of as many prompts as lists are missing.")
     memory: str = _arg("all", "Candidates of earlier iterations that enter the lists: none, previous or all (paper: all).")
     subset: Any = _arg(
         "paper",
@@ -157,7 +163,7 @@ class AlignConfig:
         self.prompts = _rows("prompts", self.prompts)
         if not isinstance(self.eval_prompts, int):
             self.eval_prompts = _rows("eval_prompts", self.eval_prompts)
-        for name in ("iterations", "k", "max_new_tokens", "sample_batch_size", "chunk_size", "eval_k"):
+        for name in ("iterations", "k", "refill_most", "max_new_tokens", "sample_batch_size", "chunk_size", "eval_k"):
             self._at_least_one(name)
         self._check_ending()
         for name in ("prompts_per_iteration", "trained_layers"):
@@ -172,6 +178,8 @@ class AlignConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         self._check_rewards()
+        if self.refill and self.prompts_per_iteration is None:
+            raise ValueError("refill needs prompts_per_iteration: without it, an iteration has all prompts from the beginning")
         for name in ("training", "model_init_kwargs", "sampler_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must hold `name: value` settings, got {masked(getattr(self, name), name)!r}")

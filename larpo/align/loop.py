@@ -54,7 +54,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
         state = _prepare(config, folder, progress)
         with reporting(config.report_to, arguments(config, str(folder.path), seed=config.seed)) as reporter:
             for iteration in range(config.iterations + 1):
-                for stage in stages_of(iteration):
+                for stage in stages_of(iteration, refill=config.refill):
                     reporter.stage(iteration, stage, _stage(state, iteration, stage))
                 stages.clean_up(state, iteration)
         return _summarise(state)
@@ -139,7 +139,7 @@ def _summarise(run: Run) -> Result:
     from .page import html
 
     metrics = [
-        {"iteration": i} | {name: stages.done(run.folder.iteration(i), name) for name in stages_of(i)}
+        {"iteration": i} | {name: stages.done(run.folder.iteration(i), name) for name in stages_of(i, refill=run.config.refill)}
         for i in range(run.config.iterations + 1)
     ]
     write_json(run.folder.path / "metrics.json", metrics)

@@ -5,6 +5,7 @@
     iteration-01/                          a file for each stage's data, and a .json that says it is done, with counts
         sampled.parquet      sample.json       k completions per prompt
         candidates.parquet   score.json        the same with scores
+        refilled.parquet     refill.json       with refill: candidates of further prompts, with scores
         lists.parquet        lists.json        what is trained on
         model/               train.json        the policy after this iteration, a folder of transformers
         diverged.json                          instead of these two: why training ended without a policy
@@ -26,10 +27,11 @@ from typing import Any
 from ..runs.files import read_text
 from ..runs.intact import Damaged
 
-STAGES = ("sample", "score", "lists", "train", "evaluate")  # of an iteration, in their order
+STAGES = ("sample", "score", "refill", "lists", "train", "evaluate")  # of an iteration, in their order
 MADE_BY = {
     "sampled.parquet": "sample",
     "candidates.parquet": "score",
+    "refilled.parquet": "refill",
     "lists.parquet": "lists",
     "evaluation.parquet": "evaluate",
 }
@@ -39,9 +41,9 @@ OF_THE_RUN = {
 }
 
 
-def stages_of(iteration: int) -> tuple[str, ...]:
+def stages_of(iteration: int, *, refill: bool) -> tuple[str, ...]:
     """The stages of an iteration; at the start, iteration 0, the initial policy is evaluated."""
-    return ("evaluate",) if iteration == 0 else STAGES
+    return ("evaluate",) if iteration == 0 else tuple(stage for stage in STAGES if refill or stage != "refill")
 
 
 class RunFolder:

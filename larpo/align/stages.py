@@ -24,7 +24,7 @@ from ..runs.files import Rows, in_chunks, plain, read_json, read_rows, remove, r
 from . import evaluation, other_engine, training
 from .config import AlignConfig
 from .models import Models
-from .prompts import Prompt, of_iteration
+from .prompts import Prompt, after_iteration, of_iteration
 from .run_folder import RunFolder
 from .samplers import Samplers
 from .scores import to_train_by
@@ -58,7 +58,16 @@ class Run:
         return self.samplers.policy(iteration)
 
     def of_iteration(self, iteration: int) -> list[Prompt]:
-        return of_iteration(self.prompts, self.config.prompts_per_iteration, iteration)
+        return of_iteration(self.prompts, self.config.prompts_per_iteration, iteration, self._further(iteration))
+
+    def after_iteration(self, iteration: int) -> list[Prompt]:
+        return after_iteration(self.prompts, self.config.prompts_per_iteration, iteration, self._further(iteration))
+
+    def _further(self, iteration: int) -> int:
+        """Prompts that earlier iterations were refilled with."""
+        if not self.config.refill:
+            return 0
+        return sum(done(self.folder.iteration(i), "refill")["prompts"] for i in range(1, iteration))
 
 
 # --- sample ------------------------------------------------------------------------------------------------
@@ -174,8 +183,7 @@ def score(run: Run, iteration: int) -> dict[str, Any]:
     chunks = folder / "score-chunks"
 
     def build() -> Rows:
-        rows = read_rows(folder / "sampled.parquet")
-        return with_scores(run, rows, run.of_iteration(iteration), chunks, cut_too=run.config.truncated != "exclude")
+        return _scored(run, read_rows(folder / "sampled.parquet"), run.of_iteration(iteration), chunks)
 
     rows = rows_once(folder / "candidates.parquet", build)
     remove(chunks)
@@ -185,8 +193,19 @@ def score(run: Run, iteration: int) -> dict[str, Any]:
         "reward": float(np.mean(found)) if found else None,
         "reward_spread_in_a_list": _mean_spread(rows),
         "truncated": sum(not ended for row in rows for ended in row["finished"]),
-        "lists_without_order": len(rows) - len(lists_of.drop_uninformative(from_rows(rows)).kept),
+        "lists_without_order": len(rows) - _with_order(run, rows),
     }
+
+
+def _scored(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path) -> Rows:
+    """Candidates to train on with their scores."""
+    return with_scores(run, rows, prompts, chunks, cut_too=run.config.truncated != "exclude")
+
+
+def _with_order(run: Run, rows: Rows) -> int:
+    """How many of these lists have two candidates of different scores."""
+    distinct, _ = lists_of.deduplicate(from_rows(to_train_by(run.config, rows)))
+    return len(lists_of.drop_uninformative(distinct).kept)
 
 
 def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path, *, cut_too: bool = True) -> Rows:
@@ -225,6 +244,40 @@ def _mean_spread(rows: Rows) -> float | None:
     return float(np.mean(spreads)) if spreads else None
 
 
+# --- refill ------------------------------------------------------------------------------------------------
+
+
+def refill(run: Run, iteration: int) -> dict[str, Any]:
+    """Candidates of the prompts that come next, in place of those whose candidates all have one score: as many as lists are
+    missing, and again, until the iteration has its number of lists with an order, or after refill_most rounds."""
+    folder, config = run.folder.iteration(iteration), run.config
+    own = read_rows(folder / "candidates.parquet")
+    chunks = folder / "refill-chunks"
+
+    def build() -> Rows:
+        found, prompts = [], run.after_iteration(iteration)
+        for number in range(1, config.refill_most + 1):
+            part = prompts[: len(own) - _with_order(run, own + found)]
+            if not part:
+                break
+            prompts = prompts[len(part) :]
+            drawn = draw(
+                run, iteration - 1, part, config.k, config.temperature(iteration), seed=(SAMPLE, iteration, number),
+                source=f"iteration {iteration}", chunks=chunks / f"sampled-{number}", to_train_on=True,
+            )  # fmt: skip
+            found += [row | {"round": number} for row in _scored(run, drawn, part, chunks / f"scored-{number}")]
+        return found
+
+    rows = rows_once(folder / "refilled.parquet", build)
+    remove(chunks)
+    return {
+        "rounds": max((row["round"] for row in rows), default=0),
+        "prompts": len(rows),
+        "candidates": sum(len(row["completions"]) for row in rows),
+        "lists_with_order": _with_order(run, own + rows),
+    }
+
+
 # --- lists -------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +308,8 @@ def lists(run: Run, iteration: int) -> dict[str, Any]:
 def _candidates(run: Run, iteration: int) -> tuple[list[PromptList], list[PromptList]]:
     """Those of earlier iterations that are remembered, and those of this one, by the scores that lists are trained by."""
     first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[run.config.memory]
-    parts = [read_rows(run.folder.iteration(i) / "candidates.parquet") for i in range(first, iteration + 1)]
+    files = ("candidates.parquet", "refilled.parquet") if run.config.refill else ("candidates.parquet",)
+    parts = [[row for file in files for row in read_rows(run.folder.iteration(i) / file)] for i in range(first, iteration + 1)]
     lists = from_rows(to_train_by(run.config, [row for part in parts for row in part]))
     return lists[: -len(parts[-1])], lists[-len(parts[-1]) :]
 

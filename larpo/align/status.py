@@ -84,7 +84,7 @@ def status(path: str | Path) -> Status:
 def _stages(folder: RunFolder, settings: dict[str, Any]) -> Iterator[tuple[int, str, Path]]:
     """Every stage of the run, and the file that says that it is done."""
     for iteration in range(settings["iterations"] + 1):
-        for stage in stages_of(iteration):
+        for stage in stages_of(iteration, refill=settings.get("refill", False)):
             yield iteration, stage, folder.iteration(iteration) / f"{stage}.json"
 
 

@@ -21,6 +21,7 @@ LISTS = (
     "unscored",
     "memorised",
     "tied lists",
+    "prompts refilled",
     "lists",
     "candidates",
     "steps",
@@ -89,7 +90,8 @@ def _lists(metrics: Metrics) -> str:
         sampled, lists = one["sample"], one["lists"]
         cells = (
             one["iteration"], f"{sampled['temperature']:g}", sampled["candidates"], lists["duplicates"], lists["unscored"],
-            lists["memorised_candidates"], lists["tied_lists"], lists["lists"], lists["candidates"], one["train"]["steps"],
+            lists["memorised_candidates"], lists["tied_lists"], one["refill"]["prompts"] if "refill" in one else "–",
+            lists["lists"], lists["candidates"], one["train"]["steps"],
         )  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
