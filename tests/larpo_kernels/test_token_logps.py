@@ -343,6 +343,16 @@ def test_entropy_where_the_sum_is_finite_and_its_product_is_not(backend, device,
     assert out.logps.item() == pytest.approx(-above)
 
 
+@pytest.mark.parametrize("mask", [-1e4, -1e9])
+def test_entropy_of_a_row_whose_target_a_mask_has_pushed_down(backend, device, mask):
+    """Kernels that share a row must not measure their parts from a target so far away: float32 has no digits left there."""
+    logits, labels, _ = some_tokens(1000, torch.float32, device)
+    logits = logits.scatter(-1, labels.clamp(min=0)[..., None], mask)
+    out = lk.token_logps(logits, labels, return_stats=True, backend=backend)
+    truth = slow_loop.entropies(logits, labels)
+    torch.testing.assert_close(out.entropy.double().cpu(), truth, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32], ids=str)
 @pytest.mark.parametrize("vocabulary", [256, 1000, 40000])
 def test_labels_narrower_than_the_vocabulary_and_than_ignore_index(fast_backend, device, integer, vocabulary):

@@ -44,15 +44,18 @@ def token_logps(
     block = min(launch.row_block, triton.next_power_of_2(logits.shape[-1]))
     parts = triton.cdiv(logits.shape[-1], launch.split_columns)
     splits = triton.next_power_of_2(parts) if parts > 2 else 1  # for two, adding them up costs what is saved
-    partial = logps.new_empty(n * splits * 4 if splits > 1 else 0)
+    partial = logps if splits == 1 else logps.new_empty(n, 5, splits)
     floats, flags = _transform(logit_scale, softcap)
-    shown = (logps, entropy, top1) if stats else (logps,) * 3
-    args = (logits, labels, *shown, partial, *sizes, *strides, ignore_index, *floats)
-    flags |= {"STATS": stats, "SPLITS": splits}
+    results = *((logps, entropy, top1) if stats else (logps,) * 3), partial
     with on_device(logits):
-        rows.token_logps_forward[(n, splits)](*args, **flags, BLOCK=block, **options(logits, launch.row_warps, registers=128))
+        rows.token_logps_forward[(n, splits)](
+            logits, labels, *results, *sizes, *strides, ignore_index, *floats, **flags,
+            STATS=stats, SPLITS=splits, BLOCK=block, **options(logits, launch.row_warps, registers=128),
+        )  # fmt: skip
         if splits > 1:
-            rows.merge_splits[(n,)](*args, **flags, **options(logits, 1))
+            rows.merge_splits[(n,)](
+                labels, *results, *sizes, *strides[2:], ignore_index, STATS=stats, SPLITS=splits, **options(logits, 1)
+            )
     return logps, entropy, top1
 
 

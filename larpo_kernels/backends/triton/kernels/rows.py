@@ -52,7 +52,7 @@ def token_logps_forward(
     logps_ptr,  # [S * T] float32
     entropy_ptr,  # [S * T] float32, with STATS
     top1_ptr,  # [S * T] float32, with STATS
-    partial_ptr,  # [S * T, SPLITS, 4] float32, with SPLITS > 1
+    partial_ptr,  # [S * T, 5, SPLITS] float32, with SPLITS > 1
     T,
     V,
     stride_s,
@@ -98,7 +98,7 @@ def token_logps_forward(
         if STATS:
             weighted += tl.where(e > 0, e * x, 0.0)
             above = tl.maximum(above, x)
-    shift = 0.0
+    level = k  # what the sums are relative to
     sum_e = tl.sum(total)
     sum_ex = tl.sum(weighted)
     top = tl.max(above)
@@ -109,28 +109,29 @@ def token_logps_forward(
             x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
             best = tl.maximum(best, tl.where(cols == label, -float("inf"), x))
         peak = tl.max(best)
-        base = tl.where(peak == -float("inf"), 0.0, peak)
+        level = tl.where(peak == -float("inf"), 0.0, peak)
         total = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
             x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
-            x = tl.where(cols == label, -float("inf"), x - base)
+            x = tl.where(cols == label, -float("inf"), x - level)
             e = tl.exp2(x * LOG2E)
             total += e
             if STATS:
                 weighted += tl.where(e > 0, e * x, 0.0)
         sum_e = tl.sum(total)
         sum_ex = tl.sum(weighted)
-        shift = tl.where(k == -float("inf"), base, base - k)
     if SPLITS > 1:
-        at = partial_ptr + (row * SPLITS + split) * 4
+        at = partial_ptr + row * 5 * SPLITS + split
         tl.store(at, sum_e)
-        tl.store(at + 1, shift)
-        tl.store(at + 2, sum_ex)
-        tl.store(at + 3, top)
+        tl.store(at + SPLITS, level)
+        tl.store(at + 2 * SPLITS, k)
+        if STATS:
+            tl.store(at + 3 * SPLITS, sum_ex)
+            tl.store(at + 4 * SPLITS, top)
     else:
-        store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS)
+        store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS)
 
 
 @triton.jit
@@ -142,8 +143,9 @@ def store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS: tl.constexpr):
 
 
 @triton.jit
-def store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS: tl.constexpr):
-    """From sums relative to `shift` above the target (above 0 if the target is at -inf) to the row's results."""
+def store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS: tl.constexpr):
+    """From sums relative to `level`, the target k or what lies far above it, to the row's results."""
+    shift = level - k
     at_target = tl.where(k == -float("inf"), 0.0, tl.exp2(-shift * LOG2E))  # the target's own exp on that scale
     whole = sum_e + at_target
     l = tl.where(shift == 0.0, -log1p(sum_e), -shift - tl.log(whole))
@@ -158,7 +160,6 @@ def store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum
 
 @as_one_of_many
 def merge_splits(
-    logits_ptr,
     labels_ptr,
     logps_ptr,
     entropy_ptr,
@@ -166,41 +167,36 @@ def merge_splits(
     partial_ptr,
     T,
     V,
-    stride_s,
-    stride_t,
     labels_stride_s,
     labels_stride_t,
     ignore_index,
-    scale,
-    softcap,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Adds the partial sums of a row in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
+    part = partial_ptr + row * 5 * SPLITS
+    at = part + tl.arange(0, SPLITS)
+    sums = tl.load(at)  # of a row that may be ignored: the loads shall not wait for its label
+    levels = tl.load(at + SPLITS)
+    k = tl.load(part + 2 * SPLITS)
     s, t = row // T, row % T
     label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
     if is_ignored(label, ignore_index):
         store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
         return
     valid = (label >= 0) & (label < V)
-    k, _ = read_logits(logits_ptr + s * stride_s + t * stride_t, label, valid, scale, softcap, SCALE, SOFTCAP)
-    at = partial_ptr + (row * SPLITS + tl.arange(0, SPLITS)) * 4
-    sums = tl.load(at)
-    shifts = tl.load(at + 1)
-    shifts = tl.where(sums == 0.0, -float("inf"), shifts)  # an empty part sets no level
-    level = tl.max(shifts)
+    levels = tl.where(sums == 0.0, -float("inf"), levels)  # an empty part sets none
+    level = tl.maximum(tl.max(levels), k)
     level = tl.where(level == -float("inf"), 0.0, level)
-    level = tl.where(k == -float("inf"), level, tl.maximum(level, 0.0))
-    factor = tl.exp2((shifts - level) * LOG2E)
+    factor = tl.exp2((levels - level) * LOG2E)
     sum_e = tl.sum(tl.where(sums == 0.0, 0.0, sums * factor))
-    top = tl.max(tl.load(at + 3))
     sum_ex = 0.0
-    if STATS:  # x is relative to each part's own shift
-        moved = tl.load(at + 2) + sums * tl.where(sums == 0.0, 0.0, shifts - level)
+    top = 0.0
+    if STATS:  # x is relative to each part's own level
+        moved = tl.load(at + 3 * SPLITS) + sums * tl.where(sums == 0.0, 0.0, levels - level)
         sum_ex = tl.sum(tl.where(sums == 0.0, 0.0, moved * factor))
+        top = tl.max(tl.load(at + 4 * SPLITS))
     store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS)
 
 
