@@ -39,7 +39,7 @@ def contents(path: Path):
     """What a file holds, without what time and the place leave in it."""
     if path.suffix == ".parquet":
         return read_rows(path)
-    if path.name in ("trainer_state.json", "summary.md"):
+    if path.name in ("trainer_state.json", "summary.md", "summary.html"):
         return None  # holds seconds; its figures are in train.json, and in metrics.json
     if path.suffix == ".json":
         return without_seconds(read_json(path))
