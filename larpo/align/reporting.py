@@ -21,7 +21,8 @@ class Reporter:
     """Speaks to the tools of `report_to`. One that fails is left out from then on, with a warning: the counts are in the run's
     folder, and no run ends for it.
 
-    Every process of a run reports all stages that it finds done or does, so that what one process reports is whole.
+    A run that goes on reports again what it finds done, so that each run of a tool is whole. Of several processes the first one
+    reports.
     """
 
     def __init__(self, report_to: str | list[str], args: LarPOConfig):
@@ -30,9 +31,10 @@ class Reporter:
         from transformers.trainer_callback import TrainerControl, TrainerState
 
         try:
-            self._tools = [tool() for tool in get_reporting_integration_callbacks(report_to)]
+            tools = [tool() for tool in get_reporting_integration_callbacks(report_to)]
         except ValueError as error:
             raise ValueError(f"report_to: {error}") from None
+        self._tools = tools if args.process_index == 0 else []
         self._args, self._state, self._control = args, TrainerState(), TrainerControl()
         self._tell("on_train_begin")
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,10 +95,11 @@ def test_a_tool_that_fails_ends_no_run_and_one_that_is_unknown_no_stage_begins(t
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "away", Away)
     from larpo.align.reporting import Reporter
 
-    reporter = Reporter(["away"], args=None)
-    for _ in range(2):
-        reporter.stage(1, "score", {"reward": 1.0})
-    reporter.close()
+    for process in (1, 0):
+        reporter = Reporter(["away"], SimpleNamespace(process_index=process))
+        for _ in range(2):
+            reporter.stage(1, "score", {"reward": 1.0})
+        reporter.close()
     assert caplog.text.count("Away fails, and is told no more: ConnectionError: no route") == 1
     with pytest.raises(ValueError, match=r"report_to: tensorbord is not supported, only .*tensorboard"):
         align(tmp_path, report_to="tensorbord")
