@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backends.triton import lists, rows, tiles
+from ..backends.triton import lists, rows, states, tiles
 from ..linear import walk
 
 IGNORE = -100
@@ -73,6 +73,23 @@ def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for
         formed.form(0, weight[:2048], e, for_grad)
 
 
+def target_dots(dtype, aligned, bias=False):
+    width = 4096 if aligned else 4093
+    weight = empty(VOCABULARY[True], width, dtype=dtype)
+    labels = empty(TOKENS[True], dtype=torch.int64)
+    hidden, biases = empty(TOKENS[True], width, dtype=dtype), empty(VOCABULARY[True], dtype=dtype) if bias else None
+    states.target_dots(hidden, weight, biases, labels, torch.float32)
+
+
+def scale_rows(dtype, aligned, widened=False, targets=False):
+    """Hidden states times what each token weighs; widened: d hidden, summed in float32, with or without its targets."""
+    width, tokens = 4096 if aligned else 4093, TOKENS[True]
+    out = empty(tokens, width, dtype=dtype)
+    x = empty(tokens, width) if widened else out
+    more = (empty(tokens), empty(VOCABULARY[True], width, dtype=dtype), empty(tokens, dtype=torch.int64)) if targets else ()
+    states.scale_rows(x, empty(tokens), out, *more)
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -131,8 +148,16 @@ KERNELS = (
     ),
     Kernel("merge_spans", tile, {"plain": {}, "stats": {"stats": True}}, TILE_DTYPES),
     Kernel("level_spans", tile, {"plain": {}}, TILE_DTYPES, misaligned=True),
-    Kernel("scale_rows", tile, {"plain": {"step": "rescale"}}, TILE_DTYPES),
+    Kernel("rescale", tile, {"plain": {"step": "rescale"}}, TILE_DTYPES),
     Kernel("put_target", tile, {"plain": {"step": "put_target"}}, TILE_DTYPES),
+    Kernel("target_dots", target_dots, {"plain": {}, "bias": {"bias": True}}, TILE_DTYPES, misaligned=True),
+    Kernel(
+        "scale_rows",
+        scale_rows,
+        {"plain": {}, "d-hidden": {"widened": True, "targets": True}, "one-pass": {"widened": True}},
+        TILE_DTYPES,
+        misaligned=True,
+    ),
     Kernel("row_shares", tile, {"plain": {"step": "shares"}}, TILE_DTYPES, misaligned=True),
 )
 

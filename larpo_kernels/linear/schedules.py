@@ -10,6 +10,8 @@ E of some of the vocabulary may be held and the rest formed again: `auto` does s
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -82,23 +84,30 @@ def make_plan(
         isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0
     ):
         raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
+    shared = whole_vocab_size is not None
     whole_vocab_size = whole_vocab_size or vocab_size
     if whole_vocab_size * hidden_size < TAIL_HEAD:
         tail_threshold = None
+    in_place = stored == dtype
     if tail_threshold is None:
-        tail, (tokens, rows) = {}, tile_shape(num_tokens, hidden_size, vocab_size, dtype, device)
+        casts = given[1] != dtype
+        shape = functools.partial(tile_shape, num_tokens, hidden_size, vocab_size, dtype, device, casts=casts)
+        usual, of_one_pass, of_held = shape(), shape(one_pass=not shared), shape(in_place=in_place and not shared)
+        tail = {}
     else:
         tokens = tail_tokens(num_tokens, whole_vocab_size, dtype, device)
-        tokens, rows = tile_shape(tokens, hidden_size, vocab_size, dtype, device)
-        tail = {"tail_threshold": tail_threshold, "tail_tile": (tokens, rows)}
-    tile = working_bytes(num_tokens, hidden_size, vocab_size, (tokens, rows), needs, given, dtype)
+        usual = of_one_pass = of_held = tile_shape(tokens, hidden_size, vocab_size, dtype, device)
+        tail = {"tail_threshold": tail_threshold, "tail_tile": usual}
+
+    def working(tile: tuple[int, int]) -> int:
+        size = working_bytes(num_tokens, hidden_size, vocab_size, tile, needs, given, dtype)
+        return size + tail_bytes(num_tokens, hidden_size, tile, given, dtype) if tail else size
+
+    (_, rows), tile = usual, working(usual)
     held = vocab_size * num_tokens * stored.itemsize
-    whole = tile + held
-    if tail_threshold is not None:
-        extra = tail_bytes(num_tokens, hidden_size, (tokens, rows), given, dtype)
-        tile, whole = tile + extra, whole + extra
-    elif stored == dtype:
-        whole -= tokens * rows * dtype.itemsize  # tiles are formed where they stay
+    whole = working(of_held) + held
+    if in_place and not tail:
+        whole -= math.prod(of_held) * dtype.itemsize  # tiles are formed where they stay
     wanted = sum((needs.hidden, needs.weight))
 
     if schedule == "score_only" and (needs.hidden or needs.parameters):
@@ -112,7 +121,7 @@ def make_plan(
     if schedule == "recompute":
         return Plan("recompute", "asked for", 2 + wanted, tile, **tail)
     if not needs.parameters:
-        once = tile + 4 * num_tokens * hidden_size
+        once = working(of_one_pass) + 4 * num_tokens * hidden_size
         return Plan("frozen_head", "only hidden requires grad", 2, once, **tail)
     budget, source = (
         (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
@@ -120,7 +129,7 @@ def make_plan(
     source = f"{source} = {budget / 2**20:.0f} MiB"
     if budget >= whole:
         return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size, **tail)
-    part = max(budget - tile, 0) // max(num_tokens * stored.itemsize, 1) // rows * rows
+    part = min(max(budget - tile, 0) // max(num_tokens * stored.itemsize, 1), vocab_size - 1) // rows * rows
     share = part / vocab_size
     reason = f"E would take {held / 2**20:.0f} MiB, {source}"
     extra = tile + part * num_tokens * stored.itemsize
@@ -293,6 +302,10 @@ def stored_dtype(compute: torch.dtype, hidden: torch.dtype) -> torch.dtype:
 # A tile at most. Up to so many tokens every slice of d weight is one GEMM over all of them, and nothing is added up.
 CPU_TILE_BYTES, CPU_TILE_TOKENS = 8 << 20, 4096
 GPU_TILE_BYTES, GPU_TILE_TOKENS = 1 << 30, 16384
+ONE_PASS_TOKENS = 2048  # of a block, at least: fewer rows of d hidden leave a GPU's multiprocessors without a tile of it
+# Of E that is held where it is formed: a block of this many tokens still has 32768 rows a tile, and a GEMM's matrix less
+# than 2^31 entries.
+HELD_TILE_ENTRIES, HELD_TILE_TOKENS = (1 << 31) - 1, 65536
 
 
 def walked_tokens(num_tokens: int) -> int:
@@ -318,18 +331,45 @@ def tail_tokens(num_tokens: int, vocab_size: int, dtype: torch.dtype, device: to
     most = TAIL_CPU_TOKENS
     if device.type == "cuda":
         most = max(TAIL_GPU_TOKENS, GPU_TILE_BYTES // (vocab_size * dtype.itemsize))
-    return min(walked_tokens(-(-num_tokens // max(1, -(-num_tokens // most)))), num_tokens)
+    return even_tokens(num_tokens, most)
 
 
-def tile_shape(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+def tile_shape(
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    casts: bool = True,
+    one_pass: bool = False,
+    in_place: bool = False,
+) -> tuple[int, int]:
     """Tokens and vocabulary rows of a tile.
 
-    On a CPU thin slices of the vocabulary that stay in the cache. On a GPU so much of it that sums of d hidden over
-    slices cost little (docs/performance.md). The rows of the weight fit the budget too: where they are cast, few tokens
-    must not mean a copy of the whole weight.
+    casts: whether rows of the weight are copied in the dtype of tiles; they fit the budget too, or few tokens would mean a
+    copy of the whole weight. one_pass: d hidden is all that is wanted, and is formed at once. in_place: E of every tile is
+    held where it is formed.
+
+    On a CPU thin slices of the vocabulary that stay in the cache. On a GPU so much of it that sums of d hidden over slices
+    cost little; none in one pass, as long as the tokens of a budget with all of the vocabulary fill the GPU; and where a
+    tile takes no memory of its own, all that a matrix may have (docs/performance.md has the estimates).
     """
-    gpu = device.type == "cuda"
-    budget, most = (GPU_TILE_BYTES, GPU_TILE_TOKENS) if gpu else (CPU_TILE_BYTES, CPU_TILE_TOKENS)
-    tokens = max(1, min(num_tokens, most))
-    rows = max(budget // (max(tokens, hidden_size) * dtype.itemsize) // 64 * 64, 256)
-    return tokens, min(rows, vocab_size)
+    if device.type != "cuda":
+        tokens = max(1, min(num_tokens, CPU_TILE_TOKENS))
+        rows = CPU_TILE_BYTES // (max(tokens, hidden_size) * dtype.itemsize)
+    elif in_place and not casts:
+        tokens = max(1, min(num_tokens, HELD_TILE_TOKENS))
+        rows = HELD_TILE_ENTRIES // tokens
+    else:
+        tokens = max(1, min(num_tokens, GPU_TILE_TOKENS))
+        of_all = GPU_TILE_BYTES // (vocab_size * dtype.itemsize)
+        if one_pass and of_all >= ONE_PASS_TOKENS:
+            tokens = even_tokens(tokens, of_all // 16 * 16)
+        rows = GPU_TILE_BYTES // (max(tokens, hidden_size if casts else 0) * dtype.itemsize)
+    return tokens, vocab_size if rows >= vocab_size else min(max(rows // 64 * 64, 256), vocab_size)
+
+
+def even_tokens(num_tokens: int, most: int) -> int:
+    """Tokens of a block, at most about so many, all blocks about as large."""
+    return min(walked_tokens(-(-num_tokens // max(1, -(-num_tokens // most)))), num_tokens)

@@ -32,6 +32,9 @@ from .schedules import tile_shape
 from .tail import Tail, TailBlock
 from .vocab_shard import add_up
 
+# torch 2.8 and 2.9 refuse an accumulator that is wider than the operands (pytorch/pytorch#167931)
+ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -71,6 +74,17 @@ class Kept(NamedTuple):
 def _blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
     for a in range(0, n, size):
         yield a, min(a + size, n)
+
+
+def _tile(head: Head, hidden: Tensor, held: Tensor, tail: Tail | None, one_pass: bool = False) -> tuple[int, int, bool]:
+    """Tokens and vocabulary rows of a tile, and whether all tiles are formed where they are held."""
+    (n, h), v = hidden.shape, head.weight.shape[0]
+    in_place = held.shape[0] == v and held.dtype == head.dtype
+    if tail:
+        return *tail.tile, in_place
+    # ranks that share the vocabulary walk the same blocks of tokens, whatever rows each of them has
+    use = {} if head.group else {"one_pass": one_pass, "in_place": in_place}
+    return *tile_shape(n, h, v, head.dtype, hidden.device, casts=head.weight.dtype != head.dtype, **use), in_place
 
 
 def _of_block(held: Tensor, t0: int, t1: int) -> Tensor:
@@ -113,14 +127,14 @@ def forward(
         total=per_token(n),
         centre=per_token(n),
         level=per_token(n),
-        unit_grad=hidden.new_zeros((n, h) if one_pass else (0, h), dtype=head.sums),
+        unit_grad=hidden.new_empty((n, h) if one_pass else (0, h), dtype=head.sums),
         held=hidden.new_empty((held_rows, n), dtype=held_dtype),
     )
-    tokens, rows = tail.tile if tail else tile_shape(n, h, v, head.dtype, hidden.device)
-    in_place = tail is not None or (held_rows == v and held_dtype == head.dtype)
-    scratch = hidden.new_empty(0 if in_place else rows * tokens, dtype=head.dtype)
+    primitives = backends.get(backend)
+    tokens, rows, in_place = _tile(head, hidden, kept.held, tail, one_pass)
+    scratch = hidden.new_empty(0 if in_place or tail else rows * tokens, dtype=head.dtype)
     for t0, t1 in _blocks(n, tokens):
-        tiles = backends.get(backend).Tiles(head, hidden[t0:t1].to(head.dtype), labels[t0:t1], stats=stats)
+        tiles = primitives.Tiles(head, hidden[t0:t1].to(head.dtype), labels[t0:t1], stats=stats)
         block = TailBlock(tail, tiles, t0) if tail else WholeBlock(tiles, _of_block(kept.held, t0, t1), scratch)
         acc = kept.unit_grad[t0:t1] if one_pass else None
         for a, b in _blocks(v, rows):
@@ -128,11 +142,11 @@ def forward(
             raised = tiles.form(a, weight, e, for_grad=one_pass or block.holds(b))
             if raised is not None:
                 block.rescale(raised, a)
-                if acc is not None:
+                if acc is not None and a > 0:
                     raised.rescale(acc)
             part = block.keep(a, e, weight)
             if acc is not None:
-                tiles.add_product(acc, part.e.t(), weight if part.rows is None else weight.index_select(0, part.rows))
+                _product(acc, part.e.t(), weight if part.rows is None else weight.index_select(0, part.rows), add=a > 0)
         raised = tiles.merge_ranks() if head.group else None
         if raised is not None:
             block.rescale(raised, v)
@@ -141,11 +155,13 @@ def forward(
         ends = tiles.finish()
         for name, x in ends.items():
             getattr(kept, name)[t0:t1] = x
-        merged = block.finish(tiles.at_target(ends["logps"], ends["total"]))
+        at_target = tiles.at_target(ends["logps"], ends["total"])
+        merged = block.finish(at_target)
         if acc is not None:
             if merged is not None:
                 merged.add_rest(acc)
-            tiles.unit_grad(acc, ends["logps"], ends["total"])
+            factor = _factor(head, ends["logps"], ends["total"])
+            primitives.scale_rows(acc, factor, acc, at_target, head.weight, tiles.labels)
             add_up(acc, head.group)
     if tail is not None:
         tail.close()
@@ -167,21 +183,22 @@ def backward(
     tail: Tail | None = None,  # as the forward filled it
 ) -> None:
     """The gradients that are wanted, from E held or formed again."""
-    (n, h), v = hidden.shape, head.weight.shape[0]
+    n, v = hidden.shape[0], head.weight.shape[0]
     if n == 0:
         for x in (d_hidden, d_weight, d_bias):
             if x is not None:
                 x.zero_()
         return
-    tokens, rows = tail.tile if tail else tile_shape(n, h, v, head.dtype, hidden.device)
+    primitives = backends.get(backend)
+    tokens, rows, all_held = _tile(head, hidden, kept.held, tail)
     entries = tail.stored if tail else kept.held.dtype if kept.held.shape[0] else head.dtype  # the dtype of E
     in_place = entries == head.dtype
-    scratch = hidden.new_empty(0 if in_place and kept.held.shape[0] == v else rows * tokens, dtype=head.dtype)
+    scratch = hidden.new_empty(0 if all_held else rows * tokens, dtype=head.dtype)
     once = n <= tokens  # then a slice of d weight is one GEMM, and nothing is added up
     direct = d_weight is None or once or d_weight.dtype == head.sums
     sum_weight = d_weight if direct else d_weight.new_empty(d_weight.shape, dtype=head.sums)
     sum_bias = None if d_bias is None else d_bias.new_zeros(v, dtype=head.sums)
-    factors = torch.where(kept.logps == -torch.inf, 0, -head.scale * grad.to(head.sums) / kept.total)
+    factors = _factor(head, kept.logps, kept.total, grad.to(head.sums))
     if tail is not None:  # rows of which no part is left count 0, or NaN where a token has no gradient
         for x in (sum_weight, sum_bias):
             if x is not None:
@@ -189,18 +206,21 @@ def backward(
     for i, (t0, t1) in enumerate(_blocks(n, tokens)):
         at, held = slice(t0, t1), _of_block(kept.held, t0, t1)
         logps, total = kept.logps[at], kept.total[at]
-        tiles = backends.get(backend).Tiles(
-            head, hidden[at].to(head.dtype), labels[at], centre=kept.centre[at], level=kept.level[at]
-        )
+        tiles = primitives.Tiles(head, hidden[at].to(head.dtype), labels[at], centre=kept.centre[at], level=kept.level[at])
         at_target = tiles.at_target(logps, total)
         rounded = at_target.to(entries).to(head.sums)
-        r = factors[at, None]
+        r = factors[at]
         # The target is the largest entry of its column. What rounding does to it is made good: for the parameters by a
         # factor, which is exact where it matters most; for d hidden by a term, so that a column still sums to 0.
-        rp = r * torch.where(rounded == 0, 1, at_target / rounded)[:, None]
-        rh = (tiles.hidden.to(head.sums) * rp).to(head.dtype) if d_weight is not None else None
-        acc = tiles.hidden.new_zeros(tiles.hidden.shape, dtype=head.sums) if d_hidden is not None else None
-        for part in tail.blocks[i].parts if tail else whole_parts(held, v, rows):
+        rp = r * torch.where(rounded == 0, 1, at_target / rounded)
+        rh = acc = None
+        if d_weight is not None:
+            rh = torch.empty_like(tiles.hidden, memory_format=torch.contiguous_format)
+            primitives.scale_rows(tiles.hidden, rp, rh)
+        parts = tail.blocks[i].parts if tail else list(whole_parts(held, v, rows))
+        if d_hidden is not None:
+            acc = (tiles.hidden.new_empty if parts else tiles.hidden.new_zeros)(tiles.hidden.shape, dtype=head.sums)
+        for j, part in enumerate(parts):
             a, b = part.start, part.stop
             weight = head.rows(a, b, part.rows)
             e = part.e if part.e is not None and in_place else scratch[: len(weight) * (t1 - t0)].view(-1, t1 - t0)
@@ -210,31 +230,38 @@ def backward(
             elif not in_place:
                 e.copy_(part.e)
             if acc is not None:
-                tiles.add_product(acc, e.t(), weight)
+                _product(acc, e.t(), weight, add=j > 0)
             if sum_weight is not None:
-                _add_rows(tiles, sum_weight[a:b], part.rows, e, rh, add=t0 > 0)
+                _add_rows(sum_weight[a:b], part.rows, e, rh, add=t0 > 0)
             if sum_bias is not None:
-                sums = _row_sums(e, rp[:, 0])
+                sums = _row_sums(e, rp)
                 sum_bias[a:b] += sums if part.rows is None else sums.new_zeros(b - a).index_copy_(0, part.rows, sums)
         if acc is not None:
             if tail is not None:
                 tail.blocks[i].add_rest(acc)
-            if entries != head.sums:
-                tiles.add_targets(acc, at_target - rounded)
-            d_hidden[at] = add_up(acc.mul_(r), head.group)
+            out = acc if head.group else d_hidden[at]
+            left = None if entries == head.sums else at_target - rounded
+            primitives.scale_rows(acc, r, out, left, head.weight, tiles.labels)
+            if head.group:
+                d_hidden[at] = add_up(acc, head.group)
     if not direct:
         d_weight.copy_(sum_weight)
     if d_bias is not None:
         d_bias.copy_(sum_bias)
 
 
-def _add_rows(tiles, out: Tensor, rows: Tensor | None, e: Tensor, rh: Tensor, add: bool) -> None:
+def _factor(head: Head, logps: Tensor, total: Tensor, grad: Tensor | float = 1.0) -> Tensor:
+    """r of each token; 0 where the target is at -inf: no direction would help."""
+    return torch.where(logps == -torch.inf, 0, -head.scale * grad / total)
+
+
+def _add_rows(out: Tensor, rows: Tensor | None, e: Tensor, rh: Tensor, add: bool) -> None:
     """out [a tile's rows, H] (+)= e @ rh, for these rows of it."""
     if rows is None:
-        _product(tiles, out, e, rh, add)
+        _product(out, e, rh, add)
     else:
         product = out.new_empty(rows.shape[0], out.shape[1])
-        _product(tiles, product, e, rh, add=False)
+        _product(product, e, rh, add=False)
         (out.index_add_ if add else out.index_copy_)(0, rows, product)
 
 
@@ -246,19 +273,16 @@ def _row_sums(e: Tensor, r: Tensor) -> Tensor:
     return torch.cat([e[a:b].to(r.dtype) @ r for a, b in _blocks(e.shape[0], step)])
 
 
-def _product(tiles, out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
-    """out (+)= x @ y, without a copy where the dtypes allow."""
-    if add:
-        tiles.add_product(out, x, y)
-    elif out.dtype == x.dtype:
-        torch.mm(x, y, out=out)
-    elif out.is_cuda and (x.dtype, out.dtype) == (torch.bfloat16, torch.float32):  # not rounded in between
+def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
+    """out (+)= x @ y; where out is wider than x and y nothing is rounded in between on a GPU."""
+    widens = out.is_cuda and (x.dtype, out.dtype) == (torch.bfloat16, torch.float32)
+    if out.dtype == x.dtype:
+        out.addmm_(x, y) if add else torch.mm(x, y, out=out)
+    elif widens and not add:
         torch.mm(x, y, out_dtype=out.dtype, out=out)
+    elif widens and ADDMM_WIDENS:
+        torch.addmm(out, x, y, out_dtype=out.dtype, out=out)
+    elif add:
+        out += torch.mm(x, y, out_dtype=out.dtype) if widens else x @ y
     else:
         out.copy_(x @ y)
-
-
-def scale_rows(unit_grad: Tensor, grad: Tensor, out: Tensor) -> None:
-    """out = unit_grad [n, H] times grad [n], rounded once; a token without a direction keeps 0, whatever its grad."""
-    for a, b in _blocks(out.shape[0], 1024):
-        out[a:b] = unit_grad[a:b] * grad[a:b, None].to(unit_grad.dtype)

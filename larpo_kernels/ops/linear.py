@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from ..linear import schedules, walk
 from ..linear.tail import Tail
 from ..linear.vocab_shard import ELSEWHERE
@@ -189,7 +190,8 @@ def _backward(
         if not tokens.total == tokens.count == tokens.num_tokens:  # they are padded, or not all of them
             d_walked = hidden.new_empty(tokens.total, hidden.shape[-1])
     if unit_grad.shape[0]:
-        walk.scale_rows(unit_grad, tokens.upstream(grad), d_walked)
+        grad = tokens.upstream(grad).to(unit_grad.dtype)
+        backends.get(backend).scale_rows(unit_grad, grad, d_walked)
     else:
         logps = tokens.take(logps.reshape(-1))
         walk.backward(

@@ -20,7 +20,7 @@ torch.ops.load_library(sys.argv[1])
 
 import larpo_kernels as lk
 from larpo_kernels.backends import triton as primitives
-from larpo_kernels.backends.triton import launch, lists, rows, tiles
+from larpo_kernels.backends.triton import launch, lists, rows, states, tiles
 from larpo_kernels.linear import schedules, walk
 from larpo_kernels.ops import linear, operator
 
@@ -42,8 +42,8 @@ class Kernels:
 
 
 def stand_in_for_a_gpu():
-    tiles.tiles, rows.rows, lists.lists = Kernels(), Kernels(), Kernels()
-    for module in (tiles, rows, lists):
+    tiles.tiles, states.states, rows.rows, lists.lists = (Kernels() for _ in range(4))
+    for module in (tiles, states, rows, lists):
         module.on_device = lambda x: contextlib.nullcontext()
     tiles.for_tensor = rows.for_tensor = lambda x: launch.TABLE["sm_90"]
     torch.cuda.is_current_stream_capturing = lambda: True  # so that no step may ask how many tokens count, or what is free
@@ -189,8 +189,9 @@ if __name__ == "__main__":
         the_api()
         the_rows_and_lists()
         the_ops()
-        for widens in (True, False):  # torch 2.9's addmm does not write float32
-            tiles.ADDMM_WIDENS = widens
+        for widens, tile in ((True, schedules.GPU_TILE_BYTES), (False, 1 << 22)):
+            walk.ADDMM_WIDENS = widens  # torch 2.9's addmm does not write float32
+            schedules.GPU_TILE_BYTES = tile  # the vocabulary in one tile, and in several
             the_walk()
         the_trainer()
         the_costs()

@@ -98,7 +98,7 @@ def make_head(
 def use_small_tiles(monkeypatch, tokens=20, rows=40):
     """Tiles that end in the middle of everything, at any device: neither number divides a kernel's blocks."""
 
-    def tile_shape(num_tokens, hidden_size, vocab_size, dtype, device):
+    def tile_shape(num_tokens, hidden_size, vocab_size, dtype, device, **use):
         return max(1, min(num_tokens, tokens)), min(vocab_size, rows)
 
     monkeypatch.setattr(schedules, "tile_shape", tile_shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from ...linear.schedules import seen_step
 from ...linear.vocab_shard import ELSEWHERE, add_up, largest
+from .states import slices, target_dots
 
 ROOM = 1e30  # s stays below it, so that E^T W and E (r h) stay finite too
-STEP = 256  # rows at a time where something needs a float32 copy: small enough to stay in the cache
 GROUPS = 16  # partial column sums of a bfloat16 tile, so that rounding each of them to bfloat16 does not matter
 
 
@@ -41,6 +40,8 @@ class Raised:
 
 class Tiles:
     """The tiles of one block of tokens, formed one after the other; sums over the vocabulary add up inside."""
+
+    target_dots = staticmethod(target_dots)
 
     def __init__(self, head, hidden: Tensor, labels: Tensor, *, centre=None, level=None, stats=False):
         self.head, self.hidden, self.labels, self.stats = head, hidden, labels, stats
@@ -77,14 +78,11 @@ class Tiles:
     def _target_logits(self) -> Tensor:
         """z[t, y_t], by a dot in float32."""
         head = self.head
-        z = torch.empty(self.labels.shape[0], dtype=head.sums, device=self.hidden.device)
-        for at in _slices(z.shape[0], z.device):
-            z[at] = (self.hidden[at].to(head.sums) * head.weight[self.labels[at]].to(head.dtype).to(head.sums)).sum(1)
-        if head.bias is not None:
-            z += head.bias[self.labels]
+        z = self.target_dots(self.hidden, head.weight, head.bias, self.labels, head.sums)
         if head.group:
             z = add_up(z.masked_fill_(self.labels < 0, 0), head.group)  # of its owner, exactly
-        z *= head.scale
+        if head.scale != 1:
+            z *= head.scale
         return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
 
     def form(self, a: int, weight: Tensor, out: Tensor, for_grad: bool) -> Raised | None:
@@ -114,7 +112,7 @@ class Tiles:
             out.exp_()[rows, columns] = 0
             return Sums(_column_sums(out), None, None)
         s, sx, above = torch.zeros_like(centre), torch.zeros_like(centre), torch.full_like(centre, -torch.inf)
-        for at in _slices(out.shape[0], out.device):
+        for at in slices(out.shape[0], out.device):
             x, slope = out[at].to(self.head.sums), None
             x = x if late is None else x.add_(late[at])
             if softcap is not None:
@@ -212,26 +210,6 @@ class Tiles:
         rows, columns = self._targets.within(a, a + e.shape[0])
         e[rows, columns] = at_target[columns].to(e.dtype)
 
-    def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
-        """acc += x @ y in the dtype of acc, which is wider than that of x and y or the same."""
-        if acc.dtype == x.dtype:
-            acc.addmm_(x, y)
-        else:
-            acc += x @ y
-
-    def add_targets(self, acc: Tensor, value: Tensor) -> None:
-        """acc [tokens, H] += value [tokens] times the weight of each target, on the rank that owns it."""
-        if self.head.group:
-            value = value.masked_fill(self.labels < 0, 0)
-        for at in _slices(acc.shape[0], acc.device):
-            acc[at].addcmul_(self.head.weight[self.labels[at]].to(acc.dtype), value[at][:, None])
-
-    def unit_grad(self, acc: Tensor, logps: Tensor, total: Tensor) -> None:
-        """d l / d hidden from acc = E^T W [tokens, H], written over it."""
-        self.add_targets(acc, self.at_target(logps, total))
-        acc.mul_((-self.head.scale / total)[:, None])
-        acc.masked_fill_((logps == -torch.inf)[:, None], 0)  # a target at -inf: no direction would help
-
     # ---- what a tail is chosen by (linear/tail.py)
 
     def shares(self, e: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -253,7 +231,7 @@ class Tiles:
     def _row_shares(self, e: Tensor, per_e: Tensor) -> tuple[Tensor, Tensor]:
         largest, summed = per_e.new_empty(e.shape[0]), per_e.new_empty(e.shape[0])
         room = None
-        for at in _slices(e.shape[0], e.device):
+        for at in slices(e.shape[0], e.device):
             room = torch.empty_like(e[at], dtype=per_e.dtype) if room is None else room[: at.stop - at.start]
             p = torch.mul(e[at], per_e, out=room)
             torch.amax(p, 1, out=largest[at])
@@ -296,10 +274,4 @@ def _column_sums(e: Tensor) -> Tensor:
 
 def _largest_sum(x: Tensor, y: Tensor) -> Tensor:
     """Column maxima of x [rows, n] + y [rows, 1] in the dtype of y, a few rows at a time."""
-    return torch.stack([(x[at] + y[at]).amax(0) for at in _slices(x.shape[0], x.device)]).amax(0)
-
-
-def _slices(n: int, device: torch.device) -> Iterator[slice]:
-    step = STEP if device.type == "cpu" else 16 * STEP
-    for a in range(0, n, step):
-        yield slice(a, min(a + step, n))
+    return torch.stack([(x[at] + y[at]).amax(0) for at in slices(x.shape[0], x.device)]).amax(0)

@@ -12,11 +12,11 @@ from ...linear.vocab_shard import add_up
 from ..pytorch import tiles as plain
 from .kernels import tiles
 from .launch import for_tensor, on_device, options
+from .states import target_dots
 
-# torch 2.8 and 2.9 refuse an accumulator that is wider than the operands (pytorch/pytorch#167931)
-ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 FAR = 30.0  # nats of a logit above its target, half of what exp_tile takes
-MERGED_SPANS, MERGED_TOKENS = 16, 32  # of a step of merge_spans: small, so that a tile's few tokens fill the GPU
+MERGED_SPANS, MERGED_TOKENS = 128, 32  # of a step of merge_spans: few tokens, so that those of a tile fill the GPU
+PROGRAMS = 32  # for a block of tokens, to mend what is hardly ever to be mended: each walks its share of the rows
 
 
 @dataclass
@@ -29,13 +29,15 @@ class Raised:
         """x [tokens, n], in place."""
         if x.numel():
             t, n = 64, 64
-            grid = (triton.cdiv(x.shape[0], t), triton.cdiv(x.shape[1], n))
+            grid = (triton.cdiv(x.shape[0], t), min(PROGRAMS, triton.cdiv(x.shape[1], n)))
             with on_device(x):
-                tiles.scale_rows[grid](x, self.factor, *x.shape, *x.stride(), T=t, N=n, **options(x))
+                tiles.rescale[grid](x, self.factor, *x.shape, *x.stride(), T=t, N=n, **options(x))
 
 
 class Tiles(plain.Tiles):
     """Differs from the plain ones in how a tile becomes E, and in never asking the device anything."""
+
+    target_dots = staticmethod(target_dots)
 
     def __init__(self, head, hidden: Tensor, labels: Tensor, *, centre=None, level=None, stats=False):
         super().__init__(head, hidden, labels, centre=centre, level=level, stats=stats)
@@ -56,20 +58,19 @@ class Tiles(plain.Tiles):
         rows, tokens = out.shape
         spans = triton.cdiv(rows, self.launch.tile_span)
         span = self.centre.new_empty(spans, 4, tokens)
-        factor = torch.empty_like(self.centre)
+        factor, lowest = self.centre.new_empty(2, tokens)
         self._gemm(weight, out)
-        self.put_target(out, a, torch.full_like(self.centre, -torch.inf))
-        self._exp(a, out, span, final=False, for_grad=for_grad)
+        self._exp(a, out, span, for_grad=for_grad)
         s, unused = self.sums, self.centre
         block = self.launch.tile_tokens
         few = min(MERGED_TOKENS, block)
         with on_device(out):
             tiles.merge_spans[(triton.cdiv(tokens, few),)](
                 span, s.e, self.level, s.ex if self.stats else unused, s.above if self.stats else unused, factor,
-                spans, tokens, STATS=self.stats, S=MERGED_SPANS, T=few, **options(out),
+                lowest, spans, tokens, STATS=self.stats, S=MERGED_SPANS, T=few, **options(out, 8),
             )  # fmt: skip
-            tiles.level_spans[(spans, triton.cdiv(tokens, block))](
-                out, span, self.level, rows, tokens, out.stride(0),
+            tiles.level_spans[(triton.cdiv(tokens, block), min(PROGRAMS, spans))](
+                out, span, self.level, lowest, rows, tokens, out.stride(0),
                 SPAN=self.launch.tile_span, R=self.launch.tile_rows, T=block, **options(out, self.launch.tile_warps),
             )  # fmt: skip
         return Raised(factor)
@@ -81,8 +82,7 @@ class Tiles(plain.Tiles):
 
     def form_again(self, a: int, weight: Tensor, out: Tensor, at_target: Tensor) -> None:
         self._gemm(weight, out)
-        self._exp(a, out, self.centre, final=True, for_grad=True)
-        self.put_target(out, a, at_target)
+        self._exp(a, out, for_grad=True, at_target=at_target)
 
     @property
     def _centred(self) -> bool:
@@ -94,12 +94,15 @@ class Tiles(plain.Tiles):
         else:
             torch.mm(weight, self.hidden.t(), out=out)
 
-    def _exp(self, a: int, out: Tensor, span: Tensor, *, final: bool, for_grad: bool) -> None:
+    def _exp(self, a: int, out: Tensor, span: Tensor | None = None, *, for_grad: bool, at_target: Tensor | None = None) -> None:
+        """span: where its sums go, in the forward; at_target: what stands at the targets, in the backward."""
+        final, unused = at_target is not None, self.centre
         head, launch, (rows, tokens) = self.head, self.launch, out.shape
         bias = out if head.bias is None else head.bias[a : a + rows].contiguous()
         with on_device(out):
-            tiles.exp_tile[(triton.cdiv(rows, launch.tile_span), triton.cdiv(tokens, launch.tile_tokens))](
-                out, bias, self.centre, self.level, span, rows, tokens, out.stride(0), head.scale, head.softcap or 1.0,
+            tiles.exp_tile[(triton.cdiv(tokens, launch.tile_tokens), triton.cdiv(rows, launch.tile_span))](
+                out, bias, self.centre, self.level, unused if final else span, self.labels, at_target if final else unused,
+                a, rows, tokens, out.stride(0), head.scale, head.softcap or 1.0,
                 CENTRED=self._centred, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
                 FOR_GRAD=for_grad and head.softcap is not None,  # without a soft cap one kernel serves both
                 FINAL=final, STATS=self.stats and not final, SPAN=launch.tile_span, R=launch.tile_rows,
@@ -122,11 +125,3 @@ class Tiles(plain.Tiles):
                 R=few, T=launch.tile_tokens, **options(e, launch.tile_warps),
             )  # fmt: skip
         return largest, summed
-
-    def add_product(self, acc: Tensor, x: Tensor, y: Tensor) -> None:
-        if not acc.is_cuda or acc.dtype == x.dtype:
-            super().add_product(acc, x, y)
-        elif ADDMM_WIDENS:
-            torch.addmm(acc, x, y, out_dtype=acc.dtype, out=acc)
-        else:
-            acc += torch.mm(x, y, out_dtype=acc.dtype)

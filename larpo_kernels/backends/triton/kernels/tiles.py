@@ -1,10 +1,11 @@
 """Tiles of a head's logits, vocabulary-major [rows, tokens]: what a GEMM wrote becomes E = exp(z - k) in place.
 
-A program walks a span of rows for a block of tokens. Tokens are on the contiguous axis and padded by whoever allocates
-the tile, so loads are wide at any vocabulary size. k is the target's logit; the targets themselves were set to -inf.
+A program walks a span of rows for a block of tokens, and the next program the same span for the next block: together they read
+whole rows, which lie beside each other in memory. Tokens are on the contiguous axis and padded by whoever allocates
+the tile, so loads are wide at any vocabulary size. k is the target's logit; the targets themselves are set to -inf first.
 Where some z - k exceeds ROOM (a target far below the largest logit) the program stores the negative marker -(z - k), which exp
 never is, walks its span once more, and raises its own k by a `shift`. `merge_spans` brings all spans of a token to one level,
-`level_spans` and `scale_rows` bring what was written before to it. Both return at once where nothing was raised, so
+`level_spans` and `rescale` bring what was written before to it. Both return at once where nothing was raised, so
 nobody has to ask the device whether that happened.
 
 Writing in place is safe. An entry of a tile is loaded and stored by one thread (tiles have more entries than their program has
@@ -23,11 +24,14 @@ ROOM: tl.constexpr = tl.constexpr(60.0)  # nats above k; sums of e^60 leave room
 
 @triton.jit
 def exp_tile(
-    x_ptr,  # [rows, tokens], in: what the GEMM wrote, -inf at the targets, out: E; unit stride on tokens
+    x_ptr,  # [rows, tokens], in: what the GEMM wrote, out: E; unit stride on tokens
     bias_ptr,  # [rows], with BIAS
     centre_ptr,  # [tokens] float32, k
     level_ptr,  # [tokens] float32, what k was raised by so far
     span_ptr,  # [spans, 4, tokens] float32, unless FINAL: sum of E, shift, sum of x E, largest x
+    label_ptr,  # [tokens] int64, from first_row of the tile
+    value_ptr,  # [tokens] float32, with FINAL: what E is at the targets; else it is 0 there
+    first_row,
     rows,
     tokens,
     stride,
@@ -37,14 +41,14 @@ def exp_tile(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOR_GRAD: tl.constexpr,  # E times the slope of the soft cap
-    FINAL: tl.constexpr,  # the levels are known: form E again for the backward, without sums; at the targets anything
+    FINAL: tl.constexpr,  # the levels are known: form E again for the backward, without sums
     STATS: tl.constexpr,
     SPAN: tl.constexpr,  # rows of a program, a multiple of R
     R: tl.constexpr,
     T: tl.constexpr,
 ):
-    span = tl.program_id(0)
-    t = tl.program_id(1) * T + tl.arange(0, T)
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    span = tl.program_id(1)
     real = t < tokens
     shift = tl.load(level_ptr + t, mask=real, other=0.0)
     base = shift  # one number: of a k of -1e9 and a shift that makes up for it, 0 is left
@@ -55,6 +59,11 @@ def exp_tile(
     top = tl.full([R, T], -float("inf"), tl.float32)
     start = span * SPAN
     stop = tl.minimum(start + SPAN, rows)
+    target = tl.load(label_ptr + t, mask=real, other=-1) - first_row
+    mine = (target >= start) & (target < stop)
+    if not FINAL:
+        tl.store(x_ptr + target * stride + t, tl.full([T], -float("inf"), tl.float32), mask=mine)
+        tl.debug_barrier()  # before any warp reads it
     for r0 in range(start, stop, R):
         r = r0 + tl.arange(0, R)
         inside = (r < stop)[:, None] & real[None, :]
@@ -87,7 +96,11 @@ def exp_tile(
         if not FINAL:
             e = tl.where(over, -x, e)
         tl.store(at, e.to(x_ptr.dtype.element_ty), mask=inside)
-    if not FINAL:
+    if FINAL:
+        value = tl.load(value_ptr + t, mask=mine, other=0.0)
+        tl.debug_barrier()  # after every warp has written
+        tl.store(x_ptr + target * stride + t, value.to(x_ptr.dtype.element_ty), mask=mine)
+    else:
         total_e = tl.sum(total, 0)
         total_xe = tl.sum(weighted, 0)
         most = tl.max(top, 0)
@@ -130,6 +143,7 @@ def merge_spans(
     weighted_ptr,  # [tokens] float32, in and out, with STATS: sum of x E, x relative to k + level
     above_ptr,  # [tokens] float32, in and out, with STATS: largest x, relative to k
     factor_ptr,  # [tokens] float32, out: exp(old level - new level)
+    lowest_ptr,  # [tokens] float32, out: the least shift of a span; below the level where spans are to be brought to it
     spans,
     tokens,
     STATS: tl.constexpr,
@@ -141,11 +155,14 @@ def merge_spans(
     real = t < tokens
     old = tl.load(level_ptr + t, mask=real, other=0.0)
     level = old
+    lowest = tl.full([T], float("inf"), tl.float32)
     for s0 in range(0, spans, S):
         s = s0 + tl.arange(0, S)
         shift_at = span_ptr + ((s * 4 + 1) * tokens)[:, None] + t[None, :]
-        shifts = tl.load(shift_at, mask=(s < spans)[:, None] & real[None, :], other=0.0)
+        inside = (s < spans)[:, None] & real[None, :]
+        shifts = tl.load(shift_at, mask=inside, other=0.0)
         level = tl.maximum(level, tl.max(shifts, 0))
+        lowest = tl.minimum(lowest, tl.min(tl.where(inside, shifts, float("inf")), 0))
     factor = tl.exp2((old - level) * LOG2E)
     total = tl.load(total_ptr + t, mask=real, other=0.0)
     weighted = tl.zeros([T], tl.float32)
@@ -168,6 +185,7 @@ def merge_spans(
     tl.store(total_ptr + t, total, mask=real)
     tl.store(level_ptr + t, level, mask=real)
     tl.store(factor_ptr + t, factor, mask=real)
+    tl.store(lowest_ptr + t, lowest, mask=real)
     if STATS:
         tl.store(weighted_ptr + t, weighted, mask=real)
         tl.store(above_ptr + t, above, mask=real)
@@ -178,6 +196,7 @@ def level_spans(
     x_ptr,  # [rows, tokens], E, in and out
     span_ptr,  # [spans, 4, tokens] float32
     level_ptr,  # [tokens] float32
+    lowest_ptr,  # [tokens] float32
     rows,
     tokens,
     stride,
@@ -185,26 +204,27 @@ def level_spans(
     R: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Brings each span of a tile from its own shift to the level of its tokens; returns at once where they agree."""
-    span = tl.program_id(0)
-    t = tl.program_id(1) * T + tl.arange(0, T)
+    """Brings each span of a tile from its own shift to the level of its tokens; returns at once where all spans agree."""
+    t = tl.program_id(0) * T + tl.arange(0, T)
     real = t < tokens
-    down = tl.load(span_ptr + (span * 4 + 1) * tokens + t, mask=real, other=0.0)
-    down -= tl.load(level_ptr + t, mask=real, other=0.0)
-    if tl.min(down) == 0.0:
+    level = tl.load(level_ptr + t, mask=real, other=0.0)
+    if tl.min(tl.load(lowest_ptr + t, mask=real, other=0.0) - level) == 0.0:
         return
-    factor = tl.exp2(down * LOG2E)
-    stop = tl.minimum(span * SPAN + SPAN, rows)
-    for r0 in range(span * SPAN, stop, R):
-        r = r0 + tl.arange(0, R)
-        inside = (r < stop)[:, None] & real[None, :]
-        at = x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :]
-        e = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor[None, :]
-        tl.store(at, e.to(x_ptr.dtype.element_ty), mask=inside)
+    for start in range(tl.program_id(1) * SPAN, rows, tl.num_programs(1) * SPAN):
+        down = tl.load(span_ptr + (start // SPAN * 4 + 1) * tokens + t, mask=real, other=0.0) - level
+        if tl.min(down) < 0.0:
+            factor = tl.exp2(down * LOG2E)
+            stop = tl.minimum(start + SPAN, rows)
+            for r0 in range(start, stop, R):
+                r = r0 + tl.arange(0, R)
+                inside = (r < stop)[:, None] & real[None, :]
+                at = x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :]
+                e = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor[None, :]
+                tl.store(at, e.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def scale_rows(
+def rescale(
     x_ptr,  # [tokens, n], any strides, in and out
     factor_ptr,  # [tokens] float32
     tokens,
@@ -219,11 +239,12 @@ def scale_rows(
     factor = tl.load(factor_ptr + t, mask=t < tokens, other=1.0)
     if tl.min(factor) == 1.0:
         return
-    c = tl.program_id(1) * N + tl.arange(0, N)
-    inside = (t < tokens)[:, None] & (c < n)[None, :]
-    at = x_ptr + t.to(tl.int64)[:, None] * stride_t + c.to(tl.int64)[None, :] * stride_n
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
-    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
+    for c0 in range(tl.program_id(1) * N, n, tl.num_programs(1) * N):
+        c = c0 + tl.arange(0, N)
+        inside = (t < tokens)[:, None] & (c < n)[None, :]
+        at = x_ptr + t.to(tl.int64)[:, None] * stride_t + c.to(tl.int64)[None, :] * stride_n
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
