@@ -302,10 +302,12 @@ def stored_dtype(compute: torch.dtype, hidden: torch.dtype) -> torch.dtype:
 # A tile at most. Up to so many tokens every slice of d weight is one GEMM over all of them, and nothing is added up.
 CPU_TILE_BYTES, CPU_TILE_TOKENS = 8 << 20, 4096
 GPU_TILE_BYTES, GPU_TILE_TOKENS = 1 << 30, 16384
-ONE_PASS_TOKENS = 2048  # of a block, at least: fewer rows of d hidden leave a GPU's multiprocessors without a tile of it
-# Of E that is held where it is formed: a block of this many tokens still has 32768 rows a tile, and a GEMM's matrix less
-# than 2^31 entries.
-HELD_TILE_ENTRIES, HELD_TILE_TOKENS = (1 << 31) - 1, 65536
+# With a frozen head a block of at least so many tokens with all of the vocabulary: d hidden is one GEMM then, with tiles enough
+# for all multiprocessors. By the estimate that saves 8 bytes an entry of d hidden for each slice but the first (0.4 % of the
+# GEMMs at 8192 x 4096 x 128256, 1.2 % at 16384), and reads the weight once a block, under GEMMs that wait for no memory.
+ONE_PASS_TOKENS = 4096
+# Of E that is held where it is formed. A matrix has less than 2^31 entries, and a block's slices at least 32768 rows.
+HELD_TILE_ENTRIES, HELD_TILE_TOKENS = (1 << 31) - (1 << 24), 65536  # less a few: slices are of 64 rows
 
 
 def walked_tokens(num_tokens: int) -> int:
@@ -355,18 +357,18 @@ def tile_shape(
     cost little; none in one pass, as long as the tokens of a budget with all of the vocabulary fill the GPU; and where a
     tile takes no memory of its own, all that a matrix may have (docs/performance.md has the estimates).
     """
-    if device.type != "cuda":
-        tokens = max(1, min(num_tokens, CPU_TILE_TOKENS))
-        rows = CPU_TILE_BYTES // (max(tokens, hidden_size) * dtype.itemsize)
-    elif in_place and not casts:
+    gpu = device.type == "cuda"
+    if gpu and in_place and not casts:
         tokens = max(1, min(num_tokens, HELD_TILE_TOKENS))
-        rows = HELD_TILE_ENTRIES // tokens
-    else:
-        tokens = max(1, min(num_tokens, GPU_TILE_TOKENS))
-        of_all = GPU_TILE_BYTES // (vocab_size * dtype.itemsize)
-        if one_pass and of_all >= ONE_PASS_TOKENS:
-            tokens = even_tokens(tokens, of_all // 16 * 16)
-        rows = GPU_TILE_BYTES // (max(tokens, hidden_size if casts else 0) * dtype.itemsize)
+        slices = -(-tokens * vocab_size // HELD_TILE_ENTRIES)
+        return tokens, min(-(-vocab_size // slices // 64) * 64, vocab_size)
+    budget, most = (GPU_TILE_BYTES, GPU_TILE_TOKENS) if gpu else (CPU_TILE_BYTES, CPU_TILE_TOKENS)
+    tokens = max(1, min(num_tokens, most))
+    of_all = budget // (vocab_size * dtype.itemsize) // 16 * 16
+    if gpu and one_pass and of_all >= ONE_PASS_TOKENS:
+        tokens = even_tokens(num_tokens, min(most, of_all))
+    copied = hidden_size if casts or not gpu else 0
+    rows = budget // (max(tokens, copied) * dtype.itemsize)
     return tokens, vocab_size if rows >= vocab_size else min(max(rows // 64 * 64, 256), vocab_size)
 
 

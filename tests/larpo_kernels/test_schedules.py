@@ -138,6 +138,38 @@ def test_tiles_are_within_their_bounds(tokens, vocabulary):
         assert rows == min(vocabulary, 256) or t * rows * 4 <= budget
 
 
+@pytest.mark.parametrize("tokens", [1, 8192, 65536, 300000])
+@pytest.mark.parametrize("vocabulary", [200, 32000, 128256, 262144])
+def test_on_a_gpu_held_logits_are_as_few_tiles_as_matrices_may_be_large(tokens, vocabulary):
+    t, rows = schedules.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=False, in_place=True)
+    assert t == min(tokens, schedules.HELD_TILE_TOKENS) and t * rows < 1 << 31
+    tiles = -(-vocabulary // rows)
+    assert tiles == -(-t * vocabulary // schedules.HELD_TILE_ENTRIES)
+    assert vocabulary - (tiles - 1) * rows > 0.95 * rows  # none of them is a sliver
+    budgeted = schedules.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=True, in_place=True)
+    assert max(budgeted[0], 4096) * budgeted[1] * 2 <= schedules.GPU_TILE_BYTES  # a cast weight is copied a tile at a time
+
+
+@pytest.mark.parametrize("tokens", [100, 4096, 9000, 30000])
+@pytest.mark.parametrize("vocabulary", [32003, 128256, 262144])
+def test_on_a_gpu_d_hidden_is_one_gemm_in_one_pass_unless_that_leaves_few_tokens(tokens, vocabulary):
+    t, rows = schedules.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=False, one_pass=True)
+    assert t * rows * 2 <= schedules.GPU_TILE_BYTES
+    if schedules.GPU_TILE_BYTES // (2 * vocabulary) >= schedules.ONE_PASS_TOKENS:
+        blocks = -(-tokens // t)
+        assert rows == vocabulary and t < tokens / blocks + 16  # and blocks are about as large
+
+
+def test_what_holding_all_costs_on_a_gpu_is_the_logits_and_no_tile_beside_them():
+    n, h, v, bf16 = 8192, 4096, 128256, torch.bfloat16
+    sizes = n, h, v, schedules.Needs(True, True, False), (bf16, bf16), bf16, bf16, torch.device("cuda")
+    held, again = (schedules.make_plan(*sizes, schedule=name).extra_bytes for name in ("list_hold", "recompute"))
+    assert held - again == n * v * 2 - 8192 * 65536 * 2  # a tile of recompute
+    for budget in range(again, held, (held - again) // 50):
+        plan = schedules.make_plan(*sizes, memory_budget=budget)
+        assert plan.held_rows < v and plan.extra_bytes <= budget
+
+
 def test_a_containers_limit_counts(tmp_path):
     assert schedules.container_bytes(77, tmp_path) == 77
     (tmp_path / "memory.current").write_text("350\n")

@@ -69,10 +69,11 @@ class Tiles(plain.Tiles):
                 span, s.e, self.level, s.ex if self.stats else unused, s.above if self.stats else unused, factor,
                 lowest, spans, tokens, STATS=self.stats, S=MERGED_SPANS, T=few, **options(out, 8),
             )  # fmt: skip
-            tiles.level_spans[(triton.cdiv(tokens, block), min(PROGRAMS, spans))](
-                out, span, self.level, lowest, rows, tokens, out.stride(0),
-                SPAN=self.launch.tile_span, R=self.launch.tile_rows, T=block, **options(out, self.launch.tile_warps),
-            )  # fmt: skip
+            if for_grad:
+                tiles.level_spans[(triton.cdiv(tokens, block), min(PROGRAMS, spans))](
+                    out, span, self.level, lowest, rows, tokens, out.stride(0),
+                    SPAN=self.launch.tile_span, R=self.launch.tile_rows, T=block, **options(out, self.launch.tile_warps),
+                )  # fmt: skip
         return Raised(factor)
 
     def merge_ranks(self) -> Raised:
