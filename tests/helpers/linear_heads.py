@@ -95,14 +95,16 @@ def make_head(
     )
 
 
-def use_small_tiles(monkeypatch, tokens=20, rows=40):
+def use_small_tiles(monkeypatch, tokens=20, rows=40, by_use=False):
     """Tiles that end in the middle of everything, at any device: neither number divides a kernel's blocks.
 
-    Of another shape where E is held in place, and with the whole vocabulary in one pass, as on a GPU.
+    by_use: of another shape where E is held in place, and with the whole vocabulary in one pass, as on a GPU.
     """
 
     def tile_shape(num_tokens, hidden_size, vocab_size, dtype, device, *, casts=True, one_pass=False, in_place=False):
-        t, r = (tokens + 7, rows + 9) if in_place and not casts else (tokens, vocab_size if one_pass else rows)
+        t, r = tokens, rows
+        if by_use:
+            t, r = (t + 7, r + 9) if in_place and not casts else (t, vocab_size if one_pass else r)
         return max(1, min(num_tokens, t)), min(vocab_size, r)
 
     monkeypatch.setattr(schedules, "tile_shape", tile_shape)

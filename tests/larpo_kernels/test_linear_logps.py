@@ -33,7 +33,7 @@ each_training_walk = pytest.mark.parametrize("schedule", WALKS[1:])
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    linear_heads.use_small_tiles(monkeypatch)
+    linear_heads.use_small_tiles(monkeypatch, by_use=True)
 
 
 def many_tiles(dtype=torch.float32, device="cpu", **options):

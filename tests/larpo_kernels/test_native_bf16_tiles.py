@@ -26,7 +26,7 @@ def compute(request, monkeypatch):
 @pytest.fixture
 def bf16_tiles(monkeypatch):
     monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
-    linear_heads.use_small_tiles(monkeypatch)
+    linear_heads.use_small_tiles(monkeypatch, by_use=True)
 
 
 def trained_like(device, std):
