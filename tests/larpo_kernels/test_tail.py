@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import larpo_kernels as lk
-from larpo_kernels.backends.pytorch import tiles as plain
+from larpo_kernels.backends.pytorch import states as plain
 from larpo_kernels.linear import schedules
 from tests.helpers.batches import IGNORE
 from tests.helpers.costs import costs
