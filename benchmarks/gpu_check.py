@@ -65,7 +65,7 @@ def merged(done: list[dict]) -> list[dict]:
 
 def summary(done: list[dict], most: int = MOST_CHARACTERS) -> str:
     """Tables of what was measured, the most important ones and a line for each step last; cut at the top if too long."""
-    found = {result["step"]: result["rows"] for result in done}
+    found = {result["step"]: [row for row in result["rows"] if row.get("ok", True)] for result in done}
     drawn = [table(rows) for step, table in TABLES.items() if (rows := found.get(step))]
     if tables := merged(done):
         drawn.append(_cases(tables))
@@ -177,7 +177,7 @@ def _head_name(row: dict) -> str:
 
 def draw(done: list[dict], folder: Path) -> list[Path]:
     """Bandwidth of the rows and rate of the head, if they were measured and matplotlib is there."""
-    rows = {r["step"]: r["rows"] for r in done}
+    rows = {r["step"]: [row for row in r["rows"] if row.get("ok", True)] for r in done}
     try:
         import matplotlib
 
@@ -271,7 +271,8 @@ def check(asked, start=None, begin: float = BEGIN) -> int:
     launch = asked.launch or asked.out / "launch.json"
     command = [sys.executable, str(Path(__file__).resolve()), "--rows", str(rows.resolve()), "--launch", str(launch.resolve())]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    # Inductor's pool of compilers takes longer to start than the few kernels here to compile.
+    environment = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     steps = plan.steps([*command, "--step"], asked.minutes, asked.only, environment, asked.peers)
     if asked.launch:
         steps = [step for step in steps if step.name not in ("tune", "ahead: launches")]
