@@ -368,5 +368,5 @@ def positive(name: str, x: Any) -> None:
 
 def owners(cu: torch.Tensor, n: int) -> torch.Tensor:
     """For each of n items the index of the segment that owns it; borders cu [segments + 1]. Never out of range."""
-    at = torch.searchsorted(cu[1:].contiguous(), torch.arange(n, device=cu.device, dtype=cu.dtype), right=True)
-    return at.clamp_(max=max(cu.shape[0] - 2, 0))
+    inner = cu[1:-1].contiguous()  # each is passed or not: whatever they are, the last segment is as far as it goes
+    return torch.searchsorted(inner, torch.arange(n, device=cu.device, dtype=cu.dtype), right=True)

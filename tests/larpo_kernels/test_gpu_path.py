@@ -18,11 +18,11 @@ KERNELS = {
 }
 
 COSTS = {  # of a step from 8 candidates x 16 tokens: operations of PyTorch, launches
-    "token_logps": (12, 2),
-    "sequence_logps": (16, 3),
-    "packed sequence_logps": (21, 3),
-    "listwise_loss": (18, 2),
-    "fused_listwise_loss": (25, 4),
+    "token_logps": (10, 2),
+    "sequence_logps": (14, 3),
+    "packed sequence_logps": (18, 3),
+    "listwise_loss": (17, 2),
+    "fused_listwise_loss": (22, 4),
     "frozen_head": (145, 8),
     "list_hold": (174, 9),
     "recompute": (180, 8),
