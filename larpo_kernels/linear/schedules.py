@@ -33,17 +33,22 @@ class Plan:
     held_rows: int = 0  # vocabulary rows whose E is held for the backward
     tail_threshold: float | None = None  # gradients of the rows that some token gives more; the figures above are then bounds
     tail_tile: tuple[int, int] | None = None  # tokens and rows of a tile then
+    note: str = ""  # what the caller may not expect
     one_tile: bool = False  # all logits are formed at once (ops/small_linear.py) and held for the backward
 
     def __str__(self) -> str:
         held = f", E of {self.held_rows} vocabulary rows held" if self.held_rows else ""
         text = f"{self.schedule}: {self.gemms:.2g} GEMMs, {self.extra_bytes / 2**20:.1f} MiB extra{held} ({self.reason})"
+        text += f"; {self.note}" if self.note else ""
         if self.tail_threshold is None:
             return text
         return (
             f"{text}; all but the first GEMM, and what is held, only of the rows that some token of a block gives "
             f"more than {self.tail_threshold:.2g}"
         )
+
+
+FLOAT16_ON_A_GPU = "SLOW: float16 is multiplied in float32 on a GPU, without tensor cores; bfloat16 is many times faster"
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ def make_plan(
         isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0
     ):
         raise ValueError(f"memory_budget must be None or a number of bytes >= 0, got {memory_budget!r}")
+    slow = device.type == "cuda" and torch.float16 in given and dtype == torch.float32
+    planned = functools.partial(Plan, note=FLOAT16_ON_A_GPU if slow else "")
     shared = whole_vocab_size is not None
     whole_vocab_size = whole_vocab_size or vocab_size
     if whole_vocab_size * hidden_size < TAIL_HEAD:
@@ -115,25 +122,25 @@ def make_plan(
     if schedule == "frozen_head" and needs.parameters:
         raise ValueError("schedule='frozen_head' gives no gradient to weight or bias, but one requires grad: use 'auto'")
     if not (needs.hidden or needs.parameters):
-        return Plan("score_only", "nothing requires grad", 1, tile)
+        return planned("score_only", "nothing requires grad", 1, tile)
     if schedule == "list_hold":
-        return Plan("list_hold", "asked for", 1 + wanted, whole, vocab_size, **tail)
+        return planned("list_hold", "asked for", 1 + wanted, whole, vocab_size, **tail)
     if schedule == "recompute":
-        return Plan("recompute", "asked for", 2 + wanted, tile, **tail)
+        return planned("recompute", "asked for", 2 + wanted, tile, **tail)
     if not needs.parameters:
         once = working(of_one_pass) + 4 * num_tokens * hidden_size
-        return Plan("frozen_head", "only hidden requires grad", 2, once, **tail)
+        return planned("frozen_head", "only hidden requires grad", 2, once, **tail)
     budget, source = (
         (memory_budget, "memory_budget") if memory_budget is not None else (free_bytes(device) // 2, "half of free memory")
     )
     source = f"{source} = {budget / 2**20:.0f} MiB"
     if budget >= whole:
-        return Plan("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size, **tail)
+        return planned("list_hold", f"all E fits {source}", 1 + wanted, whole, vocab_size, **tail)
     part = min(max(budget - tile, 0) // max(num_tokens * stored.itemsize, 1), vocab_size - 1) // rows * rows
     share = part / vocab_size
     reason = f"E would take {held / 2**20:.0f} MiB, {source}"
     extra = tile + part * num_tokens * stored.itemsize
-    return Plan("recompute", reason, 2 + wanted - share, extra, part, **tail)
+    return planned("recompute", reason, 2 + wanted - share, extra, part, **tail)
 
 
 PACKED_BYTES = 1 << 20  # oneDNN packs an operand of a bf16 product for AMX: 0.2 to 0.9 MB were seen, below the tile's own size

@@ -170,6 +170,14 @@ def test_what_holding_all_costs_on_a_gpu_is_the_logits_and_no_tile_beside_them()
         assert plan.held_rows < v and plan.extra_bytes <= budget
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_plan_says_that_float16_is_slow_on_a_gpu(dtype, device):
+    compute = schedules.compute_dtype(dtype, dtype, device)
+    sizes = 64, 512, 1024, schedules.Needs(True, False, False), (dtype, dtype), compute, compute, torch.device(device)
+    assert ("SLOW: float16" in str(schedules.make_plan(*sizes))) == (device == "cuda" and dtype == torch.float16)
+
+
 def test_a_containers_limit_counts(tmp_path):
     assert schedules.container_bytes(77, tmp_path) == 77
     (tmp_path / "memory.current").write_text("350\n")
