@@ -236,6 +236,20 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def refused(asked) -> str | None:
+    """What is wrong with the arguments."""
+    if 60 * asked.minutes <= plan.LAST_S:
+        return f"--minutes: got {asked.minutes:g}, expected more than the {plan.LAST_S} seconds that tables take"
+    if asked.launch and not asked.launch.is_file():
+        return f"--launch: got {asked.launch}, expected a launch.json; there is no such file"
+    if asked.peers and not asked.peers.is_dir():
+        return f"--peers: got {asked.peers}, expected a folder; there is none"
+    for word in asked.only or ():
+        if not any(word in one.name for one in plan.plan()):
+            return f"--only: got {word!r}, expected a word of a step's name, as --plan prints them"
+    return None
+
+
 def one_step(asked) -> int:
     """What a step's process does."""
     (planned,) = (one for one in plan.plan() if one.name == asked.step)
@@ -301,6 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(aligned([["step", "seconds", "beside"], *([o.name, f"{o.seconds:g}", "x" * o.beside] for o in plan.plan())]))
         print(f"{plan.planned_seconds():g} s, and {plan.LAST_S} s for tables and plots")
         return 0
+    if message := refused(asked):
+        parser().error(message)
     import torch
 
     if not asked.dry_run and not torch.cuda.is_available():

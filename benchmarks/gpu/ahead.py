@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch._dynamo  # here, so that it is imported before the GPU is waited for
 
 from benchmarks import tune as tuning
 from benchmarks.core.measure import all_providers, run_once

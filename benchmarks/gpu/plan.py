@@ -121,6 +121,8 @@ TINY = Shapes(
     more_than=1000,
 )
 
+LLAMA = ("transformers.models.llama.modeling_llama", "transformers.integrations.flex_attention")
+
 # name: provider, imports, sides and modes, seconds
 PEERS = (
     ("trl fused head", ("trl.trainer.utils",), (("linear", "trainable"), ("linear", "frozen")), 15),
@@ -164,10 +166,10 @@ def plan() -> list[Planned]:
         Planned("graphs", "no waiting for the device; CUDA graphs, forward and backward", "correct.graphs", 75),
         Planned("determinism", "the same numbers in 100 runs, and in any batch", "correct.determinism", 75, **beside),
         Planned("big", "more than 2^31 elements and more than 65,535 rows", "correct.big", 75, **beside),
-        Planned("ahead: model", "FlexAttention's code", "ahead.model", 75, imports=("transformers",), **beside),
+        Planned("ahead: model", "FlexAttention's code", "ahead.model", 75, imports=LLAMA, **beside),
         Planned("tests", "the kernel tests", "correct.tests", 75, patience=10, **beside),
         Planned("model", "a training step, a prompt run once or for each candidate", "speed.model", 45,
-                imports=("transformers",), patience=10, reserved=True),
+                imports=LLAMA, patience=10, reserved=True),
     ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
+import torch._dynamo  # here, so that it is imported before the GPU is waited for
 
 import larpo_kernels as lk
 from benchmarks import tune as tuning

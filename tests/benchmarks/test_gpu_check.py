@@ -151,6 +151,15 @@ def test_limits_are_the_planned_seconds_scaled_to_the_minutes_and_those_in_turn_
     assert found["trl fused head"] == f"here{os.pathsep}/peers" and found["rows"] == "here"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--minutes", "0.2"], ["--launch", "no.json"], ["--peers", "no_folder"], ["--only", "no step"]]
+)
+def test_arguments_that_would_run_something_else_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(arguments)
+    assert f"{arguments[0]}: got" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="steps are forked here, for speed")
 def test_a_dry_run_goes_through_every_step_whatever_befalls_some(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(device.DRY_RUN, "1")

@@ -1,5 +1,6 @@
 """Processes that need no start: a copy of this one, which has imported everything, runs the step's command line."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ class Forked:
         code = 1
         try:
             os.setsid()
+            gc.freeze()  # a collection would visit, and so copy, all that the parent has
             os.environ.update(step.environment)
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
