@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 BASE: dict[str, Any] = {
     "prompts": "imdb", "reward": "imdb_sentiment", "iterations": 3, "prompts_per_iteration": 32, "k": 8, "max_new_tokens": 16,
     "memory": "none", "subset": "all", "eval_prompts": 48, "eval_k": 8, "solved_above": 1.0, "sample_batch_size": 256,
-    "model_init_kwargs": {"dtype": "float32"}, "keep_models": "last",
+    "chunk_size": 64, "model_init_kwargs": {"dtype": "float32"}, "keep_models": "last",
     "training": {
         "objective": "contrastive", "beta": 0.1, "learning_rate": 3e-4, "lr_scheduler_type": "constant", "warmup_steps": 0,
         "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 4, "save_strategy": "no", "use_cpu": True,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +38,8 @@ def train(context: typer.Context, config: Config = None) -> None:
     job, args = commands.train_settings(config, context.args)
     with _shown("larpo.data"), _shown("larpo.training"):
         commands.train(job, args)
-    typer.echo(f"saved in {args.output_dir}")
+    if args.process_index == 0:
+        typer.echo(f"saved in {args.output_dir}")
 
 
 @app.command(context_settings=FORWARDED)
@@ -79,9 +82,12 @@ def align(
         typer.echo(where(status))
         return
     from . import align as package
+    from .runs.parts import processes
 
     result = package.run(package.load_config(config, flag_values(context.args)))
-    typer.echo(f"see {result.summary}")
+    if processes().is_main_process:
+        typer.echo(f"see {result.summary}")
+    processes().destroy_process_group()
 
 
 @app.command(context_settings=FORWARDED)
@@ -209,12 +215,16 @@ def main() -> None:
     """Runs the command; what the user got wrong, a model that is not there and a reward that fails end in what they have to
     say, not in a traceback."""
     from .rewards import RewardError
+    from .runs.ranks import OtherProcess
     from .runs.secrets import masked
 
     try:
         app()
-    except (ValueError, OSError, ImportError, RewardError, FloatingPointError) as error:  # ConnectionError is an OSError
-        typer.echo(f"larpo: {masked(str(error))}", err=True)  # some show settings, or an address with its password
+    except (ValueError, OSError, ImportError, RewardError, FloatingPointError, OtherProcess) as error:
+        who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        typer.echo(f"larpo: {who}{masked(str(error))}", err=True)  # some show settings, or an address with its password
+        if isinstance(error, OtherProcess):
+            time.sleep(1)  # its launcher ends all with the first that ends: that shall be the one which failed
         sys.exit(2)
 
 

@@ -18,6 +18,7 @@ from .runs.identity import changed, content
 from .runs.intact import Damaged
 from .runs.lock import locked
 from .runs.parts import processes
+from .runs.ranks import Ranks
 from .runs.secrets import masked, without_secrets
 from .runs.yaml_config import as_meant, json_object, json_value, load_yaml, nearest
 
@@ -169,11 +170,12 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
     from, saying why, and where another process is at work in it or the same job has diverged. NonFiniteError: it diverges now.
     """
     args.output_dir = os.path.abspath(args.output_dir)  # a callback may change the working directory
-    with locked(Path(args.output_dir), rank=args.process_index):
-        return _train(job, args)
+    ranks = Ranks.started()
+    with ranks.first_within(locked(Path(args.output_dir))):
+        return _train(job, args, ranks)
 
 
-def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
+def _train(job: TrainJob, args: LarPOConfig, ranks: Ranks) -> LarPOTrainer:
     from .data.loading import read_lists
     from .modeling.adapters import lora_config
     from .runs.divergence import remembered
@@ -197,7 +199,7 @@ def _train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
         peft_config=adapter,
     )
     trainer.data_summaries = {name: one.of(read[name]) if name in read else one for name, one in trainer.data_summaries.items()}
-    with remembered(folder, identity | {"on_nonfinite": args.on_nonfinite}, write=args.should_save):
+    with remembered(folder, identity | {"on_nonfinite": args.on_nonfinite}, ranks):
         trainer.train(resume_from_checkpoint=checkpoint)
         if held_out is not None:
             trainer.save_metrics("eval", trainer.evaluate())

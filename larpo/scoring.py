@@ -152,7 +152,7 @@ def score_lists(
         def work(rows: list[int]) -> dict[int, list[float]]:
             return {rows[i]: logps for i, logps in score(tokenised.select(rows), progress=False).items()}
 
-        with attached(model, Policy(model)):
+        with attached(model, Policy(model, alone=True)):
             if kept is None:
                 found = score(tokenised, description=name, progress=progress)
             else:

@@ -93,7 +93,11 @@ class AlignConfig:
     top_p: float = _arg(1.0, "Sample from the likeliest tokens that hold this probability only.")
     distinct: bool = _arg(False, "Sample again until the k completions of a prompt differ (4 tries).")
     sample_batch_size: int = _arg(64, "Completions generated at a time.")
-    chunk_size: int = _arg(64, "Prompts between two files of the sampling: what a killed process has to sample again.")
+    chunk_size: int | None = _arg(
+        None,
+        "Prompts that one process samples or scores before their results are kept: what it does again if it is killed (None: "
+        "as many as fill a batch of sample_batch_size; with vllm 64). Completions depend on it.",
+    )
     sampler: str = _arg(
         "transformers", "What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API)."
     )
@@ -163,10 +167,10 @@ class AlignConfig:
         self.prompts = _rows("prompts", self.prompts)
         if not isinstance(self.eval_prompts, int):
             self.eval_prompts = _rows("eval_prompts", self.eval_prompts)
-        for name in ("iterations", "k", "refill_most", "max_new_tokens", "sample_batch_size", "chunk_size", "eval_k"):
+        for name in ("iterations", "k", "refill_most", "max_new_tokens", "sample_batch_size", "eval_k"):
             self._at_least_one(name)
         self._check_ending()
-        for name in ("prompts_per_iteration", "trained_layers"):
+        for name in ("prompts_per_iteration", "trained_layers", "chunk_size"):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
         for name, allowed in {
@@ -298,6 +302,11 @@ class AlignConfig:
 
     def stop_strings(self) -> tuple[str, ...]:
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def prompts_of_a_chunk(self, k: int) -> int:
+        """With k completions each."""
+        by_batch = 64 if self.sampler == "vllm" else max(1, self.sample_batch_size // k)
+        return self.chunk_size or by_batch
 
     def temperature(self, iteration: int) -> float:
         """Of an iteration, counted from 1."""

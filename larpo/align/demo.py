@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     "eval_k": 4,
     "solved_above": 1.0,
     "sample_batch_size": 96,
+    "chunk_size": 64,
     "trained_layers": 4,
     "model_init_kwargs": {"dtype": "float32"},
     "keep_models": "last",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,15 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..runs.files import read_json, whole_path, write_json, write_text
 from ..runs.intact import Damaged
 from ..runs.lock import locked
+from ..runs.ranks import Ranks, code_versions
 from . import stages
 from .config import AlignConfig, differences
 from .lines import line
-from .prompts import load_prompts
+from .prompts import Prompt, load_prompts
 from .run_folder import RunFolder, stages_of
 from .stages import Run
 
 if TYPE_CHECKING:
     import torch
+
+    from ..config import LarPOConfig
 
 
 class Result(NamedTuple):
@@ -34,60 +36,71 @@ class Result(NamedTuple):
 def run(config: AlignConfig, *, progress: bool = True) -> Result:
     """Runs the loop, or what is left of it: stages that are done are not done again, one that was begun goes on.
 
+    Processes that `accelerate launch` or `torchrun` started share every stage; each returns the result, the first one writes.
+
     Args:
         config: the run. In a folder that holds a run, the same one (more iterations are welcome).
         progress: bars, and a line per stage.
 
     Raises:
-        ValueError: a bad setting; a folder that holds another run, naming every difference, or where another process is
-            at work; more than one process.
+        ValueError: a bad setting; a folder that holds another run, naming every difference, where another run is at work, or
+            that is not shared by all processes; processes with different settings or code, naming what differs.
         Damaged: a file was not written to its end; says which, and what to delete to have it again. A ValueError.
-        RuntimeError: a reward raised (with on_reward_error="raise"); nothing that was sampled is lost.
+        RewardError: a reward raised (with on_reward_error="raise"); nothing that was sampled is lost. A RuntimeError.
+        OtherProcess: another process failed, or is gone. A RuntimeError.
     """
     from .reporting import reporting
     from .training import arguments
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("the loop runs in one process; start it without torchrun or accelerate launch")
     folder = RunFolder(config.output_dir)
-    with locked(folder.path), _quiet_libraries(), _saying_how_to_redo(folder):
-        state = _prepare(config, folder, progress)
-        with reporting(config.report_to, arguments(config, str(folder.path), seed=config.seed)) as reporter:
+    args = arguments(config, str(folder.path), seed=config.seed)  # refuses bad training settings, and connects processes
+    ranks = Ranks.started()
+    ranks.refuse_different(code_versions() | config.to_dict())
+    ranks.refuse_separate(folder.path, "output_dir")
+    with ranks.first_within(locked(folder.path)), _quiet_libraries(), _saying_how_to_redo(folder):
+        state = _prepare(config, folder, args, ranks, progress and ranks.is_first)
+        with reporting(config.report_to, args) as reporter:
             for iteration in range(config.iterations + 1):
                 for stage in stages_of(iteration, refill=config.refill):
                     reporter.stage(iteration, stage, _stage(state, iteration, stage))
                 stages.clean_up(state, iteration)
-        return _summarise(state)
+        metrics = ranks.first(lambda: _summarise(state))
+    return Result(folder.path, folder.path / "summary.md", metrics)
 
 
-def _prepare(config: AlignConfig, folder: RunFolder, progress: bool) -> Run:
+def _prepare(config: AlignConfig, folder: RunFolder, args: LarPOConfig, ranks: Ranks, progress: bool) -> Run:
     """The run with its prompts, which are read once: later changes of their file don't reach a run that has begun."""
-    import torch
     import yaml
 
+    from ..modeling.sharding import whole_weights, will_replace_parameters
     from ..rewards import Memory
     from .models import Models
-    from .training import arguments
 
     settings, prompts = folder.path / "config.yaml", folder.path / "prompts.json"
-    before = folder.settings()
-    if before is not None:
-        changed = differences(before, config)
-        if changed:
+
+    def before() -> dict[str, Any] | None:
+        found = folder.settings()
+        if found is not None and (changed := differences(found, config)):
             raise ValueError(f"output_dir={str(folder.path)!r} holds another run: {'; '.join(changed)}")
-    device = torch.device(arguments(config, str(folder.path), seed=config.seed).device)  # refuses bad training settings
-    models = Models(config, device)
-    models.check()
+        return found
+
+    def write(found: tuple[list[Prompt], list[Prompt]] | None) -> dict[str, Any]:
+        if found is not None:
+            write_json(prompts, {"train": found[0], "held_out": found[1]})
+        if begun != config.to_dict():
+            write_text(settings, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+        return read_json(prompts)
+
+    begun = ranks.first(before)
+    models = Models(config, args.device, will_replace_parameters(args))
+    ranks.each(models.check)
     # Prompts without settings beside them are of a process that was killed between the two; they may be of other settings.
-    found = load_prompts(config) if before is None or not prompts.exists() else None
-    rewards = _rewards(config, device)  # after the prompts: it may change the working directory
-    if found is not None:
-        write_json(prompts, {"train": found[0], "held_out": found[1]})
-    if before != config.to_dict():
-        write_text(settings, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-    read = read_json(prompts)
+    found = ranks.first(lambda: load_prompts(config) if begun is None or not prompts.exists() else None)
+    with whole_weights():
+        rewards = ranks.each(lambda: _rewards(config, args.device))  # after the prompts: it may change the working directory
+    read = ranks.first(lambda: write(found))
     memory = Memory(folder.path / "judgements")
-    return Run(config, folder, models, rewards, read["train"], read["held_out"], progress, memory=memory)
+    return Run(config, folder, models, rewards, read["train"], read["held_out"], progress, ranks, memory)
 
 
 def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
@@ -121,20 +134,23 @@ def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
 
 def _stage(run: Run, iteration: int, name: str) -> dict[str, Any]:
     """The counts of a stage, which is run if it is not done."""
+    from ..modeling.sharding import whole_weights
+
     folder = run.folder.iteration(iteration)
-    counts = stages.done(folder, name)
+    counts = run.ranks.first(lambda: stages.done(folder, name))
     if counts is not None:
         return counts
     started = time.perf_counter()
-    counts = getattr(stages, name)(run, iteration)
+    with contextlib.nullcontext() if name == "train" else whole_weights():
+        counts = getattr(stages, name)(run, iteration)
     counts["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(folder / f"{name}.json", counts)
+    run.ranks.first(lambda: write_json(folder / f"{name}.json", counts))
     if run.progress:
         print(line(folder.name, name, counts), flush=True)
     return counts
 
 
-def _summarise(run: Run) -> Result:
+def _summarise(run: Run) -> list[dict[str, Any]]:
     from . import plots, summary
     from .page import html
 
@@ -150,7 +166,7 @@ def _summarise(run: Run) -> Result:
     write_text(page.with_suffix(".html"), html(text, run.folder.path, summary.title(run)))
     if run.progress:
         print(f"\n{summary.table(metrics)}\n\n{page}", flush=True)
-    return Result(run.folder.path, page, metrics)
+    return metrics
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ class Models:
 
     config: AlignConfig
     device: torch.device
-    _name: str | None = None
+    sharded: bool = False  # in training: FSDP or DeepSpeed take it from the CPU
+    _name: tuple[str, torch.device] | None = None
     _model: Any = None
     _tokenizer: Any = None
     _taken: weakref.ref | None = None
@@ -48,20 +49,29 @@ class Models:
 
     def load(self, name: str | Path) -> PreTrainedModel:
         """The model of this name or folder, in eval mode, on the device; an adapter's folder gives its model with it."""
-        name = str(name)
-        if name != self._name:
-            if self._model is not None:
-                self.drop()
-            self._model = self._load(name)
-            self._name = name
-        return self._model
+        return self._held(str(name), self.device)
 
     def take(self, name: str | Path) -> PreTrainedModel:
         """As `load`, to be trained: the next `load` of this name reads it again."""
-        model = self.load(name)
+        model = self._held(str(name), self._device_to_train_from())
         self._name = self._model = None
         self._taken = weakref.ref(model)
         return model
+
+    def to_train_beside(self) -> PreTrainedModel:
+        """The initial model as the reference of the one that was taken."""
+        return self._held(self.initial(), self._device_to_train_from())
+
+    def _device_to_train_from(self) -> torch.device:
+        return torch.device("cpu") if self.sharded else self.device
+
+    def _held(self, name: str, device: torch.device) -> PreTrainedModel:
+        if (name, device) != self._name:
+            if self._model is not None:
+                self.drop()
+            self._model = self._load(name).to(device).eval()
+            self._name = name, device
+        return self._model
 
     def drop(self) -> None:
         """Frees the model that is held."""
@@ -102,7 +112,7 @@ class Models:
 
         initial = adapter_config(self.initial(), self.config.model_init_kwargs or {})
         base = self.initial() if initial is None else initial.base_model_name_or_path  # an iteration's adapter is on that
-        return load_causal_lm(name, self.config.model_init_kwargs, base=base).to(self.device).eval()
+        return load_causal_lm(name, self.config.model_init_kwargs, base=base)
 
     def check(self) -> None:
         """Refuses an `eos_token` that is none, and an adapter or `trained_layers` that does not fit the model, before anything

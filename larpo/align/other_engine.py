@@ -73,7 +73,7 @@ def gap(
 def token_logps(model: nn.Module, rows: Rows, pad_token_id: int) -> Iterator[list[list[float]]]:
     """Of each row, of each completion, the log-likelihood of every token under a model."""
     collate, device = ListCollator(pad_token_id), next(model.parameters()).device
-    with attached(model, Policy(model)):
+    with attached(model, Policy(model, alone=True)):
         for row in rows:
             tokens = {name: row[name] for name in ("prompt_ids", "completion_ids")}
             (batch,) = collate([tokens | {"scores": [0.0] * len(tokens["completion_ids"])}])["rows"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..candidates import Candidate, PromptList, from_rows, to_rows
 from ..data.chat_template import template_keywords
 from ..runs.divergence import remembered
 from ..runs.files import Rows, in_chunks, plain, read_json, read_rows, remove, rows_once, write_rows
+from ..runs.ranks import ALONE, Ranks
 from . import evaluation, other_engine, training
 from .config import AlignConfig
 from .models import Models
@@ -42,7 +43,8 @@ class Run:
     rewards: Sequence[rewards.Reward]
     prompts: list[Prompt]
     held_out: list[Prompt]
-    progress: bool = True
+    progress: bool = True  # of the first process only
+    ranks: Ranks = ALONE
     memory: rewards.Memory | None = None  # what was asked before
     samplers: Samplers = field(init=False)
 
@@ -69,6 +71,26 @@ class Run:
             return 0
         return sum(done(self.folder.iteration(i), "refill")["prompts"] for i in range(1, iteration))
 
+    def rows(self, path: Path) -> Rows:
+        return self.ranks.first(lambda: read_rows(path))
+
+    def rows_once(self, path: Path, build: Callable[[], Rows]) -> Rows:
+        return rows_once(path, build, self.ranks)
+
+    def in_chunks(
+        self, folder: Path, items: Sequence, k: int, work: Callable[[int, Sequence], Rows], said: str, in_one_go: bool = False
+    ) -> Rows:
+        """Of prompts with k completions each; `said` is what a bar says is done with them.
+
+        in_one_go: one process does them all, and shows how far it is.
+        """
+        size = len(items) if in_one_go else self.config.prompts_of_a_chunk(k)
+        shows = self.progress and not in_one_go
+        return in_chunks(folder, items, size, work, self.ranks, description=said if shows else None)
+
+    def remove(self, path: Path) -> None:
+        self.ranks.first(lambda: remove(path))
+
 
 # --- sample ------------------------------------------------------------------------------------------------
 
@@ -84,8 +106,8 @@ def sample(run: Run, iteration: int) -> dict[str, Any]:
             seed=(SAMPLE, iteration), source=f"iteration {iteration}", chunks=chunks, to_train_on=True,
         )  # fmt: skip
 
-    rows = rows_once(folder / "sampled.parquet", build)
-    remove(chunks)
+    rows = run.rows_once(folder / "sampled.parquet", build)
+    run.remove(chunks)
     lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
     return {
         "temperature": temperature,
@@ -94,7 +116,7 @@ def sample(run: Run, iteration: int) -> dict[str, Any]:
         "duplicates": lists_of.deduplicate(from_rows(rows))[1],
         "ended_by_themselves": float(np.mean([flag for row in rows for flag in row["finished"]])),
         "tokens_per_candidate": float(np.mean(lengths)),
-        **_of_another_engine(run, iteration, rows),
+        **run.ranks.first(lambda: _of_another_engine(run, iteration, rows)),
     }
 
 
@@ -129,7 +151,8 @@ def draw(
     to_train_on: with the run's top_k, top_p, min_new_tokens and distinct. Without, they are independent draws from the policy
     itself, which is what means, KL and Recall@N are defined on.
     """
-    options = {"to_train_on": to_train_on, "kept": chunks / "answers", "progress": run.progress}
+    progress = run.progress and run.samplers.in_one_go
+    options = {"to_train_on": to_train_on, "kept": chunks / "answers", "progress": progress}
     sampler = functools.cache(lambda: run.samplers.of(policy, **options))  # not loaded where no chunk is missing
 
     def work(chunk: int, part: Sequence[Prompt]) -> Rows:
@@ -145,11 +168,19 @@ def draw(
             rows.append(one.to_row() | known)
         return rows
 
-    return in_chunks(chunks, prompts, len(prompts) if run.samplers.in_one_go else run.config.chunk_size, work)
+    return run.in_chunks(chunks, prompts, k, work, "sampling", in_one_go=run.samplers.in_one_go)
 
 
-def logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
+def logps_under(run: Run, policy: str, rows: Rows, k: int, chunks: Path) -> list[list[float]]:
     """Log-likelihoods of the rows' exact tokens under a policy: sums, nats, one per candidate."""
+
+    def work(_: int, part: Rows) -> Rows:
+        return [{"logps": logps} for logps in _logps_under(run, policy, part)]
+
+    return [row["logps"] for row in run.in_chunks(chunks, rows, k, work, "log-likelihoods")]
+
+
+def _logps_under(run: Run, policy: str, rows: Rows) -> list[list[float]]:
     from ..data.loading import as_lists
     from ..scoring import score_lists
 
@@ -183,10 +214,10 @@ def score(run: Run, iteration: int) -> dict[str, Any]:
     chunks = folder / "score-chunks"
 
     def build() -> Rows:
-        return _scored(run, read_rows(folder / "sampled.parquet"), run.of_iteration(iteration), chunks)
+        return _scored(run, run.rows(folder / "sampled.parquet"), run.of_iteration(iteration), chunks)
 
-    rows = rows_once(folder / "candidates.parquet", build)
-    remove(chunks)
+    rows = run.rows_once(folder / "candidates.parquet", build)
+    run.remove(chunks)
     found = [score for row in rows for score in row["scores"] if score is not None]
     return {
         "unscored": sum(len(row["scores"]) for row in rows) - len(found),
@@ -199,7 +230,7 @@ def score(run: Run, iteration: int) -> dict[str, Any]:
 
 def _scored(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path) -> Rows:
     """Candidates to train on with their scores."""
-    return with_scores(run, rows, prompts, chunks, cut_too=run.config.truncated != "exclude")
+    return with_scores(run, rows, prompts, run.config.k, chunks, cut_too=run.config.truncated != "exclude")
 
 
 def _with_order(run: Run, rows: Rows) -> int:
@@ -208,7 +239,7 @@ def _with_order(run: Run, rows: Rows) -> int:
     return len(lists_of.drop_uninformative(distinct).kept)
 
 
-def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path, *, cut_too: bool = True) -> Rows:
+def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], k: int, chunks: Path, *, cut_too: bool = True) -> Rows:
     """The rows with `rewards`, what each reward says of each completion, and `scores`, their weighted sum.
 
     cut_too: ask of completions without an end as well; else no reward has an opinion on them.
@@ -235,7 +266,7 @@ def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], chunks: Path, *
             for (row, _), one in zip(part, found, strict=True)
         ]
 
-    return in_chunks(chunks, list(zip(rows, prompts, strict=True)), run.config.chunk_size, work)
+    return run.in_chunks(chunks, list(zip(rows, prompts, strict=True)), k, work, "scoring")
 
 
 def _mean_spread(rows: Rows) -> float | None:
@@ -251,7 +282,7 @@ def refill(run: Run, iteration: int) -> dict[str, Any]:
     """Candidates of the prompts that come next, in place of those whose candidates all have one score: as many as lists are
     missing, and again, until the iteration has its number of lists with an order, or after refill_most rounds."""
     folder, config = run.folder.iteration(iteration), run.config
-    own = read_rows(folder / "candidates.parquet")
+    own = run.rows(folder / "candidates.parquet")
     chunks = folder / "refill-chunks"
 
     def build() -> Rows:
@@ -268,8 +299,8 @@ def refill(run: Run, iteration: int) -> dict[str, Any]:
             found += [row | {"round": number} for row in _scored(run, drawn, part, chunks / f"scored-{number}")]
         return found
 
-    rows = rows_once(folder / "refilled.parquet", build)
-    remove(chunks)
+    rows = run.rows_once(folder / "refilled.parquet", build)
+    run.remove(chunks)
     return {
         "rounds": max((row["round"] for row in rows), default=0),
         "prompts": len(rows),
@@ -290,7 +321,8 @@ def lists(run: Run, iteration: int) -> dict[str, Any]:
     pool, unscored = lists_of.rank(pool)
     chosen = _choose(run, iteration, [one for one in pool if one.candidates])
     kept, tied, short = lists_of.drop_uninformative(chosen)
-    write_rows(folder / "lists.parquet", to_rows(kept))
+    run.ranks.first(lambda: write_rows(folder / "lists.parquet", to_rows(kept)))
+    run.remove(folder / "negatives-chunks")
     return {
         "memorised_candidates": sum(len(one.candidates) for one in old),
         "duplicates": duplicates,
@@ -309,7 +341,7 @@ def _candidates(run: Run, iteration: int) -> tuple[list[PromptList], list[Prompt
     """Those of earlier iterations that are remembered, and those of this one, by the scores that lists are trained by."""
     first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[run.config.memory]
     files = ("candidates.parquet", "refilled.parquet") if run.config.refill else ("candidates.parquet",)
-    parts = [[row for file in files for row in read_rows(run.folder.iteration(i) / file)] for i in range(first, iteration + 1)]
+    parts = [[row for file in files for row in run.rows(run.folder.iteration(i) / file)] for i in range(first, iteration + 1)]
     lists = from_rows(to_train_by(run.config, [row for part in parts for row in part]))
     return lists[: -len(parts[-1])], lists[-len(parts[-1]) :]
 
@@ -320,7 +352,8 @@ def _choose(run: Run, iteration: int, pool: list[PromptList]) -> list[PromptList
     wanted = bottom if bottom is not None else max(1, run.config.k - top)
     if run.config.negatives == "hard":
         rows = to_rows(pool)
-        logps = logps_under(run, run.policy(iteration - 1), rows)
+        chunks = run.folder.iteration(iteration) / "negatives-chunks"
+        logps = logps_under(run, run.policy(iteration - 1), rows, run.config.k, chunks)
         likely = [row | {"logps": found} for row, found in zip(rows, logps, strict=True)]
         return lists_of.hard_negatives(from_rows(likely), top=top, negatives=wanted)
     if run.config.negatives == "related":  # added negatives rank below all others, so the bottom is made of them
@@ -338,17 +371,19 @@ def _choose(run: Run, iteration: int, pool: list[PromptList]) -> list[PromptList
 def train(run: Run, iteration: int) -> dict[str, Any]:
     """LarPOTrainer on the lists, from the policy at the start of the iteration; see `larpo.align.training`."""
     folder, model = run.folder.iteration(iteration), run.folder.model(iteration)
-    rows = read_rows(folder / "lists.parquet")
-    if not model.exists():
-        with remembered(folder, {}):  # a run's folder has the run's settings: what diverged was this
-            training.train(
-                run.config, rows, run.models,
-                policy=run.policy(iteration - 1), model=model, checkpoints=folder / "checkpoints",
-                seed=run.seed(0, iteration), progress=run.progress,
+    rows = run.rows(folder / "lists.parquet")
+    if not run.ranks.first(model.exists):
+        with remembered(folder, {}, run.ranks):  # a run's folder has the run's settings: what diverged was this
+            run.ranks.together(
+                lambda: training.train(
+                    run.config, rows, run.models,
+                    policy=run.policy(iteration - 1), model=model, checkpoints=folder / "checkpoints",
+                    seed=run.seed(0, iteration), progress=run.progress, ranks=run.ranks,
+                )
             )  # fmt: skip
         run.models.forget()
-    remove(folder / "checkpoints")
-    return training.report(model)
+    run.remove(folder / "checkpoints")
+    return run.ranks.first(lambda: training.report(model))
 
 
 # --- evaluate ----------------------------------------------------------------------------------------------
@@ -359,9 +394,9 @@ def evaluate(run: Run, iteration: int) -> dict[str, Any]:
     rewards, and at temperature 1 their log-likelihoods under this policy and the initial model."""
     folder = run.folder.iteration(iteration)
     chunks = folder / "evaluation-chunks"
-    rows = rows_once(folder / "evaluation.parquet", lambda: _held_out_rows(run, iteration, chunks))
-    remove(chunks)
-    start = rows if iteration == 0 else read_rows(run.folder.iteration(0) / "evaluation.parquet")
+    rows = run.rows_once(folder / "evaluation.parquet", lambda: _held_out_rows(run, iteration, chunks))
+    run.remove(chunks)
+    start = rows if iteration == 0 else run.rows(run.folder.iteration(0) / "evaluation.parquet")
     return evaluation.metrics(rows, start, run.config)
 
 
@@ -373,25 +408,21 @@ def _held_out_rows(run: Run, iteration: int, chunks: Path) -> Rows:
             run, iteration, run.held_out, config.eval_k, temperature,
             seed=(EVALUATE, i), source=run.folder.iteration(iteration).name, chunks=chunks / f"sampled-{i}",
         )  # fmt: skip
-        scored = with_scores(run, drawn, run.held_out, chunks / f"scored-{i}")
+        scored = with_scores(run, drawn, run.held_out, config.eval_k, chunks / f"scored-{i}")
         rows += [row | {"temperature": float(temperature)} for row in scored]
 
     at_one = [row for row in rows if row["temperature"] == 1.0]
     for name, model in (("logps", policy), ("initial_logps", initial)):
-
-        def under(_: int, part: Rows, model: str = model) -> Rows:
-            return [{"logps": logps} for logps in logps_under(run, model, part)]
-
-        found = in_chunks(chunks / ("logps" if model == policy else name), at_one, config.chunk_size, under)
-        for row, logps in zip(at_one, found, strict=True):
-            row[name] = logps["logps"]
+        kept = chunks / ("logps" if model == policy else name)
+        for row, logps in zip(at_one, logps_under(run, model, at_one, config.eval_k, kept), strict=True):
+            row[name] = logps
     return [{"logps": None, "initial_logps": None} | row for row in rows]
 
 
 def clean_up(run: Run, iteration: int) -> None:
     """After an iteration is evaluated: with keep_models last, the policy of the iteration before goes."""
     if run.config.keep_models == "last" and iteration > 1:
-        remove(run.folder.model(iteration - 1))
+        run.remove(run.folder.model(iteration - 1))
 
 
 def done(folder: Path, stage: str) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.files import Rows, plain, read_json, write_whole
+from ..runs.ranks import ALONE, Ranks, shown
 from .config import AlignConfig
 
 if TYPE_CHECKING:
@@ -20,30 +21,43 @@ STATE = "trainer_state.json"
 
 
 def train(
-    config: AlignConfig, rows: Rows, models: Models, *, policy: str, model: Path, checkpoints: Path, seed: int, progress: bool
+    config: AlignConfig,
+    rows: Rows,
+    models: Models,
+    *,
+    policy: str,
+    model: Path,
+    checkpoints: Path,
+    seed: int,
+    progress: bool,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Trains `policy` (a name or folder) on lists and writes the result, with the trainer's log, as the folder `model`.
+    All processes train, the first one writes.
 
     The reference is the policy before training, or the initial model with reference="initial". Without lists the policy
     is written as it is, with a warning.
 
     Raises NonFiniteError where training diverges: nothing is written then.
     """
+    from ..modeling.sharding import is_sharded
     from ..runs.checkpoints import last_whole_checkpoint
     from ..trainer import LarPOTrainer
+    from ..training.nonfinite import refuse_nonfinite_weights
     from .models import train_last_layers
 
-    own = models.take(policy)
     if not rows:
-        logger.warning("no list has an order to learn from: the policy stays as it is (%s)", checkpoints.parent)
-        _write(model, own, models.tokenizer)
+        if ranks.is_first:
+            logger.warning("no list has an order to learn from: the policy stays as it is (%s)", checkpoints.parent)
+            _write(model, models.load(policy), models.tokenizer)
         return
+    own = models.take(policy)
     if config.trained_layers is not None:
         train_last_layers(own, config.trained_layers)
     settings = config.training_settings()
     trainer = LarPOTrainer(
         own,
-        models.load(models.initial()) if config.reference == "initial" and not settings.get("reference_free") else None,
+        models.to_train_beside() if config.reference == "initial" and not settings.get("reference_free") else None,
         arguments(config, str(checkpoints), seed),
         train_dataset=_dataset(rows),
         processing_class=models.tokenizer,
@@ -53,8 +67,13 @@ def train(
         trainer.reference.release()  # its log-probs are in the data now
         models.drop()
     _quiet(trainer, progress)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints, trainer.args))
-    _write(model, trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, trainer)
+    trainer.train(resume_from_checkpoint=ranks.first(lambda: last_whole_checkpoint(checkpoints, trainer.args)))
+    sharded = is_sharded(trainer.accelerator)
+    refuse_nonfinite_weights(trainer.model, model, trainer.accelerator if sharded else None)
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # whole, in the first process
+    if ranks.is_first:
+        _write(model, trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, weights, trainer.state)
+    ranks.each(lambda: shown(model))
 
 
 def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
@@ -63,7 +82,11 @@ def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
 
     from ..config import LarPOConfig
 
-    here = {"dataloader_pin_memory": torch.cuda.is_available()}  # without a GPU torch warns that it has no effect
+    gpu = torch.accelerator.is_available()
+    here = {
+        "dataloader_pin_memory": gpu,
+        "use_cpu": not gpu,
+    }  # torch warns of the one, accelerate sees one process without the other
     try:
         return LarPOConfig(output_dir=output_dir, seed=seed, **here | config.training_settings())
     except (TypeError, ValueError) as error:
@@ -83,17 +106,15 @@ def report(model: Path) -> dict[str, Any]:
     return {"steps": log["global_step"], "log": steps}
 
 
-def _write(folder: Path, model: Any, tokenizer: Any, trainer: Any = None) -> None:
-    """The policy's folder, whole; weights that are not finite are refused."""
-    from ..training.nonfinite import refuse_nonfinite_weights
+def _write(folder: Path, model: Any, tokenizer: Any, weights: Any = None, state: Any = None) -> None:
+    """The policy's folder, whole. weights: those to write, of a model whose own are cut over processes."""
 
     def save(unfinished: Path) -> None:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
-        if trainer is not None:
-            trainer.state.save_to_json(str(unfinished / STATE))
+        if state is not None:
+            state.save_to_json(str(unfinished / STATE))
 
-    refuse_nonfinite_weights(model, folder)
     write_whole(folder, save)
 
 

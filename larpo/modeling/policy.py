@@ -29,6 +29,7 @@ class Policy:
     Args:
         model: a causal LM of transformers, or one with a PEFT adapter.
         schedule, memory_budget, tail_threshold, backend: of the fused head, as in `larpo_kernels.linear_sequence_logps`.
+        alone: other processes run other batches, or none: they are not asked how the model is to be called.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class Policy:
         memory_budget: int | None = None,
         tail_threshold: float | None = None,
         backend: str | None = None,
+        alone: bool = False,
     ):
+        self.alone = alone
         self.options = dict(schedule=schedule, memory_budget=memory_budget, tail_threshold=tail_threshold, backend=backend)
         self.calls: dict[tuple[str, lm_heads.AdapterState], row_checks.Call] = {}  # known after a first batch
         self.wrapped: dict[str, Any] = {}  # while detached: what accelerate had made of the forward
@@ -87,7 +90,7 @@ class Policy:
         """How `lm` is to be called: checked once for a layout of rows and for a state of an adapter on its head."""
         known_by = row_layouts.layout_of(batch), lm_heads.adapter_state(lm)
         if known_by not in self.calls:
-            agreed = functools.partial(_agreed, device=batch["input_ids"].device)
+            agreed = _own_reason if self.alone else functools.partial(_agreed, device=batch["input_ids"].device)
             call = self.calls[known_by] = row_checks.choose(lm, batch, _own_forward(lm), compute_dtype(lm), agreed)
             if call.why_logits is not None:
                 warnings.warn(
@@ -199,6 +202,10 @@ def compute_dtype(lm: nn.Module) -> torch.dtype:
     """The dtype attention runs in, for additive masks."""
     device = lm.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.dtype
+
+
+def _own_reason(reason: str | None) -> str | None:
+    return reason
 
 
 def _agreed(reason: str | None, device: torch.device) -> str | None:

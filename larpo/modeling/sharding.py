@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +31,20 @@ def will_replace_parameters(args: TrainingArguments) -> bool:
     """Whether FSDP or DeepSpeed will shard or cast parameters in place; known before accelerate is set up."""
     asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
     return bool(args.fsdp or args.deepspeed) or any(asked)
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """A model that is loaded within has its weights in every process. With fsdp_cpu_ram_efficient_loading transformers reads
+    them in one process of a node, for FSDP to hand them on: in the others, whoever uses the model as it is gets what happens to
+    be in memory."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def reshard(model: nn.Module) -> None:

@@ -10,30 +10,35 @@ from typing import Any
 from ..training.nonfinite import NonFiniteError
 from .files import read_json, remove, write_json
 from .identity import changed
+from .ranks import ALONE, Ranks
 
 FILE = "diverged.json"  # why, and of which run
 
 
 @contextlib.contextmanager
-def remembered(folder: Path, run: Mapping[str, Any], *, write: bool = True) -> Iterator[None]:
-    """Around a training, up to where its result is written. What ends it with a NonFiniteError is kept in the folder's FILE.
+def remembered(folder: Path, run: Mapping[str, Any], ranks: Ranks = ALONE) -> Iterator[None]:
+    """Around a training, up to where its result is written. What ends it with a NonFiniteError is kept in the folder's FILE, by
+    the first of the processes that train.
 
-    run: the settings that make it this one and no other; write: whether this process is the one that writes.
+    run: the settings that make it this one and no other.
 
     Raises ValueError where the same run has diverged before.
     """
     file = folder / FILE
-    before = read_json(file) if file.is_file() else None
-    if before is not None and not changed(before["run"], run):
-        raise ValueError(
-            f"the training in {str(folder)!r} has diverged before: {before['why']}. To try again all the same, from the last "
-            f"checkpoint if there is one, delete {file}"
-        )
-    if write:
+
+    def refuse_again() -> None:
+        before = read_json(file) if file.is_file() else None
+        if before is not None and not changed(before["run"], run):
+            raise ValueError(
+                f"the training in {str(folder)!r} has diverged before: {before['why']}. To try again all the same, from the "
+                f"last checkpoint if there is one, delete {file}"
+            )
         remove(file)
+
+    ranks.first(refuse_again)
     try:
         yield
-    except NonFiniteError as error:
-        if write:
+    except NonFiniteError as error:  # which all processes raise
+        if ranks.is_first:
             write_json(file, {"why": str(error), "run": dict(run)})
         raise

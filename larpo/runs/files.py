@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 from ..data import json_text
 from ..data.validation import present
 from .intact import Damaged
+from .ranks import ALONE, Ranks, shown
 
 Rows = list[dict[str, Any]]
 
@@ -118,20 +120,45 @@ def plain(text: Any) -> str | list[dict[str, Any]]:
     return text if isinstance(text, str) else [json_text.read_message(present(message)) for message in text]
 
 
-def rows_once(path: Path, build: Callable[[], Rows]) -> Rows:
-    """The rows of a parquet file, which is written from `build()` if it is not there."""
-    if not path.exists():
-        write_rows(path, build())
-    return read_rows(path)
+def rows_once(path: Path, build: Callable[[], Rows], ranks: Ranks = ALONE) -> Rows:
+    """The rows of a parquet file, which is written from `build()` if it is not there: all processes build, the first writes."""
+    if not ranks.first(path.exists):
+        rows = build()
+        ranks.first(lambda: write_rows(path, rows))
+    return ranks.first(lambda: read_rows(path))
 
 
-def in_chunks(folder: Path, items: Sequence, size: int, work: Callable[[int, Sequence], Rows]) -> Rows:
+def in_chunks(
+    folder: Path,
+    items: Sequence,
+    size: int,
+    work: Callable[[int, Sequence], Rows],
+    ranks: Ranks = ALONE,
+    *,
+    description: str | None = None,
+) -> Rows:
     """The rows of `work(chunk, items of the chunk)` for all chunks, each kept in a file: a chunk that is there is not redone.
 
-    The caller removes `folder` once what it makes of the rows is written.
+    Chunks are dealt out to the processes, one to each at a time: which items a chunk has, and so what comes of it, depends on
+    no number of processes. The caller removes `folder` once what it makes of the rows is written.
+
+    description: of a bar.
     """
-    rows: Rows = []
-    for chunk, start in enumerate(range(0, len(items), size)):
-        part = items[start : start + size]
-        rows += rows_once(folder / f"{chunk:05d}.parquet", lambda chunk=chunk, part=part: work(chunk, part))
-    return rows
+    from tqdm.auto import tqdm
+
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
+    paths = [folder / f"{chunk:05d}.parquet" for chunk in range(len(chunks))]
+    missing = ranks.first(lambda: [chunk for chunk, path in enumerate(paths) if not path.exists()])
+    before = len(items) - sum(len(chunks[chunk]) for chunk in missing)
+
+    def one_each(turn: list[int]) -> None:
+        for chunk in ranks.mine(turn):
+            write_rows(paths[chunk], work(chunk, chunks[chunk]))
+
+    shows = description is not None and missing
+    with tqdm(total=len(items), initial=before, desc=description, unit="prompt", leave=False, disable=not shows) as bar:
+        for start in range(0, len(missing), ranks.count):
+            turn = missing[start : start + ranks.count]
+            ranks.each(functools.partial(one_each, turn))
+            bar.update(sum(len(chunks[chunk]) for chunk in turn))
+    return ranks.first(lambda: [row for path in paths for row in read_rows(shown(path))])
