@@ -35,9 +35,8 @@ def will_replace_parameters(args: TrainingArguments) -> bool:
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
-    """A model that is loaded within has its weights in every process. With fsdp_cpu_ram_efficient_loading transformers reads
-    them in one process of a node, for FSDP to hand them on: in the others, whoever uses the model as it is gets what happens to
-    be in memory."""
+    """A model that is loaded within has its weights in every process. With fsdp_cpu_ram_efficient_loading, as FSDP is to hand
+    them on, some versions of transformers read them in one process of a node, and all make new ones (a head) only there."""
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.pop(name, None)
     try:

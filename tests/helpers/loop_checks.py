@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.integrations import is_fsdp_enabled
 
 import larpo.align.loop
+import larpo.modeling.loading
 import larpo.trainer
 from larpo.rewards import RewardError
 from larpo.runs import ranks as processes
@@ -71,7 +73,17 @@ def check_files_are_those_of_one_process(rank, ranks):
 
 def check_fsdp2_with_weights_that_one_process_reads(rank, ranks):
     """As `accelerate launch` with docs/accelerate/fsdp2.yaml says it: what is sampled from must be whole in the others too."""
+    load = larpo.modeling.loading.load_causal_lm
+
+    def in_one(*args, **options):
+        model = load(*args, **options)
+        if is_fsdp_enabled() and rank > 0:
+            for p in model.parameters():
+                p.data.fill_(torch.nan)
+        return model
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(larpo.modeling.loading, "load_causal_lm", in_one)
         for name, value in {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
