@@ -96,7 +96,7 @@ class AlignConfig:
     chunk_size: int | None = _arg(
         None,
         "Prompts that one process samples or scores before their results are kept: what it does again if it is killed (None: "
-        "as many as fill a batch of sample_batch_size; with vllm 64). Completions depend on it.",
+        "as many as fill a batch of sample_batch_size; with another sampler 64). Completions depend on it.",
     )
     sampler: str = _arg(
         "transformers", "What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API)."
@@ -305,7 +305,7 @@ class AlignConfig:
 
     def prompts_of_a_chunk(self, k: int) -> int:
         """With k completions each."""
-        by_batch = 64 if self.sampler == "vllm" else max(1, self.sample_batch_size // k)
+        by_batch = max(1, self.sample_batch_size // k) if self.sampler == "transformers" else 64
         return self.chunk_size or by_batch
 
     def temperature(self, iteration: int) -> float:
