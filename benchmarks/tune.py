@@ -223,7 +223,7 @@ def _head(hidden, weight, labels, schedule) -> Callable:
     x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(schedule != "frozen_head")
 
     def run():
-        out = lk.linear_token_logps(x, w, labels, schedule=schedule).sum()
+        out = lk.linear_token_logps(x, w, labels, schedule=schedule, ignore_index=None).sum()  # nobody waits for a count
         return torch.autograd.grad(out, [t for t in (x, w) if t.requires_grad])
 
     return run
