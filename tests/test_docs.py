@@ -69,6 +69,17 @@ def test_the_table_of_schedules_has_them_all():
     assert set(re.findall(r"^\| `(\w+)` \| .*\d \|", text, re.M)) == set(SCHEDULES) - {"auto"}
 
 
+def test_the_table_of_a_servers_settings_has_them_all():
+    pytest.importorskip("transformers")
+    from dataclasses import fields
+
+    from larpo.serving.settings import ServerSettings
+
+    section = (ROOT / "docs/align.md").read_text(encoding="utf-8").partition("## Sampling with vLLM")[2].partition("**New")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named == {one.name for one in fields(ServerSettings)}
+
+
 def test_there_is_one_version():
     import larpo_kernels
 

@@ -80,6 +80,6 @@ class Samplers:
         policy, settings = self.policy(iteration), self._served.settings
         taking = self._served.tell(policy, iteration)
         return ServerSampler(
-            settings, self.models.tokenizer, self.config.max_new_tokens, model=settings.model_of(policy),
+            settings, self.models.tokenizer, self.config.max_new_tokens, model=settings.model_of(policy, iteration),
             weights=str(self.weights(iteration)), kept=kept, patience=settings.reload_timeout if taking else 0.0, **options,
         )  # fmt: skip

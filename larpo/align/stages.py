@@ -152,7 +152,7 @@ def draw(
     itself, which is what means, KL and Recall@N are defined on.
     """
     progress = run.progress and run.samplers.in_one_go
-    options = {"to_train_on": to_train_on, "kept": chunks / "answers", "progress": progress}
+    options = {"to_train_on": to_train_on, "kept": chunks / "answers.jsonl", "progress": progress}
     sampler = functools.cache(lambda: run.samplers.of(policy, **options))  # not loaded where no chunk is missing
 
     def work(chunk: int, part: Sequence[Prompt]) -> Rows:

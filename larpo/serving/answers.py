@@ -1,7 +1,6 @@
 """Answers on disk as they arrive: a process that is killed loses what was in flight.
 
-Each process has a file of its own, to which it appends a line per answer, and reads those of all. An answer is found by what
-was asked, so it does not matter which process asks, in which order, or how many there are.
+A line per answer, found by what was asked: the order in which questions are asked does not matter.
 """
 
 from __future__ import annotations
@@ -22,27 +21,19 @@ def key_of(weights: str, wanted: Wanted, limits: Limits) -> str:
 
 
 class Answers:
-    """The answers in a folder, or in memory alone."""
+    """The answers in a file, to which one process at a time adds; or in memory alone."""
 
-    def __init__(self, folder: Path | None, rank: int = 0):
+    def __init__(self, path: Path | None):
         """Raises Damaged for a file that is cut elsewhere than at its end."""
-        self.folder, self._known, self._file = folder, {}, None
-        if folder is None:
+        self._known, self._file = {}, None
+        if path is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f"answers-{rank:03d}.jsonl"
-        for path in sorted(folder.glob("answers-*.jsonl")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
             whole = self._read(path)
-            if path == own:  # what follows shall stand on a line of its own
-                with path.open("r+b") as file:
-                    file.truncate(whole)
-        self._file = own.open("a", encoding="utf-8")
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
+            with path.open("r+b") as file:
+                file.truncate(whole)  # what follows shall stand on a line of its own
+        self._file = path.open("a", encoding="utf-8")
 
     def get(self, key: str) -> Answer | None:
         return self._known.get(key)

@@ -50,7 +50,6 @@ class ServerSampler:
         stop: Sequence[str] = (),
         min_new_tokens: int = 0,
         kept: Path | None = None,
-        rank: int = 0,
         patience: float = 0.0,
         progress: bool = False,
     ):
@@ -59,7 +58,7 @@ class ServerSampler:
             tokenizer: the policy's own, for prompts, and for completions where the server gives no token ids.
             max_new_tokens, top_k, top_p, eos_token_ids, stop, min_new_tokens: as in `TransformersSampler`.
             model: what the server is asked for. weights: which ones these are, by which kept answers are told apart.
-            kept: folder in which answers are kept as they arrive; None: in memory. rank: of the process that does so.
+            kept: a file in which answers are kept as they arrive; None: in memory.
             patience: seconds in which a server that does not answer its first request may be taking new weights.
 
         Raises ImportError where `openai` is not installed.
@@ -67,7 +66,7 @@ class ServerSampler:
         check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         self.settings, self.tokenizer = settings, text_tokenizer(tokenizer)
         self.model, self.weights = model, weights
-        self.kept, self.rank, self.patience, self.progress = kept, rank, patience, progress
+        self.kept, self.patience, self.progress = kept, patience, progress
         own = eos_token_ids is not None
         ends = tuple(eos_token_ids) if own else endings.ending_of(self.tokenizer).token_ids
         self.limits = Limits(max_new_tokens, ends, own, top_k, top_p, min_new_tokens, tuple(stop))
@@ -90,7 +89,7 @@ class ServerSampler:
     async def _lists(self, rows: Sequence[Wanted]) -> list[list[Sampled]]:
         from tqdm import tqdm
 
-        answers = Answers(self.kept, self.rank)
+        answers = Answers(self.kept)
         lists: list[list[Sampled] | None] = [None] * len(rows)
         failed: list[Exception] = []
         todo = iter(range(len(rows)))

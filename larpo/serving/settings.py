@@ -29,6 +29,11 @@ class ServerSettings:
         "The server's name of the model. {checkpoint} in it stands for the policy's folder: for servers that load what is "
         "asked for, such as `transformers serve`.",
     )
+    initial_model: str | None = _arg(
+        None,
+        "Its name of the model that the run starts from, of which it need not be told: for a server in which policies are "
+        "adapters on it (None: as for all others).",
+    )
     api_key_env: str | None = _arg(None, "Name of the environment variable that holds the key (None: no key).")
     max_in_flight: int = _arg(32, "Most requests at a time.")
     timeout: float = _arg(600.0, "Seconds until a request without an answer is given up, and tried again.")
@@ -40,8 +45,8 @@ class ServerSettings:
     )
     reload_command: str | None = _arg(
         None,
-        "A command, run by the shell after every training, that has the server take new weights: {checkpoint} stands for "
-        "their folder, {iteration} for its number.",
+        "A command, run by the shell before the first completions of a policy, that has the server take its weights: "
+        "{checkpoint} stands for their folder, {iteration} for that after which they are (0: the initial model).",
     )
     reload_timeout: float = _arg(1800.0, "Seconds that the command, and the server after it, may take to answer again.")
     allow_stale_weights: bool = _arg(
@@ -75,8 +80,9 @@ class ServerSettings:
         """Whether completions that shall be of the policy after an iteration are not, since nothing tells the server of it."""
         return iteration > 0 and self.reload_command is None and CHECKPOINT not in self.model
 
-    def model_of(self, checkpoint: str) -> str:
-        return self.model.replace(CHECKPOINT, checkpoint)
+    def model_of(self, checkpoint: str, iteration: int) -> str:
+        name = self.model if iteration or self.initial_model is None else self.initial_model
+        return name.replace(CHECKPOINT, checkpoint)
 
     def api_key(self) -> str:
         """The key, or what stands for none. Raises ValueError where the variable is not set."""
@@ -88,7 +94,7 @@ class ServerSettings:
         return key
 
 
-SAME_COMPLETIONS = ("model", "extra_body")  # the others may change in a run that goes on
+SAME_COMPLETIONS = ("model", "initial_model", "extra_body")  # the others may change in a run that goes on
 
 
 def server_settings(options: Mapping[str, Any]) -> ServerSettings:

@@ -28,7 +28,7 @@ class ServedWeights:
 
         Raises ServerError where the command failed.
         """
-        if self.told == checkpoint:
+        if self.told == checkpoint or (iteration == 0 and self.settings.initial_model is not None):
             return False
         if self.settings.reload_command is not None:
             self._reload(checkpoint, iteration)

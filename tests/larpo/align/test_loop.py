@@ -616,25 +616,6 @@ def test_iterations_walk_through_the_prompts_without_skipping_any():
     assert of_iteration(prompts, None, 3) == of_iteration(prompts, 9, 3) == prompts
 
 
-def test_a_vllm_engine_is_made_of_every_iterations_policy_and_only_where_something_is_sampled(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import larpo.sampling
-
-    engines = []
-
-    def engine(model, max_new_tokens, *, max_model_len, **settings):
-        engines.append((model, settings.get("top_k", 0), {"max_model_len": max_model_len}))
-        own = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(align_runs.model_folder())
-        return larpo.sampling.TransformersSampler(*own, max_new_tokens, **settings)
-
-    monkeypatch.setattr(larpo.sampling, "VLLMSampler", engine)
-    for _ in range(2):
-        align(tmp_path, iterations=1, sampler="vllm", sampler_options={"max_model_len": 64}, top_k=20)
-    start, trained, options = align_runs.model_folder(), str(tmp_path / "iteration-01" / "model"), {"max_model_len": 64}
-    assert engines == [(start, 0, options), (start, 20, options), (trained, 0, options)]
-
-
 # --- the folder ------------------------------------------------------------------------------------------------
 
 

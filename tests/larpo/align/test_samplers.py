@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import sys
 import threading
+import types
 
 import pytest
 
@@ -23,9 +25,9 @@ from tests.helpers.stand_in_server import StandIn, completion
 class Engine:
     """What is behind a server: completions of the weights it has, with their log-likelihoods, as vLLM gives them."""
 
-    def __init__(self):
+    def __init__(self, folder=None):
         self.lock = threading.Lock()  # one model, for all the threads of a server
-        self.load(align_runs.model_folder())
+        self.load(folder or align_runs.model_folder())
 
     def load(self, folder):
         self.model = load_causal_lm(folder).eval()
@@ -87,6 +89,14 @@ def test_a_server_that_is_told_of_new_weights_samples_from_the_policy(tmp_path, 
     assert "on average" not in caplog.text
 
 
+def test_adapters_that_a_server_holds_have_another_name_than_the_model_they_are_on(tmp_path):
+    with serving(tmp_path) as (server, command, named):
+        adapters = {"reload_command": command, "model": "adapter", "initial_model": "base"}
+        align(tmp_path / "run", iterations=1, **of_server(server, **adapters))
+        assert named.read_text() == f"1 {tmp_path}/run/iteration-01/model\n"
+        assert [body["model"] for body in server.asked] == ["base"] * (4 + 6) + ["adapter"] * 4
+
+
 def test_weights_that_a_server_was_not_told_of_are_written_down_and_seen_in_log_likelihoods(tmp_path, caplog):
     with StandIn(Engine()) as server:
         options = of_server(server, allow_stale_weights=True)
@@ -132,7 +142,7 @@ def test_a_run_goes_on_where_its_server_died_at_another_address(tmp_path):
     with StandIn(engine) as server:
         align(tmp_path, iterations=1, **of_server(server, **settings))
         assert len(server.asked) == 1 + 4
-    assert not list(tmp_path.rglob("answers*"))  # they are in the stage's file now
+    assert not list(tmp_path.rglob("*.jsonl"))  # they are in the stage's file now
 
 
 def test_a_server_of_text_is_counted_and_named_in_a_warning(tmp_path, caplog):
@@ -199,3 +209,41 @@ def test_where_a_server_is_and_how_it_is_told_may_change_and_what_it_samples_fro
     before = json.loads(json.dumps(one().to_dict()))
     assert differences(before, one(base_url="http://b/v1", reload_command="y", max_in_flight=8)) == []
     assert differences(before, one(model="other")) == ["sampler_options was {} and is {'model': 'other'}"]
+
+
+# --- vLLM, whose module is a stand-in of the same form, since it needs a GPU
+
+
+def test_a_run_with_vllm_in_its_process_makes_an_engine_of_every_policy(tmp_path, monkeypatch):
+    engines = []
+
+    class LLM:
+        def __init__(self, model, **options):
+            self.engine, self.top_k = Engine(model), set()
+            engines.append((model, options, self.top_k))
+
+        def get_tokenizer(self):
+            return tiny.tokenizer()
+
+        def generate(self, prompts, sampling_params, use_tqdm):
+            self.top_k.update(one["top_k"] for one in sampling_params)
+            return [self._request(*one) for one in zip(prompts, sampling_params, strict=True)]
+
+        def _request(self, prompt, asked):
+            body = {"prompt": prompt["prompt_token_ids"], "n": asked["n"], "max_tokens": asked["max_tokens"]}
+            answer = self.engine(body | {"temperature": asked["temperature"], "seed": asked["seed"]}, 0)
+            return types.SimpleNamespace(outputs=[self._output(one) for one in answer["choices"]])
+
+        def _output(self, one):
+            logprobs = zip(one["token_ids"], one["logprobs"]["token_logprobs"], strict=True)
+            at_each = [{token: types.SimpleNamespace(logprob=logprob)} for token, logprob in logprobs]
+            return types.SimpleNamespace(**{**one, "logprobs": at_each})
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **parameters: parameters))
+    options = {"max_model_len": 64}
+    for _ in range(2):  # the second time nothing is sampled, and no engine is made
+        found = align(tmp_path, iterations=1, sampler="vllm", sampler_options=options, top_k=20)
+    start, trained = align_runs.model_folder(), str(tmp_path / "iteration-01" / "model")
+    assert engines == [(start, options, {-1}), (start, options, {20}), (trained, options, {-1})]
+    counts = found.metrics[1]["sample"]
+    assert counts["compared_tokens"] > 20 and counts["logps_apart_most"] < 1e-4 and not counts["weights"]["stale"]

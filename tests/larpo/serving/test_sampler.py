@@ -34,7 +34,13 @@ def sampler(server, folder=None, max_new_tokens=4, bos=False, **settings):
     own = {name: settings.pop(name) for name in ours & settings.keys()}
     given = {"base_url": server.base_url, "model": "policy", "allow_stale_weights": True, "retries": 0} | settings
     return ServerSampler(
-        server_settings(given), tiny_tokenizer(bos=bos), max_new_tokens, model="policy", weights="start", kept=folder, **own
+        server_settings(given),
+        tiny_tokenizer(bos=bos),
+        max_new_tokens,
+        model="policy",
+        weights="start",
+        kept=folder and folder / "kept/answers.jsonl",
+        **own,
     )
 
 
@@ -167,7 +173,7 @@ def test_what_had_arrived_when_the_server_died_is_not_asked_for_again(tmp_path):
 def test_a_last_line_that_was_cut_is_asked_for_again_and_others_are_refused(tmp_path):
     with StandIn(lambda body, number: of_prompt(body)) as server:
         sampler(server, tmp_path, max_in_flight=1)(["a", "b"], 1, 1.0, seed=0)
-        file = tmp_path / "answers-000.jsonl"
+        file = tmp_path / "kept/answers.jsonl"
         file.write_text(file.read_text()[:-9])
         for asked in (3, 3):
             assert [one.text for (one,) in sampler(server, tmp_path)(["a", "b"], 1, 1.0, seed=0)] == ["a", "b"]
@@ -229,5 +235,5 @@ def test_a_key_is_sent_and_shown_nowhere(monkeypatch, tmp_path):
         with pytest.raises(ServerError, match="this run has none to show"):
             sampler(server)(["b"], 1, 1.0, seed=0)
         assert server.keys[-1] == "Bearer none"
-    assert "s3cret" not in str(error.value) + "".join(path.read_text() for path in tmp_path.iterdir())
-    assert json.loads((tmp_path / "answers-000.jsonl").read_text())["choices"][0]["text"] == "a"
+    assert "s3cret" not in str(error.value) + "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
+    assert json.loads((tmp_path / "kept/answers.jsonl").read_text())["choices"][0]["text"] == "a"
