@@ -66,11 +66,18 @@ def merged(done: list[dict]) -> list[dict]:
 def summary(done: list[dict], most: int = MOST_CHARACTERS) -> str:
     """Tables of what was measured, the most important ones and a line for each step last; cut at the top if too long."""
     found = {result["step"]: [row for row in result["rows"] if row.get("ok", True)] for result in done}
-    drawn = [table(rows) for step, table in TABLES.items() if (rows := found.get(step))]
+    drawn = [_drawn(table, rows) for step, table in TABLES.items() if (rows := found.get(step))]
     if tables := merged(done):
-        drawn.append(_cases(tables))
+        drawn.append(_drawn(_cases, tables))
     text = "\n\n".join([*drawn, _steps(done)])
     return text if len(text) <= most else f"...{text[-most:]}"
+
+
+def _drawn(table, rows: list[dict]) -> str:
+    try:
+        return table(rows)
+    except Exception as error:  # minutes of a GPU lie behind the other tables
+        return f"{table.__name__.strip('_')}: could not be drawn, {type(error).__name__}: {error}"
 
 
 def _steps(done: list[dict]) -> str:
@@ -294,7 +301,7 @@ def check(asked, start=None, begin: float = BEGIN) -> int:
         launch.unlink(missing_ok=True)  # an earlier run's
     header, spent = described(asked), time.monotonic() - begin
     done = record(run(steps, 60 * asked.minutes - plan.LAST_S - spent, rows, log, start), asked.out, header)
-    draw(done, asked.out)
+    print(_drawn(lambda found: "plots: " + " ".join(path.name for path in draw(found, asked.out)), done))
     (asked.out / "table.txt").write_text(summary(done, most=10**9) + "\n")
     print(f"\n{device.card()}, commit {header['git']['commit']}, {time.monotonic() - begin:.0f} s; wrote {asked.out}\n")
     print(summary(done), flush=True)

@@ -257,6 +257,11 @@ def test_the_table_of_steps_comes_last_and_says_what_happened():
     assert len(many) < 10_000 and len(many.split("\n\n")[-1].splitlines()) == len(last)
 
 
+def test_a_table_that_cannot_be_drawn_costs_no_other():
+    text = gpu_check.summary([result("rows", [{"T": 8}]), result("head", [HEAD])])
+    assert "rows: could not be drawn, KeyError" in text and "list_hold, tuned" in text
+
+
 def test_a_recorded_run_is_shown_again(tmp_path, capsys):
     gpu_check.record(DONE, tmp_path, {"schema": 1}, say=lambda line: None)
     assert gpu_check.main(["--show", str(tmp_path / "results.json")]) == 0
