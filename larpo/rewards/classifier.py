@@ -35,6 +35,14 @@ class SequenceClassifier:
         self.label, self.batch_size, self.max_length, self.progress = label, batch_size, max_length, progress
         self.__name__ = f"{type(model).__name__}({getattr(model, 'name_or_path', '') or 'unnamed'})"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The name of a folder says little: other weights may have been written into it."""
+        from ..data.scored_tokens import model_name, weights
+
+        what = {"model": model_name(self.model), "weights": weights(self.model), "template": self.tokenizer.chat_template}
+        return what | {"label": self.label, "max_length": self.max_length}
+
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> list[float]:
         """The label's logit for each prompt with its completion."""
         import torch

@@ -147,3 +147,25 @@ def check_a_folder_that_is_not_shared_is_refused(rank, ranks):
             Ranks.started().refuse_separate(folder_of(f"disk-of-{rank}"), "output_dir")
     Ranks.started().refuse_separate(folder_of("shared"), "output_dir")
     assert not list(folder_of("shared").iterdir())
+
+
+async def hopeless_of_cats(prompts, completions, **columns):
+    """A judge that is asked call by call, and finds no difference between continuations of one prompt in four."""
+    return [0.0 if "cat" in p else score for p, score in zip(prompts, align_runs.count_o(completions), strict=True)]
+
+
+def refilled(folder, ranks):
+    settings = dict(reward="tests.helpers.loop_checks:hopeless_of_cats", refill=True, prompts_per_iteration=5, iterations=2)
+    return align(folder, ranks, negatives="low", subset="all", **settings)
+
+
+def check_refilled_lists_are_those_of_one_process_and_each_process_keeps_what_it_was_told(rank, ranks):
+    refilled(folder_of("refilled"), ranks)
+    ours, alone = folder_of("refilled"), folder_of("refilled-alone")
+    for name in ("candidates", "refilled", "lists"):
+        assert (ours / "iteration-01" / f"{name}.parquet").read_bytes() == (
+            alone / "iteration-01" / f"{name}.parquet"
+        ).read_bytes()
+    assert read_json(ours / "iteration-01" / "refill.json")["prompts"] > 0
+    (judge,) = (ours / "judgements").iterdir()
+    assert sorted(path.name for path in judge.iterdir()) == ["00000.jsonl", "00001.jsonl", "judge.json"]

@@ -15,6 +15,7 @@ def one_process(folder):
     tiny.causal_lm(spread=2.0).save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     loop_checks.align(folder / "alone", 1)
+    loop_checks.refilled(folder / "refilled-alone", 1)
 
 
 @pytest.fixture(scope="module")

@@ -281,6 +281,17 @@ def test_a_model_by_name_with_its_tokenizer(tmp_path):
         sequence_classifier(model, tiny_tokenizer(), dtype=torch.float32)
 
 
+def test_a_reward_model_with_other_weights_is_another_judge():
+    model = classifier(2)
+    same, other = (sequence_classifier(model, tiny_tokenizer(), label=label, batch_size=4) for label in (1, 0))
+    before = rewards.Judge(reward=same).identity
+    assert before == rewards.Judge(reward=sequence_classifier(model, tiny_tokenizer(), label=1)).identity
+    assert before != rewards.Judge(reward=other).identity
+    with torch.no_grad():
+        model.score.weight[0, 0] += 1
+    assert before != rewards.Judge(reward=sequence_classifier(model, tiny_tokenizer(), label=1)).identity
+
+
 def test_padding_needs_a_pad_token_and_the_model_learns_of_it():
     model = classifier()
     model.config.pad_token_id = None
