@@ -381,4 +381,4 @@ def tile_shape(
 
 def even_tokens(num_tokens: int, most: int) -> int:
     """Tokens of a block, at most about so many, all blocks about as large."""
-    return min(walked_tokens(-(-num_tokens // max(1, -(-num_tokens // most)))), num_tokens)
+    return max(1, min(walked_tokens(-(-num_tokens // max(1, -(-num_tokens // most)))), num_tokens))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
@@ -55,12 +54,12 @@ class _Walked:
             x = torch.where(self.counted.view(-1, *[1] * (x.dim() - 1)), x, 0)
         if self.total == self.count:
             return x if self.keep is None else x.index_select(0, self.keep)
-        if self.keep is None:
-            out = x.new_empty(self.total, *x.shape[1:])
-            out[: self.count] = x
-        else:  # any row where zeros follow. On a GPU index_select with `out=` a part of a tensor left that part unwritten
-            out = x.index_select(0, F.pad(self.keep, (0, self.total - self.count)))
+        out = x.new_empty(self.total, *x.shape[1:])
         out[self.count :] = 0
+        if self.keep is None:
+            out[: self.count] = x
+        else:
+            torch.index_select(x, 0, self.keep, out=out[: self.count])
         return out
 
     def upstream(self, grad: Tensor) -> Tensor:
@@ -262,11 +261,11 @@ _with_tail = EagerOnly(
 
 
 def counted_tokens(labels: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Indices [n] of the tokens that count; None where all do, or shapes may not depend on values. On a GPU this waits for
-    the device: only it knows n."""
+    """Positions [n] on the flat token axis of those that count; None where all do, or shapes may not depend on values. On a
+    GPU this waits for the device: only it knows n."""
     if ignore_index is None or schedules.is_recorded(labels):
         return None
-    return (labels != ignore_index).nonzero()[:, 0]
+    return (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
 
 
 def linear_step(

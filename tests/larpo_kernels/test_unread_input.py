@@ -5,6 +5,7 @@ import torch
 
 import larpo_kernels as lk
 from larpo_kernels import validation
+from tests.helpers.linear_heads import make_head, ours, run
 
 V, N = 11, 3
 BORDERS = {
@@ -35,6 +36,24 @@ def data(device):
     logits = torch.randn(N, V, generator=draw).to(device).requires_grad_()
     hidden, weight = (torch.randn(n, 4, generator=draw).to(device).requires_grad_() for n in (N, V))
     return logits, hidden, weight, torch.randint(V, (N,), generator=draw).to(device)
+
+
+@pytest.mark.parametrize("schedule", ["score_only", "frozen_head", "list_hold", "recompute"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_what_nobody_looked_at_gives_what_it_gives_otherwise(schedule, packed, backend, device, monkeypatch):
+    """13 of 18 tokens count, of candidates side by side as of one long row: which ones, a GPU is asked later than a CPU."""
+    wanted = {"score_only": (), "frozen_head": ("hidden",)}.get(schedule, ("hidden", "weight"))
+    labels = torch.arange(18) % V
+    labels[[0, 4, 5, 11, 17]] = -100
+    head = make_head(V, 4, labels=labels if packed else labels.view(3, 6), device=device)
+    results = []
+    for readable in (validation.readable, lambda x: False):
+        monkeypatch.setattr(validation, "readable", readable)
+        results.append(run(ours(head, backend, schedule=schedule), head, wanted))
+    (read, read_grads), (unread, unread_grads) = results
+    torch.testing.assert_close(unread, read)
+    for name in wanted:
+        torch.testing.assert_close(unread_grads[name], read_grads[name])
 
 
 @pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
