@@ -199,8 +199,8 @@ def _noticing(own: Exception | None) -> Iterator[None]:
         yield
     except RuntimeError as lost:
         gone = OtherProcess(
-            f"another process of this run is gone ({str(lost).splitlines()[0]}). Its own message says why, or that of what "
-            "started it; the same command goes on from what was done"
+            "another process of this run is gone: its own message says why, or that of what started it. The same command goes "
+            "on from what was done"
         )
         raise gone from own or lost
 

@@ -1,5 +1,10 @@
 """The loop on several processes over gloo: what it writes, and how it ends."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 
@@ -8,12 +13,18 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
 
-from tests.helpers import loop_checks, ranks, tiny
+from larpo.runs.files import read_json
+from tests.helpers import HANGS, loop_checks, ranks, tiny
+from tests.larpo.align.test_killed import assert_same_run
+
+
+def write_model(folder):
+    tiny.causal_lm(spread=2.0).save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
 
 
 def one_process(folder):
-    tiny.causal_lm(spread=2.0).save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
+    write_model(folder)
     loop_checks.align(folder / "alone", 1)
     loop_checks.refilled(folder / "refilled-alone", 1)
 
@@ -26,3 +37,36 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", ranks.check_names("loop_checks"))
 def test(found, name):
     ranks.passes(found, name)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Runs of two and three ranks, and one whose ranks were killed; see tests/helpers/ranks_killed.py."""
+    if not hasattr(os, "fork"):
+        pytest.skip("processes are forked")
+    folder = tmp_path_factory.mktemp("killed")
+    write_model(folder)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "tests.helpers.ranks_killed", str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], env=env, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_three_ranks_write_what_two_write(killed):
+    for name in loop_checks.OF_THE_FIRST_POLICY:
+        two, three = ((killed / ranks / f"{name}.parquet").read_bytes() for ranks in ("whole", "three"))
+        assert two == three, name
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(killed):
+    """Killed in sampling, in training and behind its result: the first one, the other one, both; without a launcher that ends
+    those which are left. One of them fails in training while the other waits for it."""
+    lives = read_json(killed / "lives.json")
+    codes = [[1, -9], [-9, 1], [1, -9], [1, 1], [-9, -9], [-9, 1], [0, 0]]
+    assert [[code for code, _ in life["ranks"]] for life in lives] == codes
+    for life in lives[:-1]:
+        assert life["seconds_apart"] < 30  # gloo itself would give up after half an hour
+        for code, said in life["ranks"]:
+            assert code == -9 or said == "MemoryError: no memory left" or "another process of this run is gone" in said, said
+    assert_same_run(killed / "killed", killed / "whole")

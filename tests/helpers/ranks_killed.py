@@ -1,0 +1,114 @@
+"""Runs the tiny loop on processes that kill themselves. Usage: python -m tests.helpers.ranks_killed FOLDER
+
+Forks two ranks for every line of LIVES from this process, which has imported everything and runs nothing. Nothing but the ranks
+themselves ends the ones that are left: no launcher is there to do it. FOLDER/killed is the run they share, FOLDER/whole that of
+two that are left in peace, FOLDER/three that of three. FOLDER/lives.json says how each rank ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import larpo.align.loop
+import larpo.runs.ranks
+import larpo.trainer
+from tests.helpers import align_runs
+
+SETTINGS = dict(iterations=1, chunk_size=2, training=dict(save_strategy="steps", save_steps=1, per_device_train_batch_size=1))
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raises() -> None:
+    raise MemoryError("no memory left")
+
+
+def after_the_new_file(name: str) -> None:
+    rename = os.replace
+
+    def replace(source, target):
+        rename(source, target)
+        if str(target).endswith(name):
+            killed()
+
+    os.replace = replace
+
+
+def at_step(number: int, end=killed) -> None:
+    steps, step = [], larpo.trainer.LarPOTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == number:
+            end()
+        return step(self, *args, **kwargs)
+
+    larpo.trainer.LarPOTrainer.training_step = training_step
+
+
+LIVES = (  # what befalls rank 0, and rank 1
+    (None, lambda: after_the_new_file("sample-chunks/00001.parquet")),
+    (lambda: after_the_new_file("iteration-01/sampled.parquet"), None),
+    (None, lambda: at_step(3)),
+    (None, lambda: at_step(1, raises)),
+    (lambda: at_step(1), lambda: at_step(1)),
+    (lambda: after_the_new_file("iteration-01/model"), None),
+    (None, None),
+)
+
+
+def rank(folder: Path, name: str, life: int, rank: int, ranks: int, befalls) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate wants them set
+    larpo.runs.ranks.GRACE = 1.0
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}-{life}", rank=rank, world_size=ranks)
+    if befalls is not None:
+        befalls()
+    try:
+        align_runs.align(folder / name, **SETTINGS, model=str(folder / "model"))
+    except Exception as error:
+        (folder / f"{name}-{life}-{rank}").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)
+
+
+def ranks(folder: Path, name: str, life: int, befall) -> dict:
+    """How each rank ended: its exit code and what it said; and how many seconds after the first the last one ended."""
+    pids = {}
+    for number, befalls in enumerate(befall):
+        pid = os.fork()
+        if pid == 0:
+            rank(folder, name, life, number, len(befall), befalls)
+        pids[pid] = number
+    ended, times = {}, []
+    for _ in pids:
+        pid, status = os.wait()
+        times.append(time.monotonic())
+        said = folder / f"{name}-{life}-{pids[pid]}"
+        ended[pids[pid]] = [os.waitstatus_to_exitcode(status), said.read_text() if said.exists() else ""]
+    return {"ranks": [ended[number] for number in sorted(ended)], "seconds_apart": times[-1] - times[0]}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name, number in (("whole", 2), ("three", 3)):
+        ranks(folder, name, 0, (None,) * number)
+    lives = [ranks(folder, "killed", life, befall) for life, befall in enumerate(LIVES)]
+    (folder / "lives.json").write_text(json.dumps(lives, indent=1))
+
+
+if __name__ == "__main__":
+    main()
