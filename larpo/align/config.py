@@ -389,8 +389,10 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 
 def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
-    """The settings by which a run would become another one, as sentences; none if it may go on."""
-    before, now = ({**one, **_what_counts(one)} for one in (before, after.to_dict()))
+    """The settings by which a run would become another one, as sentences; none if it may go on. One that there was not when the
+    run began stood, in effect, at its default."""
+    new = {f.name: f.default for f in fields(AlignConfig) if f.default is not MISSING and f.name not in before}
+    before, now = ({**one, **_what_counts(one)} for one in ({**new, **before}, after.to_dict()))
     found = changed(before, now, MAY_CHANGE)
     linear = isinstance(after.temperatures, Sequence) and after.temperatures[0] == "linear"
     if linear and before.get("iterations") != now["iterations"]:

@@ -26,13 +26,13 @@ class Reporter:
     """
 
     def __init__(self, report_to: str | list[str], args: LarPOConfig):
-        """Raises ValueError for a tool that transformers doesn't know, and RuntimeError for one that is not installed."""
+        """Raises ValueError for a tool that transformers doesn't know, and for one that is not installed."""
         from transformers.integrations import get_reporting_integration_callbacks
         from transformers.trainer_callback import TrainerControl, TrainerState
 
         try:
             tools = [tool() for tool in get_reporting_integration_callbacks(report_to)]
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"report_to: {error}") from None
         self._tools = tools if args.process_index == 0 else []
         self._args, self._state, self._control = args, TrainerState(), TrainerControl()

@@ -78,6 +78,10 @@ class Endpoint:
         said = {"api": self.api, "model": self.model, "label": self.label, "extra_body": dict(self.extra_body)}
         return said if self.model is not None else said | {"url": self.url}
 
+    def takes_one_of(self, prompts: Sequence[Text]) -> bool:
+        """Whether a request can hold one completion only: then a call is of one, and no answer is lost with another."""
+        return self.api == "vllm_classify" and not all(isinstance(prompt, str) for prompt in prompts)
+
     async def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> list[float | None]:
         api, found = APIS[self.api], []
         for body in api.bodies(self, prompts, completions, columns):

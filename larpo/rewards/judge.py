@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -147,15 +148,17 @@ class Judge:
             if known is not None:
                 known.put(found)
 
-        self._ask(asked, self._calls(missing), keep)
+        self._ask(asked, self._calls(missing, asked), keep)
         return [value for key in keys for value in said[key]]
 
     @property
     def _splits(self) -> bool:
         return self.groupwise or self.batch_size is not None
 
-    def _calls(self, missing: list) -> list[list]:
-        size = 1 if self.groupwise else self.batch_size or max(1, len(missing))
+    def _calls(self, missing: list, asked: Asked) -> list[list]:
+        takes_one_of = getattr(self.reward, "takes_one_of", None)  # an endpoint's
+        one_each = self.groupwise or (takes_one_of is not None and takes_one_of(asked.prompts))
+        size = 1 if one_each else self.batch_size or max(1, len(missing))
         return [missing[a : a + size] for a in range(0, len(missing), size)]
 
     def _ask(self, asked: Asked, calls: list[list], keep: Callable[[list, Values], None]) -> None:
@@ -206,12 +209,17 @@ class Judge:
             try:
                 if self.is_coroutine:
                     return await self._called(asked)
-                return await asyncio.to_thread(self._called, asked)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, self._called, asked)
             except Exception as error:
                 if wait is None or not isinstance(error, only):
                     raise self._raised(error) from error
                 logger.info("reward %r is asked again: %s", name_of(self), masked(str(error)))
                 await asyncio.sleep(max(wait, getattr(error, "wait", 0.0)))
+
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """As many as there may be calls: the loop's own are few on a machine with few cores."""
+        return ThreadPoolExecutor(self.max_in_flight, thread_name_prefix="judge")
 
     def _called(self, asked: Asked) -> Any:
         """It works on copies: whatever it does to its arguments, the next one is given what this one was."""

@@ -120,6 +120,10 @@ def test_differences_name_the_setting_and_both_values():
     ]
     assert differences(before, config(iterations=5, output_dir="elsewhere")) == []
     linear = ["linear", 1.2, 0.8]
+    older = {name: value for name, value in before.items() if name not in ("truncated", "refill")}
+    assert differences(older, config()) == [] and differences(older, config(refill=True, prompts_per_iteration=2))[-1:] == [
+        "refill was False and is True"
+    ]
     assert differences(config(temperatures=linear).to_dict(), config(temperatures=linear, iterations=5)) == [
         "iterations was 3, and a linear temperature depends on it"
     ]

@@ -101,6 +101,14 @@ def test_a_tool_that_fails_ends_no_run_and_one_that_is_unknown_no_stage_begins(t
             reporter.stage(1, "score", {"reward": 1.0})
         reporter.close()
     assert caplog.text.count("Away fails, and is told no more: ConnectionError: no route") == 1
+
+    class Missing:
+        def __init__(self):
+            raise RuntimeError("it requires wandb to be installed")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "missing", Missing)
+    with pytest.raises(ValueError, match="report_to: it requires wandb to be installed"):
+        Reporter("missing", SimpleNamespace(process_index=0))
     with pytest.raises(ValueError, match=r"report_to: tensorbord is not supported, only .*tensorboard"):
         align(tmp_path, report_to="tensorbord")
     assert not list(tmp_path.rglob("*.parquet"))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
 
 import pytest
@@ -88,6 +89,17 @@ def test_batches_and_whole_lists(asking, calls):
     reward = Counting()
     assert score(Judge(reward=reward, **asking), None, PROMPTS, COMPLETIONS) == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert sorted(reward.calls) == calls
+
+
+def test_a_function_is_called_in_as_many_threads_as_it_may_be():
+    together = threading.Barrier(12)
+
+    def slow(prompts, completions, **columns):
+        together.wait(timeout=HANGS)
+        return [float(len(text)) for text in completions]
+
+    one = Judge(reward=slow, batch_size=1, max_in_flight=12)
+    assert score(one, None, ["p"] * 12, ["aa"] * 12) == [2.0] * 12
 
 
 def test_a_reward_that_raises_is_asked_again_as_often_as_it_may_be():
@@ -279,7 +291,9 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
         assert score(one, None, ["pp", "q"], ["a", "bb"]) == [3.0, 3.0]
         assert server.bodies == [{"input": ["ppa", "qbb"], "model": "m", "use_activation": False}]
         asked = [[{"role": "user", "content": "pp"}]]
-        assert score(one, None, asked, [[{"role": "assistant", "content": "abc"}]]) == [5.0]
+        completions = [[{"role": "assistant", "content": text}] for text in ("abc", "d")]
+        assert score(one, None, asked * 2, completions) == [5.0, 3.0]
+        assert [len(body["messages"]) for body in server.bodies[1:]] == [2, 2]
         with pytest.raises(RewardError, match=r"label of a reward must be one of \[0, 1\], got None"):
             score(from_settings({"url": server.url, "api": "vllm_classify", "model": "m"}), None, ["p"], ["a"])
 
