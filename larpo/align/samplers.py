@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,16 @@ class Samplers:
     config: AlignConfig
     models: Models
     folder: RunFolder
+    processes: int = 1  # of the run
     _served: ServedWeights | None = field(init=False, default=None)
 
     def __post_init__(self):
-        """Raises ValueError where a server's key is not there."""
+        """Raises ValueError where a server's key is not there, and for vLLM beside other processes."""
+        if self.config.sampler == "vllm" and self.processes > 1:
+            raise ValueError(
+                f"sampler vllm runs in a loop of one process, and this one has {self.processes}: start `vllm serve` beside it, "
+                "and use sampler server; or start the loop without torchrun or accelerate launch"
+            )
         if self.config.sampler == "server":
             self._served = ServedWeights(server_settings(self.config.sampler_options))
             self._served.settings.api_key()
@@ -73,6 +80,11 @@ class Samplers:
                 **options,
             )  # fmt: skip
         return Distinct(sampler) if to_train_on and config.distinct else sampler
+
+    def release(self) -> None:
+        """Lets go of an engine that is no longer used, with the memory of its GPU."""
+        if self.config.sampler == "vllm":
+            gc.collect()  # an engine and its parts hold each other
 
     def _of_server(self, iteration: int, kept: Path, options: dict[str, Any]) -> Sampler:
         from ..serving.sampler import ServerSampler

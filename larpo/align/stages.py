@@ -49,7 +49,7 @@ class Run:
     samplers: Samplers = field(init=False)
 
     def __post_init__(self):
-        self.samplers = Samplers(self.config, self.models, self.folder)
+        self.samplers = Samplers(self.config, self.models, self.folder, self.ranks.count)
 
     def seed(self, *purpose: int) -> int:
         """A seed that depends on the run's seed and on nothing but the purpose."""
@@ -168,7 +168,10 @@ def draw(
             rows.append(one.to_row() | known)
         return rows
 
-    return run.in_chunks(chunks, prompts, k, work, "sampling", in_one_go=run.samplers.in_one_go)
+    rows = run.in_chunks(chunks, prompts, k, work, "sampling", in_one_go=run.samplers.in_one_go)
+    sampler.cache_clear()
+    run.samplers.release()
+    return rows
 
 
 def logps_under(run: Run, policy: str, rows: Rows, k: int, chunks: Path) -> list[list[float]]:

@@ -128,10 +128,14 @@ def _answer(answer: Any, choices: list[Choice]) -> Answer:
 
 def _choice(one: Any) -> Choice:
     logps = None if one.logprobs is None else one.logprobs.token_logprobs
-    return Choice(one.text or "", one.finish_reason, getattr(one, "token_ids", None), logps)
+    return Choice(one.text or "", one.finish_reason, getattr(one, "token_ids", None), _all_numbers(logps))
 
 
 def _chat_choice(one: Any) -> Choice:
     content = None if one.logprobs is None else one.logprobs.content
     logps = None if content is None else [token.logprob for token in content]
-    return Choice(one.message.content or "", one.finish_reason, getattr(one, "token_ids", None), logps)
+    return Choice(one.message.content or "", one.finish_reason, getattr(one, "token_ids", None), _all_numbers(logps))
+
+
+def _all_numbers(logps: list[float | None] | None) -> list[float] | None:
+    return None if logps is None or None in logps else logps

@@ -2,8 +2,14 @@
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +20,11 @@ from larpo.sampling import Sampled
 from larpo.serving.client import ServerError
 from larpo.serving.sampler import ServerSampler
 from larpo.serving.settings import server_settings
+from tests.helpers import HANGS
 from tests.helpers.stand_in_server import StandIn, completion
 from tests.helpers.tiny_tokenizer import WORDS, tiny_tokenizer
 
+ROOT = Path(__file__).parents[3]
 A, B, EOS = (WORDS.index(word) for word in ("a", "b", "<eos>"))
 
 
@@ -221,6 +229,35 @@ def test_a_model_that_the_server_does_not_have_is_named_with_those_it_has():
     refused = pytest.raises(ServerError, match="refuses to sample from model 'policy'; the models it lists are base, other")
     with StandIn(lambda body, _: 404, models=["base", "other"]) as server, refused:
         sampler(server)(["a"], 1, 1.0, seed=0)
+
+
+def test_a_process_that_is_killed_loses_what_was_in_flight(tmp_path):
+    """The client is in a process of its own, of which the server says when it dies."""
+    code = """
+        import pathlib, sys, types
+        from tests.larpo.serving.test_sampler import sampler
+        address, folder = sys.argv[1:]
+        server = types.SimpleNamespace(base_url=address)
+        sampler(server, pathlib.Path(folder), max_in_flight=2)(list("abcdef"), 2, 1.0, seed=0)
+    """
+    client, asked = [], []
+
+    def answer(body, number):
+        asked.append(body["prompt"][0])
+        if number == 3:
+            os.kill(client[0].pid, signal.SIGKILL)
+        return of_prompt(body)
+
+    with StandIn(answer) as server:
+        command = [sys.executable, "-c", textwrap.dedent(code), server.base_url, str(tmp_path)]
+        client.append(subprocess.Popen(command, cwd=ROOT))
+        assert client[0].wait(HANGS) == -signal.SIGKILL
+        lost = len(asked) - len((tmp_path / "kept/answers.jsonl").read_text().splitlines())
+        assert 1 <= lost <= 2
+        before = len(asked)
+        found = sampler(server, tmp_path)(list("abcdef"), 2, 1.0, seed=0)
+    assert [one.text for one, _ in found] == list("abcdef")
+    assert len(asked) - before == 6 - (before - lost)
 
 
 def test_a_key_is_sent_and_shown_nowhere(monkeypatch, tmp_path):
