@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import scaling, scaling_loop
 
 MACHINE = scaling.Machine()
 BATCH = (128, 8)
@@ -43,3 +43,14 @@ def test_a_ring_moves_what_the_others_have():
     assert MACHINE.collective(size, 1) == 0
     assert MACHINE.collective(size, 8) == pytest.approx(size * 7 / 8 / rate, rel=0.02)
     assert MACHINE.collective(size, 1024) > MACHINE.collective(size, 8)
+
+
+def test_the_page_holds_the_loops_tables_too():
+    page = (scaling.DOCS / "scaling.md").read_text(encoding="utf-8")
+    assert scaling_loop.written(page, scaling_loop.tables(MACHINE, scaling_loop.Iteration())) == page
+
+
+def test_sampling_takes_whole_rounds_of_batches():
+    policy, engine = scaling.POLICIES[0], scaling_loop.TRANSFORMERS
+    one, full, more = (scaling_loop.sampling(policy, engine, MACHINE, 2, n, 512) for n in (1, 128, 129))
+    assert one == full and more == 2 * full
