@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; each further one waits twice as long
 AT_A_TIME = 8  # calls of a coroutine
+UNCHANGING = {int, float, str, bool, bytes, type(None)}
 
 
 class RewardError(RuntimeError):
@@ -265,7 +266,7 @@ def _own(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _own(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_own(item) for item in value]
+        return list(value) if UNCHANGING.issuperset(map(type, value)) else [_own(item) for item in value]
     if type(value) in (tuple, set):
         return type(value)(map(_own, value))
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "__array__"):
