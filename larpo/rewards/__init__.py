@@ -7,6 +7,7 @@ columns, a value per completion, and in the loop `completion_ids`, the tokens of
 has copies.
 
     judge.py       Judge: how a reward is asked (batches, whole lists, how many calls at a time, again after an error)
+    asked.py       what it is asked about; answers.py: what counts as an answer
     combining.py   `score`, the weighted sum of several, as they are or normalised within a list
     finding.py     a reward by its name or settings
     classifier.py  `sequence_classifier`, a reward model of Hugging Face in this process

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .judge import Asked, Judge, Reward, RewardError
+from .asked import Asked
+from .judge import Judge, Reward, RewardError
 from .memory import Memory, Values
 from .text import Text
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import functools
 import inspect
-import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ..runs.secrets import masked
+from .answers import one_per_completion
+from .asked import Asked, Call
 from .background import wait_for
 from .identity import digest, identity_of
 from .memory import Memory, Remembered, Values
@@ -24,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; each further one waits twice as long
 AT_A_TIME = 8  # calls of a coroutine
-UNCHANGING = {int, float, str, bool, bytes, type(None)}
 
 
 class RewardError(RuntimeError):
@@ -46,24 +44,6 @@ class Reward(Protocol):
 def name_of(reward: Reward) -> str:
     """The name that errors and logs use: the function's, or the class's."""
     return getattr(reward, "__name__", type(reward).__name__)
-
-
-class Asked(NamedTuple):
-    """The completions that a reward is asked about, with the prompt of each and other columns."""
-
-    prompts: Sequence[Text]
-    completions: Sequence[Text]
-    columns: dict[str, Any]
-
-    def at(self, rows: Sequence[int]) -> Asked:
-        """Some of them; a column that is no list is the same for all."""
-        columns = {name: [c[i] for i in rows] if isinstance(c, list) else c for name, c in self.columns.items()}
-        return Asked([self.prompts[i] for i in rows], [self.completions[i] for i in rows], columns)
-
-    def lists(self) -> list[list[int]]:
-        """The rows of each list: completions that stand together and have one prompt."""
-        groups = itertools.groupby(range(len(self.prompts)), key=lambda i: self.prompts[i])
-        return [list(rows) for _, rows in groups]
 
 
 @dataclass(kw_only=True)
@@ -133,18 +113,18 @@ class Judge:
 
         What is answered is remembered before an error of another call is raised.
         """
-        if not self._splits and not (self.remember and memory):
-            return self._checked(self._now(asked), len(asked.completions))
         questions = asked.lists() if self.groupwise else [[i] for i in range(len(asked.completions))]
         known = self._remembered(memory)
-        keys = [self._key(asked.at(rows)) for rows in questions] if known is not None else range(len(questions))
-        said = {key: known.get(key) for key in keys} if known is not None else dict.fromkeys(keys)
-        first = {key: rows for key, rows in zip(reversed(keys), reversed(questions), strict=True) if said[key] is None}
-        missing = [(key, first[key]) for key in said if key in first]
+        keys = range(len(questions)) if known is None else [self._key(asked.at(rows)) for rows in questions]
+        said = {} if known is None else {key: known[key] for key in keys if key in known}
+        missing: dict[Any, list[int]] = {}  # what was said of equal questions is said of all
+        for key, rows in zip(keys, questions, strict=True):
+            if key not in said:
+                missing.setdefault(key, rows)
 
-        def keep(part: Sequence[tuple[Any, list[int]]], values: Values) -> None:
+        def keep(call: Call, values: Values) -> None:
             rest = iter(values)
-            found = [(key, [next(rest) for _ in rows]) for key, rows in part]
+            found = {key: [next(rest) for _ in rows] for key, rows in call.items()}
             said.update(found)
             if known is not None:
                 known.put(found)
@@ -152,70 +132,59 @@ class Judge:
         self._ask(asked, self._calls(missing, asked), keep)
         return [value for key in keys for value in said[key]]
 
-    @property
-    def _splits(self) -> bool:
-        return self.groupwise or self.batch_size is not None
-
-    def _calls(self, missing: list, asked: Asked) -> list[list]:
+    def _calls(self, missing: Call, asked: Asked) -> list[Call]:
         takes_one_of = getattr(self.reward, "takes_one_of", None)  # an endpoint's
         one_each = self.groupwise or (takes_one_of is not None and takes_one_of(asked.prompts))
         size = 1 if one_each else self.batch_size or max(1, len(missing))
-        return [missing[a : a + size] for a in range(0, len(missing), size)]
+        questions = list(missing.items())
+        return [dict(questions[a : a + size]) for a in range(0, len(questions), size)]
 
-    def _ask(self, asked: Asked, calls: list[list], keep: Callable[[list, Values], None]) -> None:
-        def rows_of(part: list) -> list[int]:
-            return [row for _, rows in part for row in rows]
-
-        if self._in_this_thread:
-            for part in calls:
-                rows = rows_of(part)
-                keep(part, self._checked(self._now(asked.at(rows)), len(rows)))
+    def _ask(self, asked: Asked, calls: list[Call], keep: Callable[[Call, Values], None]) -> None:
+        if not (self.is_coroutine or self.retries or self.max_in_flight > 1):
+            for call in calls:
+                keep(call, self._now(asked.of(call)))
             return
         failed: list[Exception] = []
 
-        async def one(part: list, room: asyncio.Semaphore) -> None:
+        async def one(call: Call, room: asyncio.Semaphore) -> None:
             async with room:
-                if failed:
-                    return
-                rows = rows_of(part)
-                try:
-                    keep(part, self._checked(await self._patiently(asked.at(rows)), len(rows)))
-                except Exception as error:
-                    failed.append(error)
+                if not failed:
+                    try:
+                        keep(call, await self._patiently(asked.of(call)))
+                    except Exception as error:
+                        failed.append(error)
 
         async def all_of_them() -> None:
             room = asyncio.Semaphore(self.max_in_flight)
-            await asyncio.gather(*(one(part, room) for part in calls))
+            await asyncio.gather(*(one(call, room) for call in calls))
 
         wait_for(all_of_them())
         if failed:
             raise failed[0]
 
-    @property
-    def _in_this_thread(self) -> bool:
-        return not (self.is_coroutine or self.retries or self.max_in_flight > 1)
-
-    def _now(self, asked: Asked) -> Any:
-        if not self._in_this_thread:
-            return wait_for(self._patiently(asked))
+    def _now(self, asked: Asked) -> Values:
         try:
-            return self._called(asked)
+            values = self._called(asked)
         except Exception as error:
             raise self._raised(error) from error
+        return self._checked(values, asked)
 
-    async def _patiently(self, asked: Asked) -> Any:
+    async def _patiently(self, asked: Asked) -> Values:
         """Its answer, asked again after an error as often as it may be."""
         only = getattr(self.reward, "again_after", Exception)
         for wait in _waits(self.retries):
             try:
                 if self.is_coroutine:
-                    return await self._called(asked)
-                return await asyncio.get_running_loop().run_in_executor(self._threads, self._called, asked)
+                    values = await self._called(asked)
+                else:
+                    values = await asyncio.get_running_loop().run_in_executor(self._threads, self._called, asked)
+                break
             except Exception as error:
                 if wait is None or not isinstance(error, only):
                     raise self._raised(error) from error
                 logger.info("reward %r is asked again: %s", name_of(self), masked(str(error)))
                 await asyncio.sleep(max(wait, getattr(error, "wait", 0.0)))
+        return self._checked(values, asked)
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -224,7 +193,8 @@ class Judge:
 
     def _called(self, asked: Asked) -> Any:
         """It works on copies: whatever it does to its arguments, the next one is given what this one was."""
-        return self.reward(prompts=_own(asked.prompts), completions=_own(asked.completions), **_own(asked.columns))
+        own = asked.copied()
+        return self.reward(prompts=own.prompts, completions=own.completions, **own.columns)
 
     def _raised(self, error: Exception) -> RewardError:
         said = masked(str(error))  # a judge behind an address may show its key
@@ -232,8 +202,8 @@ class Judge:
             return RewardError(f"reward {name_of(self)!r} was asked {self.retries + 1} times: {said}")
         return RewardError(f"reward {name_of(self)!r} raised {type(error).__name__}: {said}")
 
-    def _checked(self, values: Any, n: int) -> Values:
-        return _one_per_completion(f"reward {name_of(self)!r}", values, n)
+    def _checked(self, values: Any, asked: Asked) -> Values:
+        return one_per_completion(f"reward {name_of(self)!r}", values, len(asked.completions))
 
     def _remembered(self, memory: Memory | None) -> Remembered | None:
         if memory is None or not self.remember:
@@ -259,43 +229,3 @@ def _waits(retries: int) -> Iterator[float | None]:
     """Seconds after each failed try; None after the last."""
     yield from (min(FIRST_WAIT * 2**i, LONGEST_WAIT) for i in range(retries))
     yield None
-
-
-def _own(value: Any) -> Any:
-    """A copy down to what can't be changed in place: of lists, dicts, sets, arrays and tensors. Other objects are handed on."""
-    if isinstance(value, dict):
-        return {key: _own(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return list(value) if UNCHANGING.issuperset(map(type, value)) else [_own(item) for item in value]
-    if type(value) in (tuple, set):
-        return type(value)(map(_own, value))
-    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "__array__"):
-        return copy.deepcopy(value)
-    return value
-
-
-def _one_per_completion(said_by: str, values: Any, n: int) -> Values:
-    """The values as floats, None where one is None. What has no order (a set) or is ordered by keys (a dict) is refused: which
-    value belongs to which completion would be a guess."""
-    shape = getattr(values, "shape", None)
-    is_array = shape is not None and hasattr(values, "__array__") and len(shape) == 1
-    if not is_array and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
-        returned = type(values).__name__ if shape is None else f"{type(values).__name__} of shape {tuple(shape)}"
-        raise ValueError(
-            f"{said_by} returned {returned}; expected a list of floats or None, or an array or tensor of one dimension"
-        )
-    if len(values) != n:
-        raise ValueError(f"{said_by} returned {len(values)} values; expected one for each of the {n} completions")
-    try:
-        return [None if value is None else _number(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{said_by} returned a value that is no finite number: {error}") from error
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str | bytes):  # float() reads them
-        raise TypeError(f"got {value!r}")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"got {number}, where None would say that it has no opinion")
-    return number

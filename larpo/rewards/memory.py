@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,18 @@ class Remembered:
             write_json(folder / "judge.json", identity)
         self._file = folder / f"{rank:05d}.jsonl"
 
-    def get(self, question: str) -> Values | None:
-        return self._values.get(question)
+    def __contains__(self, question: str) -> bool:
+        return question in self._values
 
-    def put(self, questions: Sequence[tuple[str, Values]]) -> None:
+    def __getitem__(self, question: str) -> Values:
+        return self._values[question]
+
+    def put(self, found: Mapping[str, Values]) -> None:
         """A newline comes first as well: what a killed process left may end without one."""
-        lines = [json.dumps({"question": question, "values": values}) for question, values in questions]
+        lines = [json.dumps({"question": question, "values": values}) for question, values in found.items()]
         with open(self._file, "a", encoding="utf-8") as file:
             file.write("\n" + "\n".join(lines) + "\n")
-        self._values.update(questions)
+        self._values.update(found)
 
     def _read(self, file: Path) -> None:
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
