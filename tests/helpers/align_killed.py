@@ -20,7 +20,14 @@ from larpo.sampling import TransformersSampler
 from tests.helpers import align_runs
 
 MODES = {
-    "renames": dict(iterations=1, eval_prompts=4, prompts_per_iteration=6, chunk_size=4),
+    "renames": dict(
+        iterations=1,
+        eval_prompts=4,
+        prompts_per_iteration=5,
+        chunk_size=4,
+        refill=True,
+        reward="tests.helpers.loop_checks:hopeless_of_cats",
+    ),
     "training": dict(iterations=2, memory="all", training=dict(save_strategy="steps", save_steps=2, learning_rate=1e-2)),
 }
 

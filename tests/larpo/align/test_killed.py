@@ -65,6 +65,7 @@ def test_killed_after_every_file_that_it_writes(tmp_path):
     codes = lives(tmp_path, "renames")
     assert len(codes) > 20 and set(codes[:-1]) == {-9}
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert read_json(tmp_path / "whole" / "iteration-01" / "refill.json")["prompts"] > 0  # that stage was killed as well
     # every chunk was sampled once: nothing that was written was done again
     assert (tmp_path / "killed.calls").read_text() == (tmp_path / "whole.calls").read_text()
 
