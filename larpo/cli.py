@@ -82,7 +82,7 @@ def align(
         typer.echo(where(status))
         return
     from . import align as package
-    from .runs.parts import processes
+    from .runs.ranks import processes
 
     result = package.run(package.load_config(config, flag_values(context.args)))
     if processes().is_main_process:
@@ -194,7 +194,7 @@ def score(
     """
     from . import commands
     from .data.tokenization import PROMPT_LENGTH
-    from .runs.parts import processes
+    from .runs.ranks import processes
 
     how = reading.Reading(
         columns=columns, form=form, score=score_of, group_by=group_by, as_messages=as_messages, bad_rows=bad_rows

@@ -17,8 +17,7 @@ from .runs.files import read_json, remove, write_json, write_text, write_whole
 from .runs.identity import changed, content
 from .runs.intact import Damaged
 from .runs.lock import locked
-from .runs.parts import processes
-from .runs.ranks import Ranks
+from .runs.ranks import Ranks, processes
 from .runs.secrets import masked, without_secrets
 from .runs.yaml_config import as_meant, json_object, json_value, load_yaml, nearest
 
@@ -335,6 +334,7 @@ def score(
     """
     from .data.loading import load_lists
     from .modeling.loading import load_causal_lm, load_tokenizer
+    from .modeling.sharding import whole_weights
     from .scoring import score_lists
 
     out = Path(os.path.abspath(Path(out).expanduser()))
@@ -342,10 +342,14 @@ def score(
         raise ValueError(f"out must end in .parquet or .jsonl, got {str(out)!r}")
     lists = load_lists(data, split=split, scored=False, **(reading or Reading()).reading())
     out.parent.mkdir(parents=True, exist_ok=True)
-    state, parts = processes(), out.with_name(f"{out.name}.parts")
+    ranks, parts = Ranks.connected(), out.with_name(f"{out.name}.parts")
     model, ref_model = (None if name is None else os.path.expanduser(name) for name in (model, ref_model))
     options = {"trust_remote_code": trust_remote_code} | ({} if dtype is None else {"dtype": dtype})
-    load = lambda name: load_causal_lm(name, options).to(state.device)  # noqa: E731
+
+    def load(name: str) -> Any:
+        with whole_weights():
+            return load_causal_lm(name, options).to(processes().device)
+
     scored = score_lists(
         load(model),
         lists,
@@ -360,8 +364,7 @@ def score(
         append_eos=append_eos,
         parts=parts,
     )
-    if state.is_main_process:
-        write_whole(out, scored.to_parquet if out.suffix == ".parquet" else partial(scored.to_json, force_ascii=False))
-        remove(parts)
-    state.wait_for_everyone()
+    write = scored.to_parquet if out.suffix == ".parquet" else partial(scored.to_json, force_ascii=False)
+    ranks.first(lambda: write_whole(out, write))
+    ranks.first(lambda: remove(parts))
     return scored

@@ -19,7 +19,8 @@ from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, score
 from .data.text_tokenizer import text_tokenizer
 from .data.tokenization import PROMPT_LENGTH, Truncation, prompt_limit, tokenize_lists
 from .modeling.policy import Policy, attached
-from .runs.parts import Parts, parts_of, processes
+from .runs.parts import Parts, parts_of
+from .runs.ranks import Ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -179,8 +180,8 @@ def score_lists(
 def _parts(folder: Path, record: str, hashes: list[list[str]], batch_size: int) -> AbstractContextManager[Parts]:
     """Parts of whole batches, so that batches are the same however many processes there are: about LISTS_OF_A_PART, fewer where
     some process would have none."""
-    state = processes()
-    batches = min(LISTS_OF_A_PART, len(hashes) // state.num_processes) // batch_size
+    ranks = Ranks.connected()
+    batches = min(LISTS_OF_A_PART, len(hashes) // ranks.count) // batch_size
     tokens = hashlib.sha256("\n".join(map(" ".join, hashes)).encode()).hexdigest()[:12]
     what = json.loads(record) | {"lists": f"{len(hashes)}, tokens sha256 {tokens}"}
-    return parts_of(folder, what, max(1, batches) * batch_size, state)
+    return parts_of(folder, what, max(1, batches) * batch_size, ranks)

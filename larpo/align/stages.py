@@ -85,8 +85,7 @@ class Run:
         in_one_go: one process does them all, and shows how far it is.
         """
         size = len(items) if in_one_go else self.config.prompts_of_a_chunk(k)
-        shows = self.progress and not in_one_go
-        return in_chunks(folder, items, size, work, self.ranks, description=said if shows else None)
+        return in_chunks(folder, items, size, work, self.ranks, description=said, bar=self.progress and not in_one_go)
 
     def remove(self, path: Path) -> None:
         self.ranks.first(lambda: remove(path))
@@ -376,7 +375,10 @@ def train(run: Run, iteration: int) -> dict[str, Any]:
     folder, model = run.folder.iteration(iteration), run.folder.model(iteration)
     rows = run.rows(folder / "lists.parquet")
     if not run.ranks.first(model.exists):
-        with remembered(folder, {}, run.ranks):  # a run's folder has the run's settings: what diverged was this
+        with (
+            remembered(folder, {}, run.ranks),
+            run.ranks.said_once(),
+        ):  # a run's folder has the run's settings: what diverged was this
             run.ranks.together(
                 lambda: training.train(
                     run.config, rows, run.models,

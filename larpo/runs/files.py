@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from ..data import json_text
 from ..data.validation import present
 from .intact import Damaged
 from .ranks import ALONE, Ranks, shown
+
+logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
@@ -135,14 +138,16 @@ def in_chunks(
     work: Callable[[int, Sequence], Rows],
     ranks: Ranks = ALONE,
     *,
-    description: str | None = None,
+    description: str,
+    unit: str = "prompt",
+    bar: bool = False,
 ) -> Rows:
     """The rows of `work(chunk, items of the chunk)` for all chunks, each kept in a file: a chunk that is there is not redone.
 
     Chunks are dealt out to the processes, one to each at a time: which items a chunk has, and so what comes of it, depends on
     no number of processes. The caller removes `folder` once what it makes of the rows is written.
 
-    description: of a bar.
+    description, unit: what is done, and with what: for the log, and for a bar.
     """
     from tqdm.auto import tqdm
 
@@ -155,10 +160,12 @@ def in_chunks(
         for chunk in ranks.mine(turn):
             write_rows(paths[chunk], work(chunk, chunks[chunk]))
 
-    shows = description is not None and missing
-    with tqdm(total=len(items), initial=before, desc=description, unit="prompt", leave=False, disable=not shows) as bar:
+    if before and ranks.is_first:
+        logger.info("%s: %d of %d %ss were there before, in %s", description, before, len(items), unit, folder)
+    hidden = not (bar and missing)
+    with tqdm(total=len(items), initial=before, desc=description, unit=unit, leave=False, disable=hidden) as shown_bar:
         for start in range(0, len(missing), ranks.count):
             turn = missing[start : start + ranks.count]
             ranks.each(functools.partial(one_each, turn))
-            bar.update(sum(len(chunks[chunk]) for chunk in turn))
+            shown_bar.update(sum(len(chunks[chunk]) for chunk in turn))
     return ranks.first(lambda: [row for path in paths for row in read_rows(shown(path))])

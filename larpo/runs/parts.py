@@ -9,32 +9,19 @@ A part appears whole. Which rows it has depends on no number of processes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .files import read_json, read_rows, write_json, write_rows
+from .files import in_chunks, read_json, write_json
 from .identity import changed
 from .intact import Damaged
 from .lock import locked
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-logger = logging.getLogger(__name__)
+from .ranks import Ranks
 
 IDENTITY = "identity.json"
-
-
-def processes() -> PartialState:
-    """What `accelerate launch` or `torchrun` started beside this process, and the device that is its own."""
-    import torch
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available())  # which otherwise sees one process on a CPU
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,7 @@ class Parts:
 
     folder: Path
     size: int
-    state: PartialState
+    ranks: Ranks
 
     def results(
         self,
@@ -54,56 +41,39 @@ class Parts:
         unit: str = "row",
         progress: bool = True,
     ) -> dict[int, Any]:
-        """{row: its result} of all rows in `order`; work(some of them) gives theirs. Every process gets all results.
+        """{row: its result} of all rows in `order`; work(some of them) gives theirs. Every process gets all results."""
 
-        Every process works, if any does, some for nothing: the first forward of a model is one at which they all meet.
-        """
-        from tqdm.auto import tqdm
+        def part(_: int, rows: Sequence[int]) -> list[dict[str, Any]]:
+            found = work(list(rows))
+            return [{"row": row, "result": found[row]} for row in rows]
 
-        rows = [list(order[a : a + self.size]) for a in range(0, len(order), self.size)]
-        path = {i: self.folder / name / f"{i:05d}.parquet" for i in range(len(rows))}
-        missing = [i for i in path if not path[i].exists()]
-        self.state.wait_for_everyone()  # or some would not see as missing what others write by now
-        done = sum(len(rows[i]) for i in path) - sum(len(rows[i]) for i in missing)
-        main = self.state.is_main_process
-        if done and main:
-            logger.info("%s: %d of %d %ss were there before, in %s", name, done, len(order), unit, self.folder)
-        with tqdm(total=len(order), initial=done, desc=name, unit=unit, disable=not (progress and main)) as bar:
-            mine = missing[self.state.process_index :: self.state.num_processes]
-            if missing and not mine:
-                work(rows[missing[0]])
-            for i in mine:
-                found = work(rows[i])
-                write_rows(path[i], [{"row": row, "result": found[row]} for row in rows[i]])
-                bar.update(min(len(rows[i]) * self.state.num_processes, len(order) - bar.n))  # the others are as far
-        self.state.wait_for_everyone()
-        return {row: result for i in path for row, result in self._read(path[i], rows[i])}
-
-    def _read(self, path: Path, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        folder, shown = self.folder / name, progress and self.ranks.is_first
         try:
-            found = read_rows(path)
+            found = in_chunks(folder, order, self.size, part, self.ranks, description=name, unit=unit, bar=shown)
         except Damaged as error:
-            raise Damaged(path, f"{error.why}. Remove it, and what it held is computed again") from None
-        if [one.get("row") for one in found] != list(rows):
-            raise Damaged(path, "it holds other rows than it was written for. Remove it, and they are computed again")
-        return ((one["row"], one["result"]) for one in found)
+            raise Damaged(error.path, f"{error.why}. Remove it, and what it held is computed again") from None
+        for i, (one, row) in enumerate(zip(found, order, strict=False)):
+            if one.get("row") != row:
+                path = folder / f"{i // self.size:05d}.parquet"
+                raise Damaged(path, "it holds other rows than it was written for. Remove it, and they are computed again")
+        return {one["row"]: one["result"] for one in found}
 
 
 @contextmanager
-def parts_of(folder: Path, what: Mapping[str, Any], size: int, state: PartialState) -> Iterator[Parts]:
+def parts_of(folder: Path, what: Mapping[str, Any], size: int, ranks: Ranks) -> Iterator[Parts]:
     """The parts in a folder that is this work's own from now on, if it is empty: `what` says of what they are results.
 
-    size: rows of a part, where none is there yet. state: of the processes that work together, which all see the folder.
+    size: rows of a part, where none is there yet. ranks: the processes that work together, which all see the folder.
 
     Raises ValueError where it holds parts of other work, naming what differs, and where another process is at work in it.
     """
-    with locked(folder, rank=state.process_index):
+
+    def rows_of_a_part() -> int:
         file = folder / IDENTITY
-        if state.is_main_process and not file.is_file():
+        if not file.is_file():
             if any(folder.glob("*/*.parquet")):
                 raise ValueError(f"{str(folder)!r} holds results, but no {IDENTITY} that says of what: remove the folder")
             write_json(file, {"rows of a part": size, **what})
-        state.wait_for_everyone()
         try:
             before = read_json(file)
         except Damaged as error:
@@ -112,4 +82,7 @@ def parts_of(folder: Path, what: Mapping[str, Any], size: int, state: PartialSta
             raise ValueError(
                 f"{str(folder)!r} holds results of another run: {'; '.join(different)}. Remove the folder to begin again"
             )
-        yield Parts(folder, before["rows of a part"], state)
+        return before["rows of a part"]
+
+    with ranks.first_within(locked(folder)):
+        yield Parts(folder, ranks.first(rows_of_a_part), ranks)

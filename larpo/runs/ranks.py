@@ -14,19 +14,31 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .secrets import masked
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
 WAIT = datetime.timedelta(days=1)  # for what another process is at: a process that ends is noticed at once
 GRACE = 30.0  # seconds for the others to fail as well, after which one that failed ends, so that its launcher ends them
 SEEN = 60.0  # seconds until a network file system has shown to one node what another wrote
+
+
+def processes() -> PartialState:
+    """What `accelerate launch` or `torchrun` started beside this process, and the device that is its own."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())  # which otherwise sees one process on a CPU
 
 
 class OtherProcess(RuntimeError):
@@ -42,8 +54,14 @@ class Ranks:
     _group: Any = field(default=None, repr=False)  # gloo: no GPU is kept waiting
 
     @classmethod
+    def connected(cls) -> Ranks:
+        """As `started`, where nothing has connected the processes yet."""
+        processes()
+        return cls.started()
+
+    @classmethod
     def started(cls) -> Ranks:
-        """The processes that accelerate knows of, as the training arguments have set it up; all of them call this.
+        """The processes that accelerate knows of, as training arguments have set it up; all of them call this.
 
         Raises ValueError where more were started than accelerate has connected.
         """
@@ -101,6 +119,14 @@ class Ranks:
         """The first process is within the context, for all of them: a lock, say."""
         with ExitStack() as stack:
             self.first(lambda: stack.enter_context(context) and None)
+            yield
+
+    @contextmanager
+    def said_once(self) -> Iterator[None]:
+        """What all processes would warn of is said by the first."""
+        with warnings.catch_warnings():
+            if not self.is_first:
+                warnings.simplefilter("ignore")
             yield
 
     def _done_in_all(

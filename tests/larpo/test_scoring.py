@@ -12,7 +12,7 @@ import pytest
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from larpo import commands, scoring
-from larpo.runs import parts
+from larpo.runs import files
 from larpo.runs.files import read_rows
 from tests.helpers import HANGS, tiny
 
@@ -47,8 +47,8 @@ def stopped_after(n, folder, monkeypatch, **options):
         write_rows(path, rows)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        write_rows = parts.write_rows
-        patched.setattr(parts, "write_rows", write)
+        write_rows = files.write_rows
+        patched.setattr(files, "write_rows", write)
         score(folder, **options)
 
 
