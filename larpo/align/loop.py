@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..runs.files import read_json, whole_path, write_json, write_text
 from ..runs.intact import Damaged
 from ..runs.lock import locked
-from ..runs.ranks import Ranks, code_versions
+from ..runs.ranks import Ranks
 from . import stages
 from .config import AlignConfig, differences
 from .lines import line
@@ -55,7 +55,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     folder = RunFolder(config.output_dir)
     args = arguments(config, str(folder.path), seed=config.seed)  # refuses bad training settings, and connects processes
     ranks = Ranks.started()
-    ranks.refuse_different(code_versions() | config.to_dict())
+    ranks.refuse_different(config.to_dict())
     ranks.refuse_separate(folder.path, "output_dir")
     with ranks.first_within(locked(folder.path)), _quiet_libraries(), _saying_how_to_redo(folder):
         state = _prepare(config, folder, args, ranks, progress and ranks.is_first)

@@ -42,7 +42,11 @@ def processes() -> PartialState:
 
 
 class OtherProcess(RuntimeError):
-    """Another process of the run has failed, or is gone; it has said why, or what started it says so."""
+    """Another process of the run has failed, and raises what this one was told."""
+
+
+class ProcessGone(OtherProcess):
+    """Another process of the run has ended without a word to this one."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,10 @@ class Ranks:
     # --- what has to be equal, and shared
 
     def refuse_different(self, what: Mapping[str, Any]) -> None:
-        """Raises ValueError where a value is another one in another process, naming it; secrets are masked."""
+        """Raises ValueError where a value, or the code, is another one in another process, naming it; secrets are masked."""
         if self.count == 1:
             return
+        what = code_versions() | dict(what)
         everybodys = self.all(lambda: {name: _short(repr(value), name) for name, value in what.items()})
         for rank, theirs in enumerate(everybodys):
             names = [name for name in everybodys[0] | theirs if everybodys[0].get(name) != theirs.get(name)]
@@ -224,7 +229,7 @@ def _noticing(own: Exception | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as lost:
-        gone = OtherProcess(
+        gone = ProcessGone(
             "another process of this run is gone: its own message says why, or that of what started it. The same command goes "
             "on from what was done"
         )

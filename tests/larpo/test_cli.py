@@ -16,6 +16,7 @@ for package in ("transformers", "accelerate", "datasets", "typer", "yaml"):
     pytest.importorskip(package)
 from larpo import commands
 from larpo.cli import main
+from larpo.config import LarPOConfig
 from larpo.runs.yaml_config import load_yaml
 from tests.helpers import tiny
 
@@ -91,6 +92,15 @@ def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not torch.equal(trained.lm_head.weight, tiny.causal_lm().lm_head.weight)
     assert "eval_ndcg" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_of_several_processes_the_first_says_where_the_model_is(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "train", lambda job, args: None)
+    said = []
+    for rank in (0, 1):
+        monkeypatch.setattr(LarPOConfig, "process_index", rank)
+        said.append(larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder))[1])
+    assert "saved in" in said[0] and said[1] == ""
 
 
 def test_data_of_other_columns_is_trained_on_and_scored(tmp_path, folder, monkeypatch, capsys):
