@@ -92,8 +92,11 @@ def _kept(folder: Path, stage: str) -> str:
     if stage == "train":
         steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoints/checkpoint-*")]
         return f"a checkpoint of step {max(steps)} is kept" if steps else ""
-    parts = len(list(folder.glob(f"{stage[:4]}*-chunks/**/*.parquet")))
-    return f"{parts} parts of it are kept" if parts else ""
+    chunks = f"{stage[:4]}*-chunks/**"
+    answers = sum(path.read_bytes().count(b"\n") for path in folder.glob(f"{chunks}/answers.jsonl"))
+    kept = {"parts": len(list(folder.glob(f"{chunks}/*.parquet"))), "answers of a server": answers}
+    said = [f"{number} {name}" for name, number in kept.items() if number]
+    return f"{' and '.join(said)} of it are kept" if said else ""
 
 
 def _seconds_since_a_file(folder: Path) -> float | None:

@@ -176,7 +176,8 @@ class _Asker:
     """The requests of one call of a sampler."""
 
     def __init__(self, sampler: ServerSampler, client: Any, answers: Answers):
-        self.sampler, self.client, self.answers, self.first = sampler, client, answers, asyncio.Lock()
+        self.sampler, self.client, self.answers = sampler, client, answers
+        self.first, self.refused = asyncio.Lock(), None
 
     async def completions(self, wanted: Wanted) -> list[Sampled]:
         """wanted.n completions: where an answer has fewer, the rest is asked for again, with another seed."""
@@ -212,8 +213,14 @@ class _Asker:
 
         if self.sampler.form is None:
             async with self.first:
+                if self.refused is not None:  # what has failed for the first need not fail for all who wait
+                    raise self.refused
                 if self.sampler.form is None:
-                    return await self._ask_first(wanted)
+                    try:
+                        return await self._ask_first(wanted)
+                    except ServerError as error:
+                        self.refused = error
+                        raise
         try:
             return await self._in_form(self.sampler.form, wanted)
         except openai.OpenAIError as error:

@@ -14,6 +14,7 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml", 
 from larpo.align import other_engine
 from larpo.align.config import differences
 from larpo.align.samplers import Samplers
+from larpo.align.status import status
 from larpo.modeling.loading import load_causal_lm
 from larpo.runs.files import read_rows
 from larpo.sampling import TransformersSampler
@@ -140,6 +141,7 @@ def test_a_run_goes_on_where_its_server_died_at_another_address(tmp_path):
     settings = {"allow_stale_weights": True, "max_in_flight": 1}
     with StandIn(dying) as server, pytest.raises(ServerError, match=r"5 of 6 prompts are kept, and the same command goes on"):
         align(tmp_path, iterations=1, **of_server(server, **settings))  # 4 held-out prompts, and 5 of the first 6
+    assert "in iteration 1 of 1, sample (5 answers of a server of it are kept)" in str(status(tmp_path))
     with StandIn(engine) as server:
         align(tmp_path, iterations=1, **of_server(server, **settings))
         assert len(server.asked) == 1 + 4

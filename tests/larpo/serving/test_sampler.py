@@ -151,6 +151,15 @@ def test_a_server_that_only_takes_the_likeliest_tokens_is_noticed(caplog):
     assert "does the server" in caplog.text and "do_sample" in caplog.text
 
 
+def test_without_the_client_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with (
+        StandIn(None) as server,
+        pytest.raises(ImportError, match="needs the package openai; install it with: pip install openai"),
+    ):
+        sampler(server)(["a"], 1, 1.0, seed=0)
+
+
 # --- a server that fails
 
 
@@ -228,7 +237,8 @@ def test_a_server_that_takes_new_weights_is_waited_for(monkeypatch):
 def test_a_model_that_the_server_does_not_have_is_named_with_those_it_has():
     refused = pytest.raises(ServerError, match="refuses to sample from model 'policy'; the models it lists are base, other")
     with StandIn(lambda body, _: 404, models=["base", "other"]) as server, refused:
-        sampler(server)(["a"], 1, 1.0, seed=0)
+        sampler(server)(list("abcd"), 1, 1.0, seed=0)
+    assert len(server.asked) == 3  # in every form, for one of the prompts
 
 
 def test_a_process_that_is_killed_loses_what_was_in_flight(tmp_path):
