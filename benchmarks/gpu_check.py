@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command: right, tuned, how fast against whom, capturable, deterministic.
 
-    python benchmarks/gpu_check.py --minutes 8.5 --out RESULTS
+    python benchmarks/gpu_check.py --minutes 7.75 --out RESULTS
 
 Made for a bare machine and a short time: torch, Triton and pytest are enough. What matters most comes first
 (benchmarks/gpu/plan.py), each step is a process of its own that imports while the one before it measures, what it finds is on

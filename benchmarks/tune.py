@@ -64,30 +64,29 @@ def _fits_threads(block: str, warps: str, least: int, most: int):
 GROUPS = (
     Group(
         "rows",
-        {"row_block": (1024, 2048, 4096, 8192, 16384), "row_warps": (4, 8, 16)},
+        {"row_block": (2048, 4096, 8192), "row_warps": (4, 8), "row_registers": (64, 128)},
         _fits_threads("row_block", "row_warps", 8, 32),
         share=0.2,
     ),
-    Group("split", {"split_columns": (8192, 16384, 32768, 65536, 131072, 1 << 30)}, share=0.1),
-    Group("fill", {"backward_programs": (1, 1024, 2048, 4096, 8192, 16384)}, share=0.05),
+    Group("split", {"split_columns": (8192, 16384, 32768, 1 << 30)}, share=0.1),
+    Group("fill", {"row_programs": (1024, 2048, 4096, 8192)}, share=0.05),
     Group(
         "tile",
         {
-            "tile_span": (128, 256, 512),
-            "tile_rows": (2, 4, 8),
-            "tile_tokens": (128, 256, 512, 1024),
-            "tile_warps": (1, 2, 4, 8),
+            "tile_span": (256, 512),
+            "tile_rows": (8, 16),
+            "tile_tokens": (256, 512),
+            "tile_warps": (4, 8),
         },
         lambda v: (
-            16 <= v["tile_rows"] * v["tile_tokens"] // (32 * v["tile_warps"]) <= 32
-            and v["tile_tokens"] >= 128 * v["tile_warps"]
+            16 <= v["tile_rows"] * v["tile_tokens"] // (32 * v["tile_warps"]) <= 32 and v["tile_tokens"] >= 64 * v["tile_warps"]
         ),
         share=0.35,
     ),
     Group(
         "schedule",
-        {"GPU_TILE_BYTES": (1 << 29, 1 << 30, 1 << 31), "GPU_TILE_TOKENS": (4096, 8192, 16384)},
-        share=0.3,
+        {"GPU_TILE_BYTES": (1 << 29, 1 << 30, 1 << 31), "GPU_TILE_TOKENS": (16384,)},
+        share=0.25,
     ),
 )
 

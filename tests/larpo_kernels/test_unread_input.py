@@ -145,8 +145,8 @@ def logps_and_gradients(call, device, labels=None, **options):
 def test_without_an_ignore_index_every_label_counts(unread, backend, device):
     found = logps_and_gradients(unread, device, ignore_index=None, backend=backend)
     expected = logps_and_gradients(lambda function, *args: function(*args), device)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_without_an_ignore_index_a_label_that_is_no_column_gives_nan(unread, backend, device):

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from .kernels import rows
-from .launch import for_tensor, on_device, options
+from .launch import Launch, for_tensor, on_device, options
 
 
 def _shape(logits: Tensor, labels: Tensor) -> tuple:
@@ -22,6 +22,11 @@ def _strides(x: Tensor, dims: int) -> tuple:
 
 def _transform(logit_scale: float, softcap: float | None) -> tuple[tuple, dict]:
     return (logit_scale, softcap or 1.0), {"SCALE": logit_scale != 1, "SOFTCAP": softcap is not None}
+
+
+def _share(parts: int, rows: int, launch: Launch) -> int:
+    """How many of a row's parts a program takes: as few as fill the GPU. No result depends on it."""
+    return triton.cdiv(parts, triton.cdiv(launch.row_programs, rows))
 
 
 def token_logps(
@@ -47,10 +52,12 @@ def token_logps(
     partial = logps if splits == 1 else logps.new_empty(n, 5, splits)
     floats, flags = _transform(logit_scale, softcap)
     results = *((logps, entropy, top1) if stats else (logps,) * 3), partial
+    own = _share(splits, n, launch)
+    registers = 128 if stats or logits.element_size() > 2 else launch.row_registers
     with on_device(logits):
-        rows.token_logps_forward[(n, splits)](
-            logits, labels, *results, *sizes, *strides, ignore_index, *floats, **flags,
-            STATS=stats, SPLITS=splits, BLOCK=block, **options(logits, launch.row_warps, registers=128),
+        rows.token_logps_forward[(n, triton.cdiv(splits, own))](
+            logits, labels, *results, *sizes, *strides, ignore_index, *floats, own, **flags,
+            STATS=stats, SPLITS=splits, BLOCK=block, **options(logits, launch.row_warps, registers),
         )  # fmt: skip
         if splits > 1:
             rows.merge_splits[(n,)](
@@ -81,9 +88,9 @@ def token_logps_backward(
     floats, flags = _transform(logit_scale, softcap)
     strides = (*_strides(grad, 2), *logit_strides, label_stride_s, label_stride_t, *_strides(out, 3)[:2])
     blocks = triton.cdiv(logits.shape[-1], block)
-    own = triton.cdiv(blocks, 1 if out is logits else triton.cdiv(launch.backward_programs, n))  # of a program
+    own = blocks if out is logits else _share(blocks, n, launch)
     with on_device(logits):
         rows.token_logps_backward[(n, triton.cdiv(blocks, own))](
             grad, logits, labels, logps, out, *sizes, *strides, ignore_index, *floats, own * block, **flags,
-            WHOLE=whole, BLOCK=block, **options(logits, launch.row_warps, registers=128),
+            SHARED=own < blocks, WHOLE=whole, BLOCK=block, **options(logits, launch.row_warps, registers=128),
         )  # fmt: skip

@@ -45,48 +45,18 @@ def is_ignored(label, ignore_index):
     return ignored
 
 
-@as_one_of_many
-def token_logps_forward(
-    logits_ptr,  # [S, T, V], strides in elements, unit stride on V
-    labels_ptr,  # [S, T]
-    logps_ptr,  # [S * T] float32
-    entropy_ptr,  # [S * T] float32, with STATS
-    top1_ptr,  # [S * T] float32, with STATS
-    partial_ptr,  # [S * T, 5, SPLITS] float32, with SPLITS > 1
-    T,
-    V,
-    stride_s,
-    stride_t,
-    labels_stride_s,
-    labels_stride_t,
-    ignore_index,
-    scale,
-    softcap,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STATS: tl.constexpr,
-    SPLITS: tl.constexpr,  # programs per row; above 1 they leave partial sums for merge_splits
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    s, t = row // T, row % T
-    label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
-    row_ptr = logits_ptr + s * stride_s + t * stride_t
-    if is_ignored(label, ignore_index):
-        if SPLITS == 1:
-            store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
-        return
-    valid = (label >= 0) & (label < V)
-    k, _ = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
-    k = tl.where(k == float("inf"), float("nan"), k)  # as infinity less itself: not a certain token
-    span = tl.cdiv(tl.cdiv(V, SPLITS), BLOCK) * BLOCK
-    start = split * span
-    stop = tl.minimum(start + span, V)
+@triton.jit
+def span_sums(
+    row_ptr, label, k, start, stop, scale, softcap,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over columns start:stop of a row, the target left out.
 
-    total = tl.zeros([BLOCK], tl.float32)  # of exp(z - k), target left out
-    weighted = tl.zeros([BLOCK], tl.float32)  # of exp(z - k) (z - k)
-    above = tl.full([BLOCK], -float("inf"), tl.float32)  # largest z - k, target left out
+    -> sum of exp(z - level), sum of exp(z - level) (z - level), largest z - k, and the level: k or what lies far above it.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    above = tl.full([BLOCK], -float("inf"), tl.float32)
     for v in range(start, stop, BLOCK):
         cols = v + tl.arange(0, BLOCK)
         x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
@@ -98,7 +68,7 @@ def token_logps_forward(
         if STATS:
             weighted += tl.where(e > 0, e * x, 0.0)
             above = tl.maximum(above, x)
-    level = k  # what the sums are relative to
+    level = k
     sum_e = tl.sum(total)
     sum_ex = tl.sum(weighted)
     top = tl.max(above)
@@ -122,16 +92,61 @@ def token_logps_forward(
                 weighted += tl.where(e > 0, e * x, 0.0)
         sum_e = tl.sum(total)
         sum_ex = tl.sum(weighted)
-    if SPLITS > 1:
-        at = partial_ptr + row * 5 * SPLITS + split
-        tl.store(at, sum_e)
-        tl.store(at + SPLITS, level)
-        tl.store(at + 2 * SPLITS, k)
-        if STATS:
-            tl.store(at + 3 * SPLITS, sum_ex)
-            tl.store(at + 4 * SPLITS, top)
-    else:
+    return sum_e, sum_ex, top, level
+
+
+@as_one_of_many
+def token_logps_forward(
+    logits_ptr,  # [S, T, V], strides in elements, unit stride on V
+    labels_ptr,  # [S, T]
+    logps_ptr,  # [S * T] float32
+    entropy_ptr,  # [S * T] float32, with STATS
+    top1_ptr,  # [S * T] float32, with STATS
+    partial_ptr,  # [S * T, 5, SPLITS] float32, with SPLITS > 1
+    T,
+    V,
+    stride_s,
+    stride_t,
+    labels_stride_s,
+    labels_stride_t,
+    ignore_index,
+    scale,
+    softcap,
+    own,  # parts of a row that a program takes
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    SPLITS: tl.constexpr,  # parts of a row; above 1 their sums are left for merge_splits, whoever takes which
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    s, t = row // T, row % T
+    label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
+    row_ptr = logits_ptr + s * stride_s + t * stride_t
+    if is_ignored(label, ignore_index):
+        if SPLITS == 1:
+            store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
+        return
+    valid = (label >= 0) & (label < V)
+    k, _ = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
+    k = tl.where(k == float("inf"), float("nan"), k)  # as infinity less itself: not a certain token
+    if SPLITS == 1:
+        sum_e, sum_ex, top, level = span_sums(row_ptr, label, k, 0, V, scale, softcap, SCALE, SOFTCAP, STATS, BLOCK)
         store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS)
+    else:
+        span = tl.cdiv(tl.cdiv(V, SPLITS), BLOCK) * BLOCK
+        first = tl.program_id(1) * own
+        for split in range(first, tl.minimum(first + own, SPLITS)):
+            start = split * span
+            stop = tl.minimum(start + span, V)
+            sum_e, sum_ex, top, level = span_sums(row_ptr, label, k, start, stop, scale, softcap, SCALE, SOFTCAP, STATS, BLOCK)
+            at = partial_ptr + row * 5 * SPLITS + split
+            tl.store(at, sum_e)
+            tl.store(at + SPLITS, level)
+            tl.store(at + 2 * SPLITS, k)
+            if STATS:
+                tl.store(at + 3 * SPLITS, sum_ex)
+                tl.store(at + 4 * SPLITS, top)
 
 
 @triton.jit
@@ -237,7 +252,8 @@ def token_logps_backward(
     ignore_index,
     scale,
     softcap,
-    span,  # columns of a program, a multiple of BLOCK
+    span,  # columns of a program, a multiple of BLOCK, with SHARED
+    SHARED: tl.constexpr,  # several programs have a row; a constant, since rows that are not aligned wait for registers
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WHOLE: tl.constexpr,  # the logits are of the whole vocabulary
@@ -253,8 +269,11 @@ def token_logps_backward(
     label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
     row_ptr = logits_ptr + s * stride_s + t * stride_t
     out_row_ptr = out_ptr + s * out_stride_s + t * out_stride_t
-    start = tl.program_id(1) * span
-    stop = tl.minimum(start + span, V)
+    start = 0
+    stop = V
+    if SHARED:
+        start = tl.program_id(1) * span
+        stop = tl.minimum(start + span, V)
     l = tl.load(logps_ptr + row)
     if is_ignored(label, ignore_index) | (l == -float("inf")):
         zero = tl.zeros([BLOCK], tl.float32).to(out_ptr.dtype.element_ty)
