@@ -47,9 +47,7 @@ def train(
     from .models import train_last_layers
 
     if not rows:
-        if ranks.is_first:
-            logger.warning("no list has an order to learn from: the policy stays as it is (%s)", checkpoints.parent)
-            _write(model, models.load(policy), models.tokenizer)
+        ranks.first(lambda: _write_as_it_is(model, models, policy))
         return
     own = models.take(policy)
     if config.trained_layers is not None:
@@ -71,8 +69,8 @@ def train(
     sharded = is_sharded(trainer.accelerator)
     refuse_nonfinite_weights(trainer.model, model, trainer.accelerator if sharded else None)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # whole, in the first process
-    if ranks.is_first:
-        _write(model, trainer.accelerator.unwrap_model(trainer.model), models.tokenizer, weights, trainer.state)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    ranks.first(lambda: _write(model, trained, models.tokenizer, weights, trainer.state))
     ranks.each(lambda: shown(model))
 
 
@@ -104,6 +102,11 @@ def report(model: Path) -> dict[str, Any]:
         if "loss" in entry
     ]
     return {"steps": log["global_step"], "log": steps}
+
+
+def _write_as_it_is(folder: Path, models: Models, policy: str) -> None:
+    logger.warning("no list has an order to learn from: the policy stays as it is (%s)", folder.parent)
+    _write(folder, models.load(policy), models.tokenizer)
 
 
 def _write(folder: Path, model: Any, tokenizer: Any, weights: Any = None, state: Any = None) -> None:
