@@ -135,6 +135,8 @@ def check_processes_that_were_started_with_other_settings_are_refused(rank, rank
         align(folder_of("unlike"), ranks, k=4 + rank)
     with pytest.raises(ValueError, match="the code of larpo is 'a0' in process 0 and 'a1' in 1"):
         Ranks.started().refuse_different({"the code of larpo": f"a{rank}", "hub_token": rank})
+    with pytest.raises(ValueError, match=r"sampler vllm makes an engine in each of the 2 processes: .* external_launcher"):
+        align(folder_of("unlike"), ranks, sampler="vllm")
     assert not folder_of("unlike").exists()
 
 
