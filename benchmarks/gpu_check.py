@@ -263,7 +263,7 @@ def one_step(asked) -> int:
     planned.load()
     wait_to_go(sys.stdin)
     context = plan.Context(asked.rows, asked.launch, asked.seconds)
-    if not asked.step.startswith(("smoke", "ahead", "tune")):
+    if not asked.step.startswith(("smoke", "ahead", "tune", "rows", "head")):  # rows and head measure both
         from benchmarks import tune
 
         tune.apply(asked.launch)

@@ -160,12 +160,12 @@ def working_bytes(
     sums = torch.promote_types(dtype, torch.float32)
     states, block, slab = num_tokens * hidden_size, tokens * hidden_size, rows * hidden_size
     both = dtype.itemsize * tokens * rows + hidden.itemsize * states  # a tile, and the tokens that count
-    both += dtype.itemsize * block * (hidden != dtype)
-    both += dtype.itemsize * slab * (weight != dtype)
+    both += dtype.itemsize * block * int(hidden != dtype)
+    both += dtype.itemsize * slab * int(weight != dtype)
     if dtype == torch.bfloat16:
         both += dtype.itemsize * tokens * -(-vocab_size // seen_step(vocab_size))
         both += min(dtype.itemsize * tokens * rows, PACKED_BYTES)
-    product = dtype.itemsize * block * (sums != dtype)  # of a tile, on its way into a sum
+    product = dtype.itemsize * block * int(sums != dtype)  # of a tile, on its way into a sum
     backward = 0
     if needs.hidden and needs.parameters:
         backward += sums.itemsize * block + hidden.itemsize * states  # a block's sum, all of the result
@@ -174,9 +174,9 @@ def working_bytes(
         if tokens < num_tokens:
             if weight != sums:
                 backward += sums.itemsize * vocab_size * hidden_size  # d weight is summed over blocks of tokens
-            product = max(product, dtype.itemsize * slab * (sums != dtype))
+            product = max(product, dtype.itemsize * slab * int(sums != dtype))
         else:
-            product = max(product, dtype.itemsize * slab * (weight != dtype))
+            product = max(product, dtype.itemsize * slab * int(weight != dtype))
         product = max(product, sums.itemsize * block)
     return both + backward + product
 
@@ -198,8 +198,8 @@ def one_tile_plan(hidden, weight, num_tokens: int, needs: Needs, compute: torch.
     if compute == torch.bfloat16 or tile_shape(num_tokens, h, v, compute, hidden.device) != (num_tokens, v):
         return None
     extra = 2 * num_tokens * v * size  # the logits, and E or their gradient
-    extra += num_tokens * h * (size * (hidden.dtype != compute) + hidden.dtype.itemsize)
-    extra += v * h * size * (weight.dtype != compute)
+    extra += num_tokens * h * (size * int(hidden.dtype != compute) + hidden.dtype.itemsize)
+    extra += v * h * size * int(weight.dtype != compute)
     if not (needs.hidden or needs.parameters):
         return Plan("score_only", "nothing requires grad", 1, extra, one_tile=True)
     if not needs.parameters:

@@ -53,7 +53,8 @@ def token_logps(
     floats, flags = _transform(logit_scale, softcap)
     results = *((logps, entropy, top1) if stats else (logps,) * 3), partial
     own = _share(splits, n, launch)
-    registers = 128 if stats or logits.element_size() > 2 else launch.row_registers
+    vectors = logits.element_size() == 2 and logits.shape[-1] % 16 == 0  # else a load takes a register for each element
+    registers = launch.row_registers if vectors and not stats else 128
     with on_device(logits):
         rows.token_logps_forward[(n, triton.cdiv(splits, own))](
             logits, labels, *results, *sizes, *strides, ignore_index, *floats, own, **flags,
