@@ -4,8 +4,9 @@
 
 A marker pair `<!-- bench:NAME -->` ... `<!-- /bench:NAME -->` takes every recorded table NAME stands for:
     NAME = DEVICE/SIDE-MODE[/CASE[/DTYPE]]    cpu/logits-train, cuda/linear-frozen/T8192-H4096-V128256-m8, ...
-With `*` for CASE all of them go into one table, a case a row. cpu/small stands for the suite of small calls.
-Where none was recorded, the providers are listed and their cells say so.
+With `*` for CASE all of them go into one table, a case a row. cpu/small stands for the suite of small calls, cuda/head for
+each schedule against its GEMMs (of benchmarks/gpu_check.py). Where none was recorded, the providers are listed and their cells
+say so. `<!-- short:NAME -->` takes fewer columns and rows: our fastest exact one, and the others that compute the same.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.reporting.by_shape import by_shape, first_calls
-from benchmarks.reporting.tables import cells, columns, heading, machine_line, remarks, shown
+from benchmarks.reporting.tables import cells, columns, duration, heading, machine_line, remarks, shown, size
 
 UNMEASURED = "not yet measured"
-MARKER = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
+MARKER = re.compile(r"(<!-- (bench|short):(\S+) -->\n).*?(<!-- /\2:\3 -->)", re.S)
+SHORT = ("provider", "time", "time, eager = 1", "beyond gradients", "logps", "d logits", "d hidden")
 
 
 # --- on the terminal ------------------------------------------------------------------------------------
@@ -61,6 +63,37 @@ def markdown_table(table: dict) -> str:
     rows = [row for row in shown(table) if _could_run(row)]
     body = [[_cell(row, cells(table, row), name) for name in names] for row in rows]
     return _lines([names, *body])
+
+
+def short_table(table: dict) -> str:
+    names = [name for name in SHORT if name in columns(table)]
+    rows = [row for row in shown(table) if row["status"] == "ok" and row.get("rows") is None and row["computes"] != "pair loss"]
+    ours = next(row for row in rows if row["provider"].startswith("ours"))
+    rows = [row for row in rows if row is ours or not (row["floor"] or row["provider"].startswith("ours"))]
+    return _lines([names, *([_cell(row, cells(table, row), name) for name in names] for row in rows)])
+
+
+def head_table(results: list[dict]) -> str:
+    """Each schedule, forward and backward, against its GEMMs alone."""
+    names = ["tokens x H x V", "schedule", "time", "its GEMMs alone", "time / GEMMs alone", "TFLOP/s", "peak"]
+    blocks = []
+    for result in results:
+        rows = [row for step in result.get("steps", ()) if step["step"] == "head" for row in step["rows"]]
+        body = [
+            [
+                f"{r['T']}{' - ' + str(r['ignored']) if r['ignored'] else ''} x {r['H']} x {r['V']}",
+                f"`{r['schedule']}`",
+                duration(r["seconds"]),
+                duration(r["GEMMs alone"]),
+                f"{r['time / GEMMs alone']:.3f}",
+                f"{r['TFLOP/s']:.0f}",
+                size(r["peak bytes"]),
+            ]
+            for r in rows
+        ]
+        if body:
+            blocks.append(f"{_lines([names, *body])}\n\n{machine_line(result)}\n")
+    return "\n".join(blocks)
 
 
 def _could_run(row: dict) -> bool:
@@ -101,21 +134,24 @@ def matching(name: str, results: list[dict]) -> list[tuple[dict, dict]]:
     return [
         (result, table)
         for result in results
-        for table in result["tables"]
+        for table in result.get("tables", ())
         if table["device"] == device
         and kind == ("small" if table.get("small") else f"{table['side']}-{table['mode']}")
         and all(value in ("*", table[key]) for key, value in wanted.items())
     ]
 
 
-def markdown(name: str, results: list[dict]) -> str:
+def markdown(name: str, results: list[dict], short: bool = False) -> str:
+    if name == "cuda/head":
+        return head_table(results) or UNMEASURED + "\n"
     pairs = matching(name, results)
     if not pairs:
         return unmeasured_table(name) + "\n"
     if "*" in name or all(t["side"] == "prefix" or t.get("small") for _, t in pairs):
         grouped = ((result, [t for r, t in pairs if r is result]) for result in results)
         return "\n".join(_one_table(result, found) for result, found in grouped if found)
-    blocks = [f"**{heading(t)}**\n\n{markdown_table(t)}\n\n{machine_line(r)}\n" for r, t in pairs]
+    drawn = short_table if short else markdown_table
+    blocks = [f"**{heading(t)}**\n\n{drawn(t)}\n\n{machine_line(r)}\n" for r, t in pairs]
     return "\n".join(blocks)
 
 
@@ -136,7 +172,7 @@ def _lines(rows: list[list[str]]) -> str:
 
 def fill_markers(text: str, results: list[dict]) -> str:
     """The text with every marker pair's contents replaced; doing it twice changes nothing."""
-    return MARKER.sub(lambda m: f"{m[1]}\n{markdown(m[2], results)}\n{m[3]}", text)
+    return MARKER.sub(lambda m: f"{m[1]}\n{markdown(m[3], results, m[2] == 'short')}\n{m[4]}", text)
 
 
 def load(paths: list[Path]) -> list[dict]:
@@ -157,11 +193,11 @@ def main(
     console = Console()
     if readme:
         readme.write_text(fill_markers(readme.read_text(), recorded))
-        console.print(f"{readme}: {', '.join(m[1] for m in MARKER.findall(readme.read_text())) or 'no markers'}")
+        console.print(f"{readme}: {', '.join(m[2] for m in MARKER.findall(readme.read_text())) or 'no markers'}")
     else:
         for result in recorded:
             console.print(escape(machine_line(result)))
-            for table in result["tables"]:
+            for table in result.get("tables", ()):
                 console.print(rich_table(table))
     if plots:
         from benchmarks.reporting.plots import draw

@@ -8,9 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 AMD, INTEL = "amd-epyc-2-threads-avx2", "intel-r-xeon-r-processor-1-threads-amx-bf16"
+H100 = "nvidia-h100-80gb-hbm3"
 RESULTS = (  # in the order of the tables
     *(f"{AMD}/{name}" for name in ("quick", "quick-trainable", "linear", "linear-T2048-H896-V32000", "prefix")),
     *(f"{INTEL}/{name}" for name in ("small-before", "small")),
+    *(f"{H100}/{name}" for name in ("suites", "results")),
 )
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]

@@ -324,6 +324,31 @@ def test_cells_say_time_against_eager_memory_and_spread():
     assert text["spread"] == "± 5%" and text["beyond gradients"] == "0.6 MB"
 
 
+def test_a_short_table_has_our_fastest_exact_row_and_who_computes_the_same():
+    found = made_table(
+        row("ours, tail", [0.5], rows=0.2),
+        row("ours a", [1.0]),
+        row("ours b", [2.0]),
+        row("eager", [3.0]),
+        row("moving", [0.1], floor=True),
+        row("a peer's pairs", [1.5], computes="pair loss"),
+        row("absent", [], status="not run", message="not installed"),
+    )
+    names, _, *body = report.short_table(found).splitlines()
+    assert names == "| provider | time | time, eager = 1 | beyond gradients | logps | d logits |"
+    assert [line.split(" | ")[0] for line in body] == ["| ours a", "| eager"]
+    text = "<!-- short:cpu/logits-train/tiny -->\n<!-- /short:cpu/logits-train/tiny -->"
+    assert "| ours a | 1.00 s | 0.33 |" in report.fill_markers(text, [recorded(found)])
+
+
+def test_a_schedule_stands_beside_its_gemms():
+    head = {"T": 8, "ignored": 3, "H": 4, "V": 16, "schedule": "recompute", "seconds": 2e-3, "GEMMs alone": 1e-3}
+    head |= {"time / GEMMs alone": 2.0, "TFLOP/s": 700.4, "peak bytes": 5_000_000}
+    result = {**recorded(), "steps": [{"step": "head", "rows": [head]}, {"step": "tune", "rows": []}]}
+    assert "| 8 - 3 x 4 x 16 | `recompute` | 2 ms | 1 ms | 2.000 | 700 | 5.0 MB |" in report.markdown("cuda/head", [result])
+    assert report.markdown("cuda/head", [recorded()]) == "not yet measured\n"
+
+
 def test_the_floor_is_the_faster_of_the_dtypes():
     floors = [row(n, [t], floor=True, gemms=3) for n, t in (("3 GEMMs only", 4.0), ("3 GEMMs only, float32", 1.0))]
     found = made_table(*floors, row("ours", [2.0], gemms=3), side="linear", mode="trainable", gemm_flops=10**9)
