@@ -338,7 +338,7 @@ def test_a_short_table_has_our_fastest_exact_row_and_who_computes_the_same():
     assert names == "| provider | time | time, eager = 1 | beyond gradients | logps | d logits |"
     assert [line.split(" | ")[0] for line in body] == ["| ours a", "| eager"]
     text = "<!-- short:cpu/logits-train/tiny -->\n<!-- /short:cpu/logits-train/tiny -->"
-    assert "| ours a | 1.00 s | 0.33 |" in report.fill_markers(text, [recorded(found)])
+    assert "| ours a | 1.00 s (1 run) | 0.33 |" in report.fill_markers(text, [recorded(found)])
 
 
 def test_a_schedule_stands_beside_its_gemms():
