@@ -114,6 +114,7 @@ def _prepare(config: AlignConfig, folder: RunFolder, args: LarPOConfig, ranks: R
 
 def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
     from ..rewards import BUILT_IN, Judge, from_name, from_settings, sequence_classifier
+    from ..rewards.combining import refuse_alike
 
     def find(name: str) -> Any:
         if name in BUILT_IN or (":" in name and not Path(name).exists()):
@@ -138,7 +139,9 @@ def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
     if config.reward_weights is not None and len(config.reward_weights) != len(given):
         n = len(config.reward_weights)
         raise ValueError(f"reward_weights has {n} values; expected one for each of the {len(given)} rewards")
-    return [judge(one) for one in given]
+    judges = [judge(one) for one in given]
+    refuse_alike(judges)  # before anything is sampled
+    return judges
 
 
 def _stage(run: Run, iteration: int, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .asked import Asked
-from .judge import Judge, Reward, RewardError
+from .judge import Judge, Reward, RewardError, name_of
 from .memory import Memory, Values
 from .text import Text
 
@@ -71,16 +71,30 @@ def judged(
     if not completions:
         return [[] for _ in rewards]
     asked = Asked(prompts, completions, dict(columns))
+    judges = [Judge.of(reward) for reward in rewards]
+    if memory is not None:
+        refuse_alike(judges)
     values = []
-    for reward in rewards:
+    for judge in judges:
         try:
-            values.append(Judge.of(reward).values(asked, memory))
+            values.append(judge.values(asked, memory))
         except (RewardError, ValueError) as error:
             if on_error == "raise":
                 raise
             logger.warning("%s; skipped for %d completions", error, len(completions))
             values.append([None] * len(completions))
     return values
+
+
+def refuse_alike(judges: Sequence[Judge]) -> None:
+    """Raises ValueError where what one judge has said would be taken for what another one says."""
+    known = [(judge, judge.identity) for judge in judges if judge.remember]
+    for i, (judge, identity) in enumerate(known):
+        if identity is not None and any(identity == other for _, other in known[:i]):
+            raise ValueError(
+                f"two rewards {name_of(judge)!r} have the same code and the same plain values, and what one has said would be "
+                "taken for the other's: give one of them another `version`"
+            )
 
 
 def combined(values: Sequence[Values], weights: Sequence[float] | None = None, *, normalise: bool = False) -> Values:

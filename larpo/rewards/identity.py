@@ -14,8 +14,9 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def identity_of(reward: Any) -> dict[str, Any] | None:
-    """Its name, the source of the module that it stands in, and the plain values that it holds: defaults, what a closure and a
-    `functools.partial` have bound, attributes of an object. An object that knows better says so by an attribute `identity`.
+    """Its name and line, the source of the module that it stands in, and the plain values that it holds: defaults, what a
+    closure and a `functools.partial` have bound, attributes of an object; of what is decorated, also that of the decorator. An
+    object that knows better says so by an attribute or a method `identity`.
 
     Of the whole module, since a function calls others beside it: an edit anywhere in the file makes another judge. What it
     imports from elsewhere, and values that are not plain (a model, a client), are not looked into: a `version` stands for them.
@@ -23,24 +24,39 @@ def identity_of(reward: Any) -> dict[str, Any] | None:
     """
     own = getattr(reward, "identity", None)
     if own is not None:
-        return {"is": _name(type(reward)), "says": plain(own)}
+        return {"is": _name(type(reward)), "says": plain(own() if callable(own) else own)}
     if isinstance(reward, functools.partial):
-        inner = identity_of(reward.func)
-        return None if inner is None else {"partial of": inner, "with": plain([reward.args, reward.keywords])}
-    of = inspect.unwrap(reward) if inspect.isroutine(reward) else type(reward)
+        return _around(reward.func, {"with": plain([reward.args, reward.keywords])})
+    of = reward if inspect.isroutine(reward) else type(reward)
     source = _source_of_module(of)
     if source is None:
         return None
-    values = {"defaults": _defaults(of), "closure": _closure(of)} if inspect.isroutine(reward) else vars_of(reward)
+    found = {"is": _name(of), "line": _line(of), "source": source, "holds": plain(_held(reward))}
+    wrapped = getattr(reward, "__wrapped__", None)  # what functools.wraps leaves of a decorated function
+    return found if wrapped is None else _around(wrapped, found)
+
+
+def _around(inner: Any, found: dict[str, Any]) -> dict[str, Any] | None:
+    identity = identity_of(inner)
+    return None if identity is None else found | {"of": identity}
+
+
+def _held(reward: Any) -> dict[str, Any]:
+    if not inspect.isroutine(reward):
+        return vars_of(reward)
+    values = {"defaults": _defaults(reward), "closure": _closure(reward)}
     bound = getattr(reward, "__self__", None)
-    if bound is not None and not inspect.ismodule(bound):
-        values["object"] = vars_of(bound)
-    return {"is": _name(of), "source": source, "holds": plain(values)}
+    return values if bound is None or inspect.ismodule(bound) else values | {"object": vars_of(bound)}
 
 
 def digest(value: Any) -> str:
-    """A few characters for a value of JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_of_other).encode()).hexdigest()
+    """A few characters for a value of JSON, also with arrays in it. Of anything else its repr counts: at worst, equal values
+    are taken for different ones."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_content).encode()).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def plain(value: Any) -> Any:
@@ -76,8 +92,16 @@ def _closure(function: Any) -> dict[str, Any]:
     return {} if getattr(function, "__closure__", None) is None else dict(inspect.getclosurevars(function).nonlocals)
 
 
+def _line(of: Any) -> int | None:
+    """Of a function: several of a file may have one name, as those written with lambda do."""
+    code = getattr(of, "__code__", None)
+    return None if code is None else code.co_firstlineno
+
+
 def _source_of_module(of: Any) -> str | None:
-    module = sys.modules.get(getattr(of, "__module__", None) or "")
+    """Of a decorated function that of the decorator: its own name is that of what it decorates."""
+    name = getattr(of, "__globals__", {}).get("__name__") or getattr(of, "__module__", None)
+    module = sys.modules.get(name or "")
     try:
         return digest(inspect.getsource(module))
     except (OSError, TypeError):  # built in, or typed into a prompt

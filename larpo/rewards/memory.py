@@ -1,7 +1,8 @@
 """What judges have said, kept on disk as it comes: a run that goes on asks nobody twice.
 
-    FOLDER/JUDGE/judge.json      what the judge is: see identity.py
     FOLDER/JUDGE/00000.jsonl     a line per question that the process of this rank has asked, with the values that it was told
+
+JUDGE is its name with a digest of its identity (identity.py), which itself is not written down: a judge may hold a key.
 
 A line is appended at once. The last one of a killed process may be cut; it is passed over, and asked again.
 """
@@ -15,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import write_json
 from .identity import digest
 
 Values = list[float | None]
@@ -33,21 +33,19 @@ class Memory:
         key = digest(identity)
         if key not in self._open:
             short = re.sub(r"\W+", "-", name).strip("-")[:40]
-            self._open[key] = Remembered(self.folder / f"{short}-{key[:12]}", identity)
+            self._open[key] = Remembered(self.folder / f"{short}-{key[:12]}")
         return self._open[key]
 
 
 class Remembered:
     """The values that one judge has given, by question. Ranks read each other's when they start, and write their own."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path):
         self._values: dict[str, Values] = {}
         for file in sorted(folder.glob("*.jsonl")):
             self._read(file)
         rank = int(os.environ.get("RANK", "0"))
         folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0 and not (folder / "judge.json").exists():
-            write_json(folder / "judge.json", identity)
         self._file = folder / f"{rank:05d}.jsonl"
 
     def __contains__(self, question: str) -> bool:

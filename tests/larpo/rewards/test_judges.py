@@ -220,6 +220,66 @@ def test_a_judge_whose_code_or_settings_change_is_another_one(tmp_path, monkeypa
     assert ask[0].identity != ask[1].identity and ask[2].identity == ask[3].identity
 
 
+ALIKE = """
+import functools
+def times(n):
+    def around(reward):
+        @functools.wraps(reward)
+        def inner(**columns):
+            return [n * value for value in reward(**columns)]
+        return inner
+    return around
+def one(**columns):
+    return [1.0]
+decorated = times(2)(one), times(3)(one)
+lambdas = (
+    lambda **columns: [2.0],
+    lambda **columns: [3.0],
+)
+class Says:
+    def __init__(self, n):
+        self.n, self.api_key = [n], "s3cret-value"
+    def identity(self):
+        return self.n
+    def __call__(self, **columns):
+        return self.n
+methods = Says(2.0), Says(3.0)
+class Holds:
+    def __init__(self, n):
+        self.held, self.api_key = Says(n), "s3cret-value"
+    def __call__(self, **columns):
+        return self.held()
+holders = Holds(2.0), Holds(3.0)
+"""
+
+
+@pytest.mark.parametrize("name", ["decorated", "lambdas", "methods"])
+def test_what_one_judge_said_is_never_taken_for_anothers(tmp_path, monkeypatch, name):
+    judges = [Judge(reward=one, remember=True) for one in getattr(write_reward(tmp_path, ALIKE, monkeypatch), name)]
+    for _ in range(2):
+        assert judged(judges, ["p"], ["a"], {}, memory=Memory(tmp_path / "kept")) == [[2.0], [3.0]]
+
+
+def test_judges_that_can_not_be_told_apart_are_refused_and_their_keys_are_in_no_file(tmp_path, monkeypatch):
+    two = write_reward(tmp_path, ALIKE, monkeypatch).holders
+    memory = Memory(tmp_path / "kept")
+    with pytest.raises(ValueError, match="two rewards 'Holds' have the same code and the same plain values"):
+        judged([Judge(reward=one, remember=True) for one in two], ["p"], ["a"], {}, memory=memory)
+    judges = [Judge(reward=one, remember=True, version=version) for one, version in zip(two, "ab", strict=True)]
+    assert judged(judges, ["p"], ["a"], {}, memory=memory) == [[2.0], [3.0]]
+    assert "s3cret" not in "".join(path.read_text() for path in (tmp_path / "kept").rglob("*") if path.is_file())
+
+
+def test_questions_with_other_arrays_are_other_questions(tmp_path):
+    import numpy as np
+
+    reward = Counting()
+    for value in (1, 2):
+        columns = {"answer": [np.array([value])]}
+        judged([Judge(reward=reward, batch_size=8)], ["p"], ["a"], columns, memory=Memory(tmp_path))
+    assert len(reward.calls) == 2
+
+
 def test_a_reward_whose_source_nobody_can_read_is_asked_anew(tmp_path, caplog):
     space = {"__name__": "typed"}
     exec("calls = []\ndef reward(prompts, completions, **c):\n    calls.append(completions)\n    return [1.0]", space)
