@@ -80,6 +80,24 @@ def test_rows_in_place_and_by_one_factor_for_all(states, device, dtype):
     torch.testing.assert_close(rows, 0.5 * (hidden.float() + weight[labels].float()))
 
 
+def test_columns_further_apart_than_a_32_bit_offset_reaches(states, device):
+    """A head kept as [H, V] has its columns V apart: H of them are 2^31 entries from 8192 x 262144 on."""
+    apart = 1 << 30
+    try:
+        room = torch.empty(4 * apart + 1, dtype=torch.bfloat16, device=device)  # four pages of it are touched
+    except RuntimeError:
+        pytest.skip("no room for 2^32 entries")
+    far = room.as_strided((1, 3), (3, apart), 2 * apart)
+    far.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
+    room[0] = 0  # where an offset that wraps leads
+    near, labels = torch.tensor([[1.0, 10.0, 100.0]], dtype=torch.bfloat16, device=device), torch.tensor([0], device=device)
+    for hidden, weight in ((far, near), (near, far)):
+        assert states.target_dots(hidden, weight, None, labels, torch.float32).item() == 321
+    out, one = torch.empty(1, 3, device=device), torch.ones(1, device=device)
+    states.scale_rows(far, one, out, one, far, labels)
+    assert out.tolist() == [[2.0, 4.0, 6.0]]
+
+
 def test_no_rows_are_no_launch(states, device):
     hidden, weight, labels = (x[:0] for x in a_batch(torch.float32, device))
     assert states.target_dots(hidden, weight, None, labels, torch.float32).shape == (0,)

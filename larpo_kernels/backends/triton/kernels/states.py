@@ -27,7 +27,7 @@ def target_dots(
     y = tl.where(here, y, 0)
     total = tl.zeros([N], tl.float32)
     for c0 in range(0, n, N):
-        c = c0 + tl.arange(0, N)
+        c = (c0 + tl.arange(0, N)).to(tl.int64)  # of a transposed head columns are the vocabulary apart
         x = tl.load(x_ptr + t * stride_xt + c * stride_xn, mask=c < n, other=0.0)
         w = tl.load(weight_ptr + y * stride_wv + c * stride_wn, mask=c < n, other=0.0).to(x.dtype)
         total += x.to(tl.float32) * w.to(tl.float32)
@@ -64,7 +64,7 @@ def scale_rows(
         y = tl.where(here, y, 0)
         value = tl.where(here, tl.load(value_ptr + t), 0.0)
     for c0 in range(0, n, N):
-        c = c0 + tl.arange(0, N)
+        c = (c0 + tl.arange(0, N)).to(tl.int64)  # of a transposed head columns are the vocabulary apart
         x = tl.load(x_ptr + t * stride_xt + c * stride_xn, mask=c < n, other=0.0).to(tl.float32)
         if TARGETS:
             x += value * tl.load(weight_ptr + y * stride_wv + c * stride_wn, mask=c < n, other=0.0).to(tl.float32)
