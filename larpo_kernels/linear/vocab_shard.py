@@ -65,10 +65,11 @@ class VocabShard:
         return local if ignore_index is None else torch.where(labels == ignore_index, IGNORED, local)
 
     def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        """A label that no rank owns: where labels can be read, validation has refused it."""
+        """A label that no rank owns: where labels can be read, validation has refused it. Its gradients are no numbers either."""
         if validation.readable(labels):
             return logps
-        return logps.masked_fill(validation.counted(labels, ignore_index) & ((labels < 0) | (labels >= self.size)), torch.nan)
+        wrong = validation.counted(labels, ignore_index) & ((labels < 0) | (labels >= self.size))
+        return logps * torch.where(wrong, torch.nan, 1.0)
 
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import larpo_kernels as lk
-from larpo_kernels import parallel
+from larpo_kernels import parallel, validation
 from larpo_kernels.linear import schedules, walk
 from tests.helpers import linear_heads, slow_loop
 from tests.helpers.batches import IGNORE, leaf, make_batch
@@ -347,6 +347,25 @@ def check_labels_are_those_of_the_whole_vocabulary(rank, ranks):
             assert f"[0, {V})" in str(error)
         else:
             raise AssertionError("a label outside the vocabulary was not refused")
+
+
+def check_a_label_that_nobody_could_refuse_gives_no_number_and_no_gradient_either(rank, ranks):
+    """As on one GPU: a step that clips or skips by the norm of its gradients must not go on without that token."""
+    labels = torch.tensor([0, V - 1, V, IGNORE])
+    shard, head = shard_of(rank), linear_heads.make_head(V, 31, (4,), labels=labels)
+    readable, validation.readable = validation.readable, lambda x: False
+    try:
+        for wanted, ignore_index in itertools.product((("hidden",), ("hidden", "weight")), (IGNORE, None)):
+            logps, grads = linear_heads.run(sharded(head, shard, ignore_index=ignore_index), head, wanted)
+            wrong = [False, False, True, ignore_index is None]
+            assert logps.isnan().tolist() == wrong
+            assert grads["hidden"].isnan().all(1).tolist() == wrong, (wanted, ignore_index)
+            assert "weight" not in wanted or grads["weight"].isnan().any()
+        logits = leaf(torch.zeros(4, shard.rows))
+        parallel.token_logps(logits, labels, shard=shard).sum().backward()
+        assert logits.grad.isnan().all(1).tolist() == [False, False, True, False]
+    finally:
+        validation.readable = readable
 
 
 def check_listwise_losses_over_a_cut_vocabulary(rank, ranks):
