@@ -65,7 +65,7 @@ class VocabShard:
         return local if ignore_index is None else torch.where(labels == ignore_index, IGNORED, local)
 
     def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        """A label that no rank owns: where labels can be read, validation has refused it. Its gradients are no numbers either."""
+        """A label that no rank owns, its gradients too: where labels can be read, validation has refused it."""
         if validation.readable(labels):
             return logps
         wrong = validation.counted(labels, ignore_index) & ((labels < 0) | (labels >= self.size))

@@ -488,6 +488,17 @@ def test_int32_and_strided_labels_and_bias(backend, device):
         assert torch.equal(grad, expected_grads[name])
 
 
+def test_strided_labels_all_of_which_count(backend, device):
+    """Nothing is gathered, converted or filled up to 16 tokens then: the kernels get them as they are."""
+    head = make_head(31, 8, labels=torch.arange(16), device=device)
+    odd = replace(head, labels=torch.stack([head.labels, head.labels * 0 - 100], 1)[:, 0])
+    assert odd.labels.stride() == (2,)
+    logps, grads = run(ours(odd, backend), odd, ("hidden", "weight"))
+    expected, expected_grads = run(ours(head, backend), head, ("hidden", "weight"))
+    assert torch.equal(logps, expected)
+    assert all(torch.equal(grads[name], expected_grads[name]) for name in expected_grads)
+
+
 def test_a_frozen_expanded_weight_and_one_hidden_state_for_all(backend, device):
     """Stride 0 on an axis of either."""
     head = make_head(31, 8, (6,), device=device)

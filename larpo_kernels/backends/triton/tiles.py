@@ -40,9 +40,8 @@ class Tiles(plain.Tiles):
     target_dots = staticmethod(target_dots)
 
     def __init__(self, head, hidden: Tensor, labels: Tensor, *, centre=None, level=None, stats=False):
-        super().__init__(head, hidden, labels, centre=centre, level=level, stats=stats)
+        super().__init__(head, hidden, labels.contiguous(), centre=centre, level=level, stats=stats)
         self.launch = for_tensor(hidden)
-        self.labels = labels.contiguous()
         if centre is None:
             self.level = torch.zeros_like(self.centre)
 
