@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from ..rewards import combined
-from ..runs.files import Rows
+from ..runs.files import Rows, plain
 from .config import AlignConfig
 from .prompts import key_of
 
@@ -23,7 +23,7 @@ def to_train_by(config: AlignConfig, rows: Rows) -> Rows:
 def _normalised(config: AlignConfig, rows: Rows) -> Rows:
     lists = defaultdict(list)
     for i, row in enumerate(rows):
-        lists[key_of(row)].append(i)
+        lists[key_of({"prompt": plain(row["prompt"])})].append(i)  # files of two iterations may fill in other keys
     scores = {}
     for members in lists.values():
         said = [values for i in members for values in rows[i]["rewards"]]

@@ -77,11 +77,16 @@ def test_a_groupwise_judge_sees_the_k_candidates_of_a_prompt_at_once(tmp_path):
         assert row["scores"] == [sum(text < other for other in row["completions"]) for text in row["completions"]]
 
 
-def test_rewards_are_normalised_over_all_candidates_of_a_list_of_whichever_iteration(tmp_path):
-    """Two rewards; the second, of which no reward of another scale may drown the order, weighs half."""
+@pytest.mark.parametrize(
+    "prompts", [("a", "a"), ([{"role": "user", "content": "a"}], [{"role": "user", "content": "a", "n": None}])]
+)
+def test_rewards_are_normalised_over_all_candidates_of_a_list_of_whichever_iteration(tmp_path, prompts):
+    """Two rewards; the second, of which no reward of another scale may drown the order, weighs half. Messages are one prompt
+    where the files of two iterations fill in other keys, which other messages of theirs have."""
     said = {1: [[1.0, 900.0], [2.0, 100.0]], 2: [[3.0, 100.0], [6.0, None]]}
     for iteration, rewards in said.items():
-        row = {"prompt": "a", "prompt_ids": [1], "source": [f"iteration {iteration}"] * 2, "finished": [True, False],
+        row = {"prompt": prompts[iteration - 1], "prompt_ids": [1], "source": [f"iteration {iteration}"] * 2,
+               "finished": [True, False],
                "completions": [f"c{values[0]}" for values in rewards], "completion_ids": [[int(v[0])] for v in rewards],
                "scores": [sum(value or 0.0 for value in values) for values in rewards], "rewards": rewards}  # fmt: skip
         write_rows(RunFolder(tmp_path).iteration(iteration) / "candidates.parquet", [row])
