@@ -182,6 +182,9 @@ class AlignConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         self._check_rewards()
+        for name in ("compared_prompts", "logps_tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
         if self.refill and self.prompts_per_iteration is None:
             raise ValueError("refill needs prompts_per_iteration: without it, an iteration has all prompts from the beginning")
         for name in ("training", "model_init_kwargs", "sampler_options"):

@@ -55,7 +55,6 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     folder = RunFolder(config.output_dir)
     args = arguments(config, str(folder.path), seed=config.seed)  # refuses bad training settings, and connects processes
     ranks = Ranks.started()
-    _refuse_engines_on_one_gpu(config, ranks)
     ranks.refuse_different(config.to_dict())
     ranks.refuse_separate(folder.path, "output_dir")
     with ranks.first_within(locked(folder.path)), _quiet_libraries(), _saying_how_to_redo(folder):
@@ -67,14 +66,6 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
                 stages.clean_up(state, iteration)
         metrics = ranks.first(lambda: _summarise(state))
     return Result(folder.path, folder.path / "summary.md", metrics)
-
-
-def _refuse_engines_on_one_gpu(config: AlignConfig, ranks: Ranks) -> None:
-    if ranks.count > 1 and config.sampler == "vllm" and "distributed_executor_backend" not in config.sampler_options:
-        raise ValueError(
-            f"sampler vllm makes an engine in each of the {ranks.count} processes: sampler_options must hold "
-            "distributed_executor_backend: external_launcher, by which vLLM takes its process's GPU; or take sampler server"
-        )
 
 
 def _prepare(config: AlignConfig, folder: RunFolder, args: LarPOConfig, ranks: Ranks, progress: bool) -> Run:

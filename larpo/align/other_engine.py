@@ -58,7 +58,7 @@ def gap(
         return {}
     apart = _differences(rows, token_logps(load(), rows, pad_token_id))
     found = {"compared_tokens": len(apart), "logps_apart": float(apart.mean()), "logps_apart_most": float(apart.max())}
-    if found["logps_apart"] > tolerance:
+    if not found["logps_apart"] <= tolerance:  # NaN is no agreement
         at = "" if temperature == 1 else f"; or the sampler reports them at temperature {temperature:g}, and not at 1"
         logger.warning(
             "the sampler's log-likelihoods are %.3g nats per token from the trainer's own on average, and %.3g at most, where "

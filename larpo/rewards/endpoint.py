@@ -62,6 +62,8 @@ class Endpoint:
             raise ValueError("url of a reward must hold no user, password or key: a key is read from api_key_env")
         if self.api not in APIS:
             raise ValueError(f"api of a reward must be one of {', '.join(map(repr, APIS))}, got {self.api!r}")
+        if self.label is not None and self.api == "json":
+            raise ValueError(f"label of a reward is of a classifier, and api json answers by `scores`; got {self.label!r}")
         if not isinstance(self.timeout, int | float) or not self.timeout > 0:
             raise ValueError(f"timeout of a reward must be a number of seconds above 0, got {self.timeout!r}")
         if secret := [name for name in self.extra_body if is_secret(name)]:

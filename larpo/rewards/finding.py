@@ -51,6 +51,9 @@ def from_settings(settings: Mapping[str, Any], find: Callable[[str], Reward] = f
     """
     if ("url" in settings) == ("reward" in settings):
         raise ValueError(f"settings of a reward must hold either `reward`, a name, or `url`, an address; got {list(settings)}")
+    name = settings.get("url", settings.get("reward"))
+    if not isinstance(name, str):
+        raise ValueError(f"reward and url in settings must be texts, got {type(name).__name__}; a function goes into a Judge")
     own = {one.name for one in fields(Endpoint)} if "url" in settings else {"reward"}
     for name in settings:
         if name not in own | ASKING:

@@ -28,6 +28,8 @@ def config(**changes):
         (dict(subset=[1]), "subset must be 'all', 'paper' or"),
         (dict(subset="some"), "subset must be 'all', 'paper' or"),
         (dict(subset=[2, 0], negatives="hard"), "has none"),
+        (dict(compared_prompts=-1), "compared_prompts must be at least 0, got -1"),
+        (dict(logps_tolerance=-0.1), "logps_tolerance must be at least 0, got -0.1"),
         (dict(k=1, memory="none"), "k must be at least 2"),
         (dict(training={"learning_rat": 1}), "unknown setting training.learning_rat; did you mean 'learning_rate'?"),
         (dict(training={"seed": 1}), "training.seed is settled by the loop: see seed"),

@@ -113,7 +113,7 @@ def test_weights_that_a_server_was_not_told_of_are_written_down_and_seen_in_log_
     assert all(cause in apart for cause in ("precision", "chat template", "other weights"))
 
 
-def test_the_gap_is_the_mean_and_the_largest_difference_of_the_same_tokens():
+def test_the_gap_is_the_mean_and_the_largest_difference_of_the_same_tokens(caplog):
     model = tiny.causal_lm(spread=2.0)
     row = {"prompt_ids": [5, 6], "completion_ids": [[7, 8, 2], [9, 2]]}
     import torch
@@ -127,6 +127,9 @@ def test_the_gap_is_the_mean_and_the_largest_difference_of_the_same_tokens():
     found = other_engine.gap(lambda: model, [row | {"sampler_logps": reported}], 0, tolerance=1.0, temperature=1.0)
     assert found["compared_tokens"] == 3
     assert (found["logps_apart"], found["logps_apart_most"]) == pytest.approx((0.1, 0.3), abs=1e-5)
+    broken = [row | {"sampler_logps": [[float("nan")] * 3, None]}]
+    other_engine.gap(lambda: model, broken, 0, tolerance=1.0, temperature=1.0)
+    assert "the sampler's log-likelihoods are nan nats per token from the trainer's" in caplog.text
     nothing = [row | {"sampler_logps": [None, None]}]
     assert other_engine.gap(lambda: 1 / 0, nothing, 0, tolerance=1.0, temperature=1.0) == {}
 

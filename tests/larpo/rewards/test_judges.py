@@ -378,6 +378,8 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
         (dict(url="http://a/x", timeout=0), "timeout of a reward must be a number of seconds above 0"),
         (dict(url="http://a/x", timout=1), "unknown setting of a reward 'timout'; did you mean 'timeout'"),
         (dict(url="http://a/x", reward="a:b"), "must hold either `reward`, a name, or `url`"),
+        (dict(url="http://a/x", label=1), "label of a reward is of a classifier, and api json answers by `scores`; got 1"),
+        (dict(reward=len), "must be texts, got builtin_function_or_method; a function goes into a Judge"),
         (dict(reward="a:b", label=1), "unknown setting of a reward 'label'"),
         (dict(reward="imdb_sentiment", batch_size=0), "batch_size of a judge must be a whole number of at least 1, got 0"),
         (dict(reward="imdb_sentiment", groupwise=True, batch_size=2), "batch_size and groupwise exclude each other"),
