@@ -38,7 +38,8 @@ class StandIn:
                 if said is None:
                     self.close_connection = True
                 elif isinstance(said, int):
-                    self._say(said, {"error": {"message": f"status {said} was asked for"}})
+                    shown = (stand_in.keys[number] or "").removeprefix("Bearer ")  # as some servers do
+                    self._say(said, {"error": {"message": f"status {said} was asked for by {shown}"}})
                 else:
                     self._say(200, said)
 
