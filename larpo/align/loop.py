@@ -17,6 +17,7 @@ from .config import AlignConfig, differences
 from .lines import line
 from .prompts import Prompt, load_prompts
 from .run_folder import RunFolder, stages_of
+from .samplers import refuse_beside_others
 from .stages import Run
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     folder = RunFolder(config.output_dir)
     args = arguments(config, str(folder.path), seed=config.seed)  # refuses bad training settings, and connects processes
     ranks = Ranks.started()
+    refuse_beside_others(config, ranks.count)
     ranks.refuse_different(config.to_dict())
     ranks.refuse_separate(folder.path, "output_dir")
     with ranks.first_within(locked(folder.path)), _quiet_libraries(), _saying_how_to_redo(folder):

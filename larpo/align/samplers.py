@@ -17,6 +17,15 @@ from .models import Models
 from .run_folder import RunFolder
 
 
+def refuse_beside_others(config: AlignConfig, processes: int) -> None:
+    """Raises ValueError for an engine of vLLM in each of several processes."""
+    if config.sampler == "vllm" and processes > 1:
+        raise ValueError(
+            f"sampler vllm runs in a loop of one process, and this one has {processes}: start `vllm serve` beside it, "
+            "and use sampler server; or start the loop without torchrun or accelerate launch"
+        )
+
+
 @dataclass
 class Samplers:
     """Samplers of the policies of a run. A policy is named by its iteration; 0 is the initial model."""
@@ -24,16 +33,10 @@ class Samplers:
     config: AlignConfig
     models: Models
     folder: RunFolder
-    processes: int = 1  # of the run
     _served: ServedWeights | None = field(init=False, default=None)
 
     def __post_init__(self):
-        """Raises ValueError where a server's key is not there, and for vLLM beside other processes."""
-        if self.config.sampler == "vllm" and self.processes > 1:
-            raise ValueError(
-                f"sampler vllm runs in a loop of one process, and this one has {self.processes}: start `vllm serve` beside it, "
-                "and use sampler server; or start the loop without torchrun or accelerate launch"
-            )
+        """Raises ValueError where a server's key is not there."""
         if self.config.sampler == "server":
             self._served = ServedWeights(server_settings(self.config.sampler_options))
             self._served.settings.api_key()

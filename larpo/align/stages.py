@@ -49,7 +49,7 @@ class Run:
     samplers: Samplers = field(init=False)
 
     def __post_init__(self):
-        self.samplers = Samplers(self.config, self.models, self.folder, self.ranks.count)
+        self.samplers = Samplers(self.config, self.models, self.folder)
 
     def seed(self, *purpose: int) -> int:
         """A seed that depends on the run's seed and on nothing but the purpose."""

@@ -13,7 +13,6 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml", 
     pytest.importorskip(package)
 from larpo.align import other_engine
 from larpo.align.config import differences
-from larpo.align.samplers import Samplers
 from larpo.align.status import status
 from larpo.modeling.loading import load_causal_lm
 from larpo.runs.files import read_rows
@@ -218,11 +217,6 @@ def test_where_a_server_is_and_how_it_is_told_may_change_and_what_it_samples_fro
 
 
 # --- vLLM, whose module is a stand-in of the same form, since it needs a GPU
-
-
-def test_vllm_beside_other_processes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="sampler vllm runs in a loop of one process, and this one has 2: start `vllm serve`"):
-        Samplers(config(tmp_path, sampler="vllm"), None, None, processes=2)
 
 
 def test_a_run_with_vllm_in_its_process_makes_an_engine_of_every_policy(tmp_path, monkeypatch):
