@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..runs.secrets import masked
+
 if TYPE_CHECKING:
     from ..config import LarPOConfig
 
@@ -53,7 +55,9 @@ class Reporter:
             try:
                 getattr(tool, event)(self._args, self._state, self._control, model=None, **what)
             except Exception as error:
-                logger.warning("%s fails, and is told no more: %s: %s", type(tool).__name__, type(error).__name__, error)
+                logger.warning(
+                    "%s fails, and is told no more: %s: %s", type(tool).__name__, type(error).__name__, masked(str(error))
+                )
                 self._tools.remove(tool)
 
 

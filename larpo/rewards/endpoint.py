@@ -145,7 +145,8 @@ def _client() -> Any:
 
 
 def _seconds(retry_after: str | None) -> float:
-    return float(retry_after) if retry_after and retry_after.isdigit() else 0.0
+    """Ten minutes at most: who is told to come back tomorrow shall see an error today."""
+    return min(float(retry_after), 600.0) if retry_after and retry_after.isdigit() else 0.0
 
 
 # --- what servers speak ------------------------------------------------------------------------------------

@@ -76,7 +76,10 @@ def what_is_said(settings: Any) -> Any:
 
 
 class _Unasked:
-    """Stands for a reward whose settings are looked at."""
+    """Stands for a reward whose settings are looked at: a coroutine, which may have all of them."""
 
     def __init__(self, name: str):
         self.name = name
+
+    async def __call__(self, **columns: Any) -> list[None]:
+        raise NotImplementedError

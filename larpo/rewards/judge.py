@@ -82,6 +82,9 @@ class Judge:
         self.is_coroutine = _is_coroutine(self.reward)
         if self.batch_size is None and not self.groupwise:
             self.batch_size = usual.get("batch_size", 1 if self.is_coroutine else None)
+        if self.max_in_flight not in (None, 1) and self.batch_size is None and not self.groupwise:
+            said = f"{name_of(self.reward)!r} is asked once for all completions that are there"
+            raise ValueError(f"max_in_flight needs batch_size or groupwise: {said}")
         if self.max_in_flight is None:
             self.max_in_flight = AT_A_TIME if self.is_coroutine else 1
         if self.retries is None:

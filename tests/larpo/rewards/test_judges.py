@@ -382,6 +382,7 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
         (dict(reward=len), "must be texts, got builtin_function_or_method; a function goes into a Judge"),
         (dict(reward="a:b", label=1), "unknown setting of a reward 'label'"),
         (dict(reward="imdb_sentiment", batch_size=0), "batch_size of a judge must be a whole number of at least 1, got 0"),
+        (dict(reward="imdb_sentiment", max_in_flight=4), "needs batch_size or groupwise: 'imdb_sentiment' is asked once"),
         (dict(reward="imdb_sentiment", groupwise=True, batch_size=2), "batch_size and groupwise exclude each other"),
     ],
 )
