@@ -9,6 +9,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+MOMENT = 0.2  # seconds for which `is_locked` may have it
+
 
 def is_locked(folder: Path) -> bool | None:
     """Whether a process is at work in `folder`; None where that can't be told. To find out takes the lock for a moment."""
@@ -37,7 +39,7 @@ def locked(folder: Path, *, rank: int = 0) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / ".lock", timeout=MOMENT)
     try:
         lock.acquire()
     except Timeout:

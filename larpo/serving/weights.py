@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import subprocess
 import tempfile
@@ -47,7 +48,7 @@ class ServedWeights:
         with tempfile.TemporaryFile() as output:  # not a pipe: a server that it leaves running would hold that open
             pipes = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             try:
-                code = subprocess.run(command, shell=True, timeout=settings.reload_timeout, **pipes).returncode
+                code = subprocess.run(command, shell=True, timeout=settings.reload_timeout, env=_alone(), **pipes).returncode
             except subprocess.TimeoutExpired:
                 raise ServerError(f"reload_command took more than {settings.reload_timeout:g} s (reload_timeout)") from None
             output.seek(0)
@@ -55,3 +56,11 @@ class ServedWeights:
         if code != 0:
             said = masked(without_key(said, settings)) or "it said nothing"
             raise ServerError(f"reload_command for the weights after iteration {iteration} ended with code {code}: {said}")
+
+
+def _alone() -> dict[str, str]:
+    """The environment without what `torchrun` and `accelerate launch` say to processes of the loop: a server that is started
+    from one of them is none, and would wait for the others."""
+    of_a_rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    of_a_launcher = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+    return {name: x for name, x in os.environ.items() if name not in of_a_rank and not name.startswith(of_a_launcher)}
