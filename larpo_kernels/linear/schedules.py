@@ -107,7 +107,7 @@ def make_plan(
         tail = {"tail_threshold": tail_threshold, "tail_tile": usual}
 
     def working(tile: tuple[int, int]) -> int:
-        size = working_bytes(num_tokens, hidden_size, vocab_size, tile, needs, given, dtype)
+        size = working_bytes(num_tokens, hidden_size, vocab_size, tile, needs, given, dtype, device)
         return size + tail_bytes(num_tokens, hidden_size, tile, given, dtype) if tail else size
 
     (_, rows), tile = usual, working(usual)
@@ -143,6 +143,7 @@ def make_plan(
     return planned("recompute", reason, 2 + wanted - share, extra, part, **tail)
 
 
+LEAST_SPAN = 256  # rows of a tile that a program of a GPU leaves four sums of (backends/triton/launch.py: tile_span)
 PACKED_BYTES = 1 << 20  # oneDNN packs an operand of a bf16 product for AMX: 0.2 to 0.9 MB were seen, below the tile's own size
 
 
@@ -154,6 +155,7 @@ def working_bytes(
     needs: Needs,
     given: tuple[torch.dtype, torch.dtype],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> int:
     """The most that a walk has allocated at a time, whatever it keeps: forward or backward, each with one tile."""
     (tokens, rows), (hidden, weight) = tile, given
@@ -178,7 +180,15 @@ def working_bytes(
         else:
             product = max(product, dtype.itemsize * slab * int(weight != dtype))
         product = max(product, sums.itemsize * block)
-    return both + backward + product
+    if needs.bias and sums != dtype:
+        product = max(product, sums.itemsize * min(tokens * rows, widened_entries(device)))
+    spans = 4 * 4 * tokens * -(-rows // LEAST_SPAN) if device.type == "cuda" else 0  # while a tile is formed
+    return both + max(spans, backward + product)
+
+
+def widened_entries(device: torch.device) -> int:
+    """Of a tile in half precision, brought to float32 at a time where a sum over tokens must not be rounded."""
+    return 1 << 26 if device.type == "cuda" else 1 << 19
 
 
 def tail_bytes(

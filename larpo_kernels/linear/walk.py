@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import backends
 from .kept import WholeBlock, whole_parts
-from .schedules import tile_shape
+from .schedules import tile_shape, widened_entries
 from .tail import Tail, TailBlock
 from .vocab_shard import add_up
 
@@ -269,7 +269,7 @@ def _row_sums(e: Tensor, r: Tensor) -> Tensor:
     """e [rows, tokens] @ r [tokens] in the dtype of r, some rows at a time: a product in bfloat16 would be rounded to it."""
     if e.dtype == r.dtype:
         return e @ r
-    step = max(1, (1 << 26 if e.is_cuda else 1 << 19) // e.shape[1])
+    step = max(1, widened_entries(e.device) // e.shape[1])
     return torch.cat([e[a:b].to(r.dtype) @ r for a, b in _blocks(e.shape[0], step)])
 
 

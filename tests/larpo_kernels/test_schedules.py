@@ -213,6 +213,30 @@ def test_memory_is_what_the_plan_says(schedule, dtype, weight_dtype, native, til
 
 
 @on_cpu
+def test_memory_of_d_bias_is_in_the_plan(monkeypatch):
+    """A bfloat16 tile is brought to float32 to be summed over tokens, some rows at a time: here all of it."""
+    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    head = a_head(torch.bfloat16, bias=True)
+    x = [leaf(getattr(head, name)) for name in ALL]
+
+    def run():
+        logps = lk.linear_token_logps(x[0], x[1], head.labels, bias=x[2], schedule="list_hold", backend="torch")
+        return torch.autograd.grad(logps, x, head.upstream.to(logps.dtype))
+
+    run()
+    plan = plan_of(head, ALL, schedule="list_hold")
+    extra = costs(run).peak - sum(one.nbytes for one in x)
+    assert extra <= 1.1 * plan.extra_bytes + 20 * 8 * 500, f"{extra} bytes against {plan}"
+
+
+def test_sums_over_spans_are_in_the_plan_of_a_gpu():
+    """Of thin hidden states they are all that a forward has beside its tile."""
+    n, h, v, bf16, needs = 4096, 64, 128256, torch.bfloat16, schedules.Needs(False, False, False)
+    sizes = n, h, v, needs, (bf16, bf16), bf16, bf16
+    assert schedules.make_plan(*sizes, torch.device("cuda")).extra_bytes >= 2 * n * v + 4 * 4 * n * v / 256
+
+
+@on_cpu
 @pytest.mark.parametrize("schedule", WALKS)
 def test_logits_of_all_tokens_exist_only_where_they_are_held(schedule, tiles):
     head = a_head(torch.bfloat16)
