@@ -76,7 +76,8 @@ def tests(context, every_s: float = 5.0) -> Iterator[dict]:
     command = [sys.executable, "-m", "pytest", *map(str, test_files()), *flags, *workers]
     with tempfile.TemporaryDirectory() as folder:
         ended = Path(folder) / "tests"
-        environment = {**os.environ, pytest_rows.FILE: str(ended), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}  # it is no worker of another pytest
+        environment = {**own, pytest_rows.FILE: str(ended), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         process, said, shown = subprocess.Popen(command, cwd=ROOT, env=environment), time.monotonic(), 0
         while process.poll() is None:
             time.sleep(0.1)
