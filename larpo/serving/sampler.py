@@ -234,8 +234,6 @@ class _Asker:
         asked_wrongly = openai.BadRequestError, openai.UnprocessableEntityError
         while True:
             for form in FORMS:
-                if not form.token_ids and form.logprobs:
-                    self.sampler.refuse_text(wanted.prompt, forms=True)
                 try:
                     answer = await self._in_form(form, wanted)
                 except (*asked_wrongly, openai.NotFoundError) as error:
@@ -252,6 +250,8 @@ class _Asker:
 
     async def _in_form(self, form: Form, wanted: Wanted) -> Answer:
         sampler = self.sampler
+        if not form.token_ids:
+            sampler.refuse_text(wanted.prompt, forms=True)
         return await ask(self.client, sampler.settings, sampler.model, form, wanted, sampler.limits)
 
     async def _said(self, error: Any) -> ServerError:

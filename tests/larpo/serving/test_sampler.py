@@ -130,7 +130,7 @@ def test_messages_go_to_the_servers_own_chat_template_with_what_theirs_wants():
     assert (asked["messages"], asked["tools"], asked["chat_template_kwargs"]) == (messages, tools, {"enable_thinking": False})
     assert found.token_ids == (A, EOS) and found.exact and found.logps == (-1.0, -1.0)
     with StandIn(chat) as server, pytest.raises(ServerError, match="ends in the assistant's own words can't be had"):
-        sampler(server)([[*messages, {"role": "assistant", "content": "a"}]], 1, 1.0, seed=0)
+        sampler(server, max_in_flight=1)([messages, [*messages, {"role": "assistant", "content": "a"}]], 1, 1.0, seed=0)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("top_k", 3), ("stop", ["\n"]), ("eos_token_ids", (A,)), ("min_new_tokens", 1)])
