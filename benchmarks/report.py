@@ -6,7 +6,8 @@ A marker pair `<!-- bench:NAME -->` ... `<!-- /bench:NAME -->` takes every recor
     NAME = DEVICE/SIDE-MODE[/CASE[/DTYPE]]    cpu/logits-train, cuda/linear-frozen/T8192-H4096-V128256-m8, ...
 With `*` for CASE all of them go into one table, a case a row. cpu/small stands for the suite of small calls, cuda/head for
 each schedule against its GEMMs (of benchmarks/gpu_check.py). Where none was recorded, the providers are listed and their cells
-say so. `<!-- short:NAME -->` takes fewer columns and rows: our fastest exact one, and the others that compute the same.
+say so. `<!-- short:NAME -->` takes fewer columns and rows: our fastest exact one, and the others but
+losses of pairs.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def markdown_table(table: dict) -> str:
 def short_table(table: dict) -> str:
     names = [name for name in SHORT if name in columns(table)]
     rows = [row for row in shown(table) if row["status"] == "ok" and row.get("rows") is None and row["computes"] != "pair loss"]
-    ours = next(row for row in rows if row["provider"].startswith("ours"))
+    ours = next((row for row in rows if row["provider"].startswith("ours")), None)  # None: it failed, the others did not
     rows = [row for row in rows if row is ours or not (row["floor"] or row["provider"].startswith("ours"))]
     return _lines([names, *([_cell(row, cells(table, row), name) for name in names] for row in rows)])
 

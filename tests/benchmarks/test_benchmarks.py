@@ -324,7 +324,7 @@ def test_cells_say_time_against_eager_memory_and_spread():
     assert text["spread"] == "± 5%" and text["beyond gradients"] == "0.6 MB"
 
 
-def test_a_short_table_has_our_fastest_exact_row_and_who_computes_the_same():
+def test_a_short_table_has_our_fastest_exact_row_and_the_others_but_pairs():
     found = made_table(
         row("ours, tail", [0.5], rows=0.2),
         row("ours a", [1.0]),
@@ -332,11 +332,14 @@ def test_a_short_table_has_our_fastest_exact_row_and_who_computes_the_same():
         row("eager", [3.0]),
         row("moving", [0.1], floor=True),
         row("a peer's pairs", [1.5], computes="pair loss"),
+        row("a peer's tokens", [4.0], computes="token logps"),
         row("absent", [], status="not run", message="not installed"),
     )
     names, _, *body = report.short_table(found).splitlines()
     assert names == "| provider | time | time, eager = 1 | beyond gradients | logps | d logits |"
-    assert [line.split(" | ")[0] for line in body] == ["| ours a", "| eager"]
+    assert [line.split(" | ")[0] for line in body] == ["| ours a", "| eager", "| a peer's tokens"]
+    failed = made_table(row("ours a", [], status="error"), row("eager", [3.0]))
+    assert len(report.short_table(failed).splitlines()) == 3  # eager's row stays
     text = "<!-- short:cpu/logits-train/tiny -->\n<!-- /short:cpu/logits-train/tiny -->"
     assert "| ours a | 1.00 s (1 run) | 0.33 |" in report.fill_markers(text, [recorded(found)])
 
