@@ -1,7 +1,8 @@
 """Settings that must not be seen: tokens, keys and passwords, in whatever a run writes, prints or compares.
 
 What is secret is told by a setting's name (`hub_token`, `api_key`, `Authorization`, ...), at any depth, and inside a text by
-its form: `user:password@` and `?token=` in an address, `Bearer ...`, a token of the Hugging Face hub, `"token": "..."` in JSON.
+its form: `user:password@` and `?token=` in an address, `Bearer ...`, a token of the Hugging Face hub, `"token": "..."` in JSON,
+`--api-key ...` in a command.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _PAIR = re.compile(  # token=x in an address, "token": "x" in JSON; whether the 
     r"(?i)((?:[a-z][\w-]*)?(?:token|key|passw|secret|credential|cookie|authorization)\w*)"
     r"([\"']?\s*[=:]\s*[\"']?)((?:(?:bearer|basic)\s+)?[^\s\"'&,;}\]]+)"
 )
-_MASKED = re.compile(r"^\*{3}$|://\*{3}@|[=:]\s*[\"']?\*{3}|(bearer|basic) \*{3}", re.IGNORECASE)
+_FLAG = re.compile(r"(?<!\S)(--?)([A-Za-z][\w-]*)(\s+[\"']?)(?![-$\"'])([^\s\"']+)")  # --api-key x in a command; $KEY is none
+_MASKED = re.compile(
+    r"^\*{3}$|://\*{3}@|[=:]\s*[\"']?\*{3}|(bearer|basic) \*{3}|(^|\s)--?[a-z][\w-]*\s+[\"']?\*{3}", re.IGNORECASE
+)
 _IN_ENVIRONMENT = {"token", "hub_token", "hf_token", "use_auth_token"}  # what huggingface_hub finds for itself in HF_TOKEN
 
 
@@ -108,4 +112,5 @@ def given_again(settings: Mapping[str, Any], place: str = "") -> dict[str, Any]:
 def _masked_text(text: str) -> str:
     for form, instead in _FORMS:
         text = form.sub(instead, text)
+    text = _FLAG.sub(lambda flag: f"{flag[1]}{flag[2]}{flag[3]}{MASK}" if is_secret(flag[2]) else flag[0], text)
     return _PAIR.sub(lambda pair: f"{pair[1]}{pair[2]}{MASK}" if is_secret(pair[1]) else pair[0], text)

@@ -50,6 +50,9 @@ def test_names_that_are_no_secrets(name):
         (f"https://host/x?a=1&token={SECRET}&b=2", "https://host/x?a=1&token=***&b=2"),
         (f'{{"r": 8, "api_key": "{SECRET}",', '{"r": 8, "api_key": "***",'),
         (f"Authorization: Bearer {SECRET}", "Authorization: ***"),
+        (f"vllm serve x --api-key {SECRET} --max-tokens 5", "vllm serve x --api-key *** --max-tokens 5"),
+        (f"serve.sh --token '{SECRET}'", "serve.sh --token '***'"),
+        ("serve.sh --api-key $MY_KEY --token-ids 5", "serve.sh --api-key $MY_KEY --token-ids 5"),
         ("hf_" + "a1B2" * 8, "***"),
         ("a basic understanding: the bearer certificates", "a basic understanding: the bearer certificates"),
         ("org/model", "org/model"),
@@ -158,6 +161,17 @@ def test_what_a_reward_says_when_it_fails_has_no_secret():
 
     with pytest.raises(RewardError, match=r"ConnectionError: 401 for https://judge/x\?api_key=\*\*\*$"):
         score(judge, None, ["p"], ["a"])
+
+
+def test_a_command_with_a_key_in_it_is_not_written_and_not_run_with_the_mask(tmp_path):
+    def one(key):
+        command = f"vllm serve {{checkpoint}} --api-key {key}"
+        options = {"base_url": "http://a/v1", "model": "m", "reload_command": command}
+        return align_runs.config(tmp_path, sampler="server", sampler_options=options)
+
+    assert SECRET not in json.dumps(one(SECRET).to_dict())
+    with pytest.raises(ValueError, match=r"options.reload_command is .* stands for a secret that was not written down"):
+        one("***")
 
 
 def test_prompts_are_data_and_not_masked(tmp_path):
