@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from .text import Text
 
 logger = logging.getLogger("larpo.rewards")
 
+ROUNDING = 1e-9  # of sums of normalised rewards
 NOISE = 1e-6  # rewards of a list that differ by less than this part of their size are taken for equal
 
 
@@ -116,6 +118,15 @@ def combined(values: Sequence[Values], weights: Sequence[float] | None = None, *
         for i, value in enumerate(_normalised(of_one) if normalise else of_one):
             if value is not None:
                 sums[i] = (sums[i] or 0.0) + weight * value
+    return _equal_up_to_rounding(sums, ROUNDING * sum(map(abs, weights))) if normalise else sums
+
+
+def _equal_up_to_rounding(sums: Values, noise: float) -> Values:
+    """Of rewards that cancel out, rounding would make an order."""
+    known = sorted((i for i, value in enumerate(sums) if value is not None), key=lambda i: sums[i])
+    for lower, i in itertools.pairwise(known):
+        if sums[i] - sums[lower] <= noise:
+            sums[i] = sums[lower]
     return sums
 
 

@@ -409,3 +409,6 @@ def test_rewards_are_normalised_within_a_list_before_they_are_weighted():
     assert combined([[0.3, 0.1 + 0.2, 0.3]], normalise=True) == [0.0, 0.0, 0.0]
     assert combined([[1.0, None, 3.0], [None, None, 5.0]], normalise=True) == [-1.0, None, 1.0]
     assert combined([[None, None]], normalise=True) == [None, None]
+    cancel = combined([[0.1, 0.2, 0.3], [0.9, 0.8, 0.7]], normalise=True)  # two that say the opposite: no order
+    assert len(set(cancel)) == 1 and cancel[0] == pytest.approx(0.0, abs=1e-12)
+    assert len(set(combined([[1.1, 2.3, 3.7, 9.0], [8.9, 7.7, 6.3, 1.0]], [3.0, 2.0], normalise=True))) == 4
