@@ -224,6 +224,7 @@ class AlignConfig:
 
     def _take_no_mask_for_a_secret(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        settings = {name: value for name, value in settings.items() if not _is_rows(name, value)}
         for name, value in given_again(settings).items():
             setattr(self, name, value)
 

@@ -97,6 +97,8 @@ def given_again(settings: Mapping[str, Any], place: str = "") -> dict[str, Any]:
         where = f"{place}{name}"
         if isinstance(value, Mapping):
             value = given_again(value, f"{where}.")
+        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            value = [given_again(item, f"{where}.") if isinstance(item, Mapping) else item for item in value]
         elif isinstance(value, str) and _MASKED.search(value):
             of_the_hub = name in _IN_ENVIRONMENT
             if of_the_hub and os.environ.get("HF_TOKEN"):

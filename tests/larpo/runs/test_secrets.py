@@ -174,6 +174,13 @@ def test_a_command_with_a_key_in_it_is_not_written_and_not_run_with_the_mask(tmp
         one("***")
 
 
+def test_the_mask_in_one_of_several_rewards_is_refused_and_prompts_may_hold_it(tmp_path):
+    rewards = ["a:b", {"url": "http://a/x", "extra_body": {"auth": {"api_key": "***"}}}]
+    with pytest.raises(ValueError, match=r"reward.extra_body.auth.api_key is '\*\*\*', which stands for a secret"):
+        align_runs.config(tmp_path, reward=rewards)
+    align_runs.config(tmp_path, prompts=[{"prompt": "***"}, {"prompt": "b"}], eval_prompts=1)
+
+
 def test_prompts_are_data_and_not_masked(tmp_path):
     rows = [{"prompt": "my password: x", "token": "a"}, {"prompt": "***", "token": "b"}]
     assert align_runs.config(tmp_path, prompts=rows, eval_prompts=1).to_dict()["prompts"] == rows
