@@ -96,14 +96,14 @@ def tokens(
     _tensor("labels", labels)
     if not is_integer(labels):
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
-    if labels.dtype.itemsize < 4 or not labels.dtype.is_signed:
-        labels = labels.long()  # ignore_index or the size of the vocabulary may lie outside their range
     if labels.shape != values.shape[:-1]:
         want = shape(values[..., 0])
         raise ValueError(f"labels must have the shape {want} of {name} without its last axis, got {shape(labels)}")
     _same_device("labels", labels, name, values)
     if ignore_index is not None and (not isinstance(ignore_index, int) or isinstance(ignore_index, bool)):
         raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
+    if labels.dtype != torch.int64 and (labels.dtype != torch.int32 or not -(1 << 31) <= (ignore_index or 0) < 1 << 31):
+        labels = labels.long()  # ignore_index or the size of the vocabulary may lie outside their range
     vocab_size = values.shape[-1] if vocab_size is None else vocab_size
     if vocab_size == 0 or values.shape[-1] == 0:
         raise ValueError(f"{name} must have a last axis of at least 1, got shape {shape(values)}")

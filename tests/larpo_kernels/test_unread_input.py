@@ -109,6 +109,13 @@ def test_borders_that_do_are_taken_as_they_are(unread, backend, device):
     assert (found - true).abs().max() < 1e-6 and found[1] == 0
 
 
+def test_an_ignore_index_that_int32_labels_cannot_hold_ignores_none_of_them(unread, backend, device):
+    logits, hidden, weight, labels = data(device)
+    labels[0] = 1  # 2^32 + 1 in 32 bits
+    for function, *given in ((lk.token_logps, logits), (lk.linear_token_logps, hidden, weight)):
+        assert (unread(function, *given, labels.int(), ignore_index=2**32 + 1, backend=backend) < 0).all()
+
+
 @pytest.mark.parametrize("label", [-1, V, 10**9])
 def test_a_label_out_of_range_gives_nan_for_its_token_only(label, unread, backend, device):
     logits, hidden, weight, labels = data(device)
