@@ -32,7 +32,7 @@ from benchmarks.reporting.tables import cells, columns, duration, heading, machi
 
 UNMEASURED = "not yet measured"
 MARKER = re.compile(r"(<!-- (bench|short):(\S+) -->\n).*?(<!-- /\2:\3 -->)", re.S)
-SHORT = ("provider", "time", "time, eager = 1", "beyond gradients", "logps", "d logits", "d hidden")
+SHORT = ("provider", "computes", "time", "time, eager = 1", "beyond gradients", "logps", "d logits", "d hidden")
 
 
 # --- on the terminal ------------------------------------------------------------------------------------

@@ -336,12 +336,12 @@ def test_a_short_table_has_our_fastest_exact_row_and_the_others_but_pairs():
         row("absent", [], status="not run", message="not installed"),
     )
     names, _, *body = report.short_table(found).splitlines()
-    assert names == "| provider | time | time, eager = 1 | beyond gradients | logps | d logits |"
+    assert names == "| provider | computes | time | time, eager = 1 | beyond gradients | logps | d logits |"
     assert [line.split(" | ")[0] for line in body] == ["| ours a", "| eager", "| a peer's tokens"]
     failed = made_table(row("ours a", [], status="error"), row("eager", [3.0]))
     assert len(report.short_table(failed).splitlines()) == 3  # eager's row stays
     text = "<!-- short:cpu/logits-train/tiny -->\n<!-- /short:cpu/logits-train/tiny -->"
-    assert "| ours a | 1.00 s (1 run) | 0.33 |" in report.fill_markers(text, [recorded(found)])
+    assert "| ours a | list loss | 1.00 s (1 run) | 0.33 |" in report.fill_markers(text, [recorded(found)])
 
 
 def test_a_schedule_stands_beside_its_gemms():
