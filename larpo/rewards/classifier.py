@@ -36,11 +36,14 @@ class SequenceClassifier:
         self.__name__ = f"{type(model).__name__}({getattr(model, 'name_or_path', '') or 'unnamed'})"
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """The name of a folder says little: other weights may have been written into it."""
+    def identity(self) -> dict[str, Any] | None:
+        """The name of a folder says little: other weights may have been written into it. None where they are elsewhere."""
         from ..data.scored_tokens import model_name, weights
 
-        what = {"model": model_name(self.model), "weights": weights(self.model), "template": self.tokenizer.chat_template}
+        found = weights(self.model)
+        if found is None:
+            return None
+        what = {"model": model_name(self.model), "weights": found, "template": self.tokenizer.chat_template}
         return what | {"label": self.label, "max_length": self.max_length}
 
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> list[float]:

@@ -20,11 +20,13 @@ def identity_of(reward: Any) -> dict[str, Any] | None:
 
     Of the whole module, since a function calls others beside it: an edit anywhere in the file makes another judge. What it
     imports from elsewhere, and values that are not plain (a model, a client), are not looked into: a `version` stands for them.
-    None where the source can't be read, as of what was typed into a prompt: nothing would tell whether it has changed.
+    None where the source can't be read, as of what was typed into a prompt, or an object's own `identity` is None: nothing
+    would tell whether it has changed.
     """
     own = getattr(reward, "identity", None)
-    if own is not None:
-        return {"is": _name(type(reward)), "says": plain(own() if callable(own) else own)}
+    if own is not None or hasattr(type(reward), "identity"):
+        said = own() if callable(own) else own
+        return None if said is None else {"is": _name(type(reward)), "says": plain(said)}
     if isinstance(reward, functools.partial):
         return _around(reward.func, {"with": plain([reward.args, reward.keywords])})
     of = reward if inspect.isroutine(reward) else type(reward)

@@ -292,6 +292,11 @@ def test_a_reward_model_with_other_weights_is_another_judge():
     assert before != rewards.Judge(reward=sequence_classifier(model, tiny_tokenizer(), label=1)).identity
 
 
+def test_of_a_reward_model_whose_weights_are_elsewhere_nothing_is_remembered():
+    there = rewards.Judge(reward=sequence_classifier(classifier(2).to("meta"), tiny_tokenizer(), label=1))
+    assert there.identity is None
+
+
 def test_padding_needs_a_pad_token_and_the_model_learns_of_it():
     model = classifier()
     model.config.pad_token_id = None
