@@ -29,8 +29,8 @@ class Launch:
     origin: str
 
 
-# sm_90: each group of values was timed with the others as they were, the chosen ones not yet all together; split_columns by calls
-# of many rows, for which 32768 took 0.96 of the time of 8192, and not by those of 4 rows, for which it took 1.4.
+# sm_90: each group of values was timed with the others as they were, the chosen ones not yet all together; split_columns
+# by calls of many rows, for which 32768 took 0.96 of the time of 8192, and not by those of 4 rows, for which it took 1.4.
 TABLE = {
     "sm_80": Launch(4096, 8, 128, 16384, 4096, 256, 16, 256, 4, "derived"),
     "sm_90": Launch(4096, 8, 64, 32768, 4096, 512, 16, 256, 4, "measured, NVIDIA H100 80GB HBM3, 2026-11-26"),
