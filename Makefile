@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: bench test align lint clean
+.PHONY: bench test align lint docs clean
 
 bench: $(READY)
 	$(PY) benchmarks/run.py
@@ -21,6 +21,14 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "see site/index.html"
+
+$(VENV)/docs-ready: requirements-docs.txt $(READY)
+	$(PY) -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
 $(READY): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "torch==$(TORCH)"
@@ -31,4 +39,4 @@ $(READY): setup.py requirements.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info benchmarks/out
+	rm -rf $(VENV) build dist *.egg-info benchmarks/out site
