@@ -6,6 +6,21 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .align import CallableModule
+    from .candidates import Candidate, PromptList
+    from .config import LarPOConfig
+    from .data import as_lists, from_candidate_lists, load_lists
+    from .data.preprocessing import describe
+    from .data.tokenization import tokenize_lists
+    from .sampling import TransformersSampler, VLLMSampler
+    from .scoring import score_lists
+    from .trainer import LarPOTrainer
+    from .training.metrics import list_metrics
+
+    align: CallableModule
 
 _WHERE = {
     "LarPOConfig": "config",
@@ -23,13 +38,28 @@ _WHERE = {
     "VLLMSampler": "sampling",
 }
 
-__all__ = sorted([*_WHERE, "align"])
+__all__ = [
+    "Candidate",
+    "LarPOConfig",
+    "LarPOTrainer",
+    "PromptList",
+    "TransformersSampler",
+    "VLLMSampler",
+    "align",
+    "as_lists",
+    "describe",
+    "from_candidate_lists",
+    "list_metrics",
+    "load_lists",
+    "score_lists",
+    "tokenize_lists",
+]
 
 INSTALL = "pip install 'larpo_kernels[train]'"
 
 
 def __getattr__(name: str):
-    if name == "align":  # a package that can be called: larpo.align(...)
+    if name == "align":
         return importlib.import_module(".align", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module 'larpo' has no attribute {name!r}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import types
-from dataclasses import dataclass, field, fields
-from functools import partial, wraps
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from .data.reading import Reading
 from .data.tokenization import PROMPT_LENGTH
@@ -18,8 +17,9 @@ from .runs.identity import changed, content
 from .runs.intact import Damaged
 from .runs.lock import locked
 from .runs.ranks import Ranks, processes
-from .runs.secrets import masked, without_secrets
-from .runs.yaml_config import as_meant, json_object, json_value, load_yaml, nearest
+from .runs.secrets import without_secrets
+from .runs.settings import flag_values, read_settings
+from .runs.yaml_config import json_object, json_value
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -34,15 +34,44 @@ JOB = "larpo-job.json"  # beside the checkpoints: what they are checkpoints of
 
 # What makes a run another one: all settings of LarPOConfig but HOW, and of TrainingArguments, most of which only say how a
 # run is computed and logged, WHAT. Not how long it is: a run may be made longer.
-HOW = {"logging_steps", "dataset_num_proc", "precompute_ref_log_probs", "precompute_ref_batch_size", "share_prefix",
-       "candidate_micro_batch_size", "schedule", "memory_budget", "kernel_backend", "pad_to_multiple_of", "ndcg_k",
-       "on_nonfinite", "remove_unused_columns"}  # fmt: skip
-WHAT = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_args",
-        "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm",
-        "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "neftune_noise_alpha",
-        "train_sampling_strategy", "group_by_length", "bf16", "fp16")  # fmt: skip
-
-
+HOW = {
+    "logging_steps",
+    "dataset_num_proc",
+    "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "share_prefix",
+    "candidate_micro_batch_size",
+    "schedule",
+    "memory_budget",
+    "kernel_backend",
+    "pad_to_multiple_of",
+    "ndcg_k",
+    "on_nonfinite",
+    "remove_unused_columns",
+}
+WHAT = (
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "group_by_length",
+    "bf16",
+    "fp16",
+)
 # Settings that need the machine of a run, in place of which data can be looked at on any.
 ANYWHERE = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "fsdp": None, "deepspeed": None, "report_to": "none"}
 
@@ -69,52 +98,22 @@ class TrainJob(Reading):
     )
     resume: bool = field(default=True, metadata={"help": "Go on from the newest whole checkpoint in output_dir, if any."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.peft, str):
+            self.peft = json_object("peft", self.peft)
+        if isinstance(self.train_data, str) and self.train_data.lstrip().startswith(("{", "[")):
+            self.train_data = json_value("train_data", self.train_data)
+        if self.shuffle_buffer < 0:
+            raise ValueError(f"shuffle_buffer must be at least 0, got {self.shuffle_buffer}")
+
 
 def train_settings(config: str | Path | None, flags: list[str]) -> tuple[TrainJob, LarPOConfig]:
-    """Settings from a YAML file and from flags; flags win. `null` and `[]` in the file, `None` and `[]` as a flag's value are
-    None and an empty list where the setting takes them.
-
-    Raises:
-        ValueError, FileNotFoundError: a bad file, with line and field; an unknown flag; a setting of the wrong kind.
-    """
-    from transformers import HfArgumentParser
-
+    """Settings from a YAML file and from flags; flags win. See `larpo.runs.settings`."""
     from .config import LarPOConfig
 
     kinds = (TrainJob, LarPOConfig)
-    known = [f.name for kind in kinds for f in fields(kind) if f.init]
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    values = {} if config is None else load_yaml(config, {name: hints[name] for name in known})
-    given = set()
-    for flag in flags:
-        name = flag[2:].split("=")[0].replace("-", "_")
-        if flag.startswith("--") and name.removeprefix("no_") not in known and name not in known:
-            raise ValueError(f"unknown flag {flag.split('=')[0]}{nearest(name, known)}")
-        given |= {name, name.removeprefix("no_")} if flag.startswith("--") else set()
-    needed = ("model", "train_data", "output_dir")
-    missing = [name for name in needed if values.get(name) is None and name not in given]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} must be given, in the config file or as --{missing[0]}")
-    as_flags, as_they_are = [], {}
-    for name, value in values.items():
-        value = as_meant(name, value, hints[name])
-        if value is not None and not isinstance(value, list | dict):
-            as_flags.append(f"--{name}={value}")
-        elif not _takes(hints[name], value):
-            raise ValueError(f"{name} does not take {masked(value, name)!r} (its type is {hints[name]})")
-        elif name not in given:
-            as_they_are[name] = value
-    parser = HfArgumentParser(kinds, exit_on_error=False, allow_abbrev=False)
-    for action in parser._actions:
-        action.type = _or_empty(action.type, hints.get(action.dest))
-    found = _parse(parser, [*as_flags, *flags]) | as_they_are
-    job, args = (kind(**{f.name: found[f.name] for f in fields(kind) if f.init}) for kind in kinds)
-    if isinstance(job.peft, str):
-        job.peft = json_object("peft", job.peft)
-    if isinstance(job.train_data, str) and job.train_data.lstrip().startswith(("{", "[")):
-        job.train_data = json_value("train_data", job.train_data)
-    if job.shuffle_buffer < 0:
-        raise ValueError(f"shuffle_buffer must be at least 0, got {job.shuffle_buffer}")
+    job, args = read_settings(kinds, config, flag_values(flags, kinds), needed=("train_data", "output_dir"))
     _refuse_what_scripts_read(job, args)
     return job, args
 
@@ -129,37 +128,6 @@ def _refuse_what_scripts_read(job: TrainJob, args: LarPOConfig) -> None:
         raise ValueError("do_predict must be left out: nothing is predicted, eval_data is what is evaluated")
     if args.do_eval and job.eval_data is None:
         raise ValueError("do_eval and eval_strategy need eval_data, which is not given")
-
-
-def _parse(parser: Any, flags: list[str]) -> dict[str, Any]:
-    import argparse
-
-    try:
-        found, rest = parser.parse_known_args(flags)
-    except argparse.ArgumentError as error:
-        raise ValueError(masked(str(error))) from None
-    if rest:
-        raise ValueError(f"expected flags, got {masked(' '.join(rest))!r}")
-    return vars(found)
-
-
-def _takes(hint: Any, value: Any) -> bool:
-    """Whether a setting of this type may be None, a list or a dict, which command lines have no types for."""
-    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return any(choice is Any or (get_origin(choice) or choice) is type(value) for choice in choices)
-
-
-def _or_empty(read: Any, hint: Any) -> Any:
-    """A reader of a flag's text that also knows None and [], where the setting takes them."""
-    empty = {text: value for text, value in (("None", None), ("null", None), ("[]", [])) if _takes(hint, value)}
-    if not empty:
-        return read
-
-    @wraps(read, updated=())  # its name is what an error says that a value is none of
-    def reader(text: str) -> Any:
-        return empty[text] if text in empty else read(text)
-
-    return reader
 
 
 def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
@@ -308,60 +276,71 @@ def show_summaries(summaries: dict[str, DataSummary], *, html: str | None = None
         write_text(Path(html), page(summaries))
 
 
-def score(
-    model: str,
-    data: str,
-    out: str | Path,
-    *,
-    ref_model: str | None = None,
-    beta: float = 0.1,
-    batch_size: int = 8,
-    candidate_batch_size: int | None = None,
-    max_length: int | None = 1024,
-    max_prompt_length: int | None = PROMPT_LENGTH,
-    truncation_mode: str = "keep_end",
-    append_eos: bool = True,
-    split: str = "train",
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-    reading: Reading | None = None,
-) -> Any:
-    """Scores the lists in `data`, with or without scores, and writes them with the new columns to `out`, .parquet or .jsonl;
-    see `score_lists`.
+@dataclass
+class ScoreJob(Reading):
+    """The settings of `larpo score`."""
 
-    Results are kept in a folder beside `out` as they come, whose name ends in .parts, until `out` is written: a run that was
-    killed goes on there. Processes of `accelerate launch` or `torchrun` share the work; the first one writes.
+    model: str = field(metadata={"help": "Name or folder of a causal LM."})
+    data: str = field(
+        metadata={"help": "Candidate lists, with scores or without: .jsonl, .json, .parquet, a saved dataset or a hub name."}
+    )
+    out: str = field(metadata={"help": "Where to write them with logps: .parquet or .jsonl."})
+    split: str = field(default="train", metadata={"help": "Split of the data, where it has splits."})
+    ref_model: str | None = field(default=None, metadata={"help": "Adds ref_logps and implicit_rewards."})
+    beta: float = field(default=0.1, metadata={"help": "implicit_rewards = beta * (logps - ref_logps)."})
+    batch_size: int = field(default=8, metadata={"help": "Lists at a time."})
+    candidate_batch_size: int | None = field(default=None, metadata={"help": "Candidates at a time."})
+    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of prompt and completion."})
+    max_prompt_length: int | None = field(
+        default=PROMPT_LENGTH, metadata={"help": "Most tokens of a prompt (not given: half of max_length, 512 at most)."}
+    )
+    truncation_mode: str = field(
+        default="keep_end", metadata={"help": "What stays of a prompt that is too long: keep_end or keep_start."}
+    )
+    append_eos: bool = field(default=True, metadata={"help": "End completions that are plain strings with EOS."})
+    dtype: str | None = field(default=None, metadata={"help": "Dtype of the weights (None: float32, as in training)."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let a model from the hub run its own code."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.out = os.path.abspath(Path(self.out).expanduser())
+        if Path(self.out).suffix not in (".parquet", ".jsonl"):
+            raise ValueError(f"out must end in .parquet or .jsonl, got {self.out!r}")
+
+
+def score(job: ScoreJob) -> Dataset:
+    """Scores lists and writes them with the new columns to `job.out`; see `larpo.score_lists`.
+
+    Results are kept in a folder beside that file as they come, whose name ends in .parts, until the file is written: a run that
+    was killed goes on there. Processes of `accelerate launch` or `torchrun` share the work; the first one writes.
     """
     from .data.loading import load_lists
     from .modeling.loading import load_causal_lm, load_tokenizer
     from .modeling.sharding import whole_weights
     from .scoring import score_lists
 
-    out = Path(os.path.abspath(Path(out).expanduser()))
-    if out.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"out must end in .parquet or .jsonl, got {str(out)!r}")
-    lists = load_lists(data, split=split, scored=False, **(reading or Reading()).reading())
+    out = Path(job.out)
+    lists = load_lists(job.data, split=job.split, scored=False, **job.reading())
     out.parent.mkdir(parents=True, exist_ok=True)
     ranks, parts = Ranks.connected(), out.with_name(f"{out.name}.parts")
-    model, ref_model = (None if name is None else os.path.expanduser(name) for name in (model, ref_model))
-    options = {"trust_remote_code": trust_remote_code} | ({} if dtype is None else {"dtype": dtype})
+    options = {"trust_remote_code": job.trust_remote_code} | ({} if job.dtype is None else {"dtype": job.dtype})
 
     def load(name: str) -> Any:
         with whole_weights():
-            return load_causal_lm(name, options).to(processes().device)
+            return load_causal_lm(os.path.expanduser(name), options).to(processes().device)
 
     scored = score_lists(
-        load(model),
+        load(job.model),
         lists,
-        load_tokenizer(model, options),
-        ref_model=None if ref_model is None else load(ref_model),
-        beta=beta,
-        batch_size=batch_size,
-        candidate_batch_size=candidate_batch_size,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-        append_eos=append_eos,
+        load_tokenizer(os.path.expanduser(job.model), options),
+        ref_model=None if job.ref_model is None else load(job.ref_model),
+        beta=job.beta,
+        batch_size=job.batch_size,
+        candidate_batch_size=job.candidate_batch_size,
+        max_length=job.max_length,
+        max_prompt_length=job.max_prompt_length,
+        truncation_mode=job.truncation_mode,
+        append_eos=job.append_eos,
         parts=parts,
     )
     write = scored.to_parquet if out.suffix == ".parquet" else partial(scored.to_json, force_ascii=False)

@@ -13,7 +13,8 @@ from ..rewards import name_of
 from ..rewards.finding import check_settings, what_is_said
 from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
-from ..runs.yaml_config import as_meant, load_yaml, nearest, number
+from ..runs.settings import read_settings
+from ..runs.yaml_config import as_meant, nearest
 from ..sampling import temperature_at
 from ..serving.settings import SAME_COMPLETIONS, server_settings
 
@@ -370,26 +371,10 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
     overrides: by field name; a setting of `training`, `peft` and the other groups also as "training.learning_rate".
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file and line, or the setting, and what is wrong: unknown (with the nearest name), missing, bad.
+    Raises FileNotFoundError and ValueError as `larpo.runs.settings.read_settings` does.
     """
-    known = [f.name for f in fields(AlignConfig)]
-    values = {} if path is None else load_yaml(path, get_type_hints(AlignConfig))
-    for name, value in (overrides or {}).items():
-        group, _, inner = name.partition(".")
-        if group not in known:
-            raise ValueError(f"unknown setting {name!r}{nearest(group, known)}")
-        if inner:
-            if not isinstance(values.get(group) or {}, Mapping):
-                raise ValueError(f"{name!r} is set, but {group} holds {masked(values[group], group)!r}")
-            values[group] = {**(values.get(group) or {}), inner: number(value)}
-        else:
-            values[name] = number(value)
-    needed = [f.name for f in fields(AlignConfig) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in values]:
-        raise ValueError(f"{' and '.join(missing)} must be given{'' if path is None else f' in {path}'}")
-    return AlignConfig(**values)
+    (config,) = read_settings([AlignConfig], path, overrides or {})
+    return config
 
 
 def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:

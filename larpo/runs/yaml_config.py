@@ -60,6 +60,16 @@ def load_yaml(path: str | Path, known: Mapping[str, Any] | Iterable[str]) -> dic
     return values
 
 
+def yaml_value(text: str) -> Any:
+    """A value in YAML; text that is no YAML stands for itself."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.YAMLError:
+        return text
+
+
 @functools.cache
 def _loader() -> type:
     """YAML 1.1 of PyYAML, with the numbers of YAML 1.2."""
@@ -80,11 +90,11 @@ def _float(loader: Any, node: Any) -> float | str:
 
 
 def _is_text(hint: Any) -> bool:
-    kinds = set(_kinds(hint))
+    kinds = set(kinds_of(hint))
     return str in kinds and kinds <= {str, types.NoneType}
 
 
-def _kinds(hint: Any) -> tuple:
+def kinds_of(hint: Any) -> tuple:
     """The types of a union, or the one that it is."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
@@ -109,14 +119,14 @@ def as_meant(name: str, value: Any, hint: Any) -> Any:
     >>> as_meant("save_strategy", False, Literal["no", "steps"]), as_meant("bf16", False, bool), as_meant("beta", "1e-1", float)
     ('no', False, 0.1)
     """
-    kinds = _kinds(hint)
+    kinds = kinds_of(hint)
     if isinstance(value, str):
         if value == "None" and types.NoneType in kinds:  # as Python writes it; YAML writes null
             return None
         return _not_text(name, value, set(kinds) - {types.NoneType})
     if not isinstance(value, bool):
         return value
-    choices = [*CHOICES.get(name, ()), *(choice for kind in kinds for choice in _choices(kind))]
+    choices = [*CHOICES.get(name, ()), *(choice for kind in kinds for choice in choices_of(kind))]
     if bool in kinds or Any in kinds or any(choice is value for choice in choices):
         return value
     for word in WORDS[value]:
@@ -135,29 +145,14 @@ def _not_text(name: str, value: str, kinds: set) -> Any:
     try:
         return float(value) if float in kinds else int(value)
     except ValueError:
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
+        raise ValueError(f"{name} must be a {'' if float in kinds else 'whole '}number, got {value!r}") from None
 
 
-def _choices(kind: Any) -> tuple:
+def choices_of(kind: Any) -> tuple:
     """The values of an enumeration or of a Literal."""
     if isinstance(kind, type) and issubclass(kind, Enum):
         return tuple(member.value for member in kind)
     return get_args(kind) if get_origin(kind) is Literal else ()
-
-
-def number(value: Any) -> Any:
-    """The number that was meant by a text like 1e-5, as YAML 1.1 reads it."""
-    if isinstance(value, str):
-        try:
-            found = float(value) if "e" in value.lower() and not value.isalpha() else value
-        except ValueError:
-            return value
-        return value if found in (math.inf, -math.inf) else found
-    if isinstance(value, dict):
-        return {key: number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [number(item) for item in value]
-    return value
 
 
 def json_value(name: str, text: str, expected: str = "JSON text") -> Any:

@@ -320,7 +320,8 @@ def check_scoring_is_shared_and_writes_what_one_process_does(rank, ranks):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(scoring, "LISTS_OF_A_PART", 2)
             patched.setattr(scoring, "candidate_logps", counting)
-            commands.score(str(folder / "model"), str(folder / f"{lists}.jsonl"), folder / f"{lists}.parquet", batch_size=2)
+            where = (str(folder / "model"), str(folder / f"{lists}.jsonl"), folder / f"{lists}.parquet")
+            commands.score(commands.ScoreJob(*where, batch_size=2))
         data = Dataset.from_list(tiny.lists(lists, m=None, seed=3))
         expected = score_alone(folder / "model", data)
         assert [row["logps"] for row in read_rows(folder / f"{lists}.parquet")] == expected

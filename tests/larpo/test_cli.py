@@ -248,12 +248,12 @@ def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
     data = tmp_path / f"lists{suffix}"
     lists = Dataset.from_list(tiny.lists(3)).remove_columns("scores")
     lists.to_parquet(data) if suffix == ".parquet" else lists.to_json(data)
-    scored = commands.score(str(folder / "model"), str(data), tmp_path / "new" / "out.jsonl")
+    scored = commands.score(commands.ScoreJob(str(folder / "model"), str(data), tmp_path / "new" / "out.jsonl"))
     assert scored.column_names == ["prompt", "completions", "logps", "num_tokens", "token_hashes", "scored_with"]
     data.write_text(json.dumps({"prompt": "a", "completions": "b"}))
     if suffix == ".jsonl":
         with pytest.raises(ValueError, match="line 1: field 'completions' holds 'b'"):
-            commands.score(str(folder / "model"), str(data), tmp_path / "out.jsonl")
+            commands.score(commands.ScoreJob(str(folder / "model"), str(data), tmp_path / "out.jsonl"))
 
 
 def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
@@ -265,7 +265,8 @@ def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
     base.name_or_path = str(folder / "model")
     adapted = peft.get_peft_model(base, lora)
     adapted.save_pretrained(tmp_path / "adapter")
-    scored = commands.score(str(tmp_path / "adapter"), str(folder / "lists.jsonl"), tmp_path / "out.parquet")
+    job = commands.ScoreJob(str(tmp_path / "adapter"), str(folder / "lists.jsonl"), tmp_path / "out.parquet")
+    scored = commands.score(job)
     for row in scored:
         assert row["logps"] == pytest.approx(eager_logps(adapted.merge_and_unload(), row).tolist(), rel=1e-4)
 
@@ -313,7 +314,7 @@ def test_log_likelihoods_that_were_scored_are_named_in_the_file_of_settings(tmp_
     tiny.causal_lm(seed=5).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     for model, out in ((folder / "model", scored), (tmp_path / "model", other)):
-        commands.score(str(model), str(folder / "lists.jsonl"), out)
+        commands.score(commands.ScoreJob(str(model), str(folder / "lists.jsonl"), out))
     file = config(tmp_path, folder, ref_logps=str(scored), max_steps=1, learning_rate=0.0)
     trainer = commands.train(*commands.train_settings(file, []))
     assert trainer.ref_model is None and trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
@@ -364,14 +365,14 @@ def test_a_commit_is_no_number(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--betta", "1"], "unknown flag --betta; did you mean 'beta'?"),
+        (["--betta", "1"], "unknown setting 'betta'; did you mean 'beta'?"),
         (["--objective", "dpo"], "objective must be one of"),
         (["--max_steps", "many"], "max_steps"),
         (["more"], "expected flags, got 'more'"),
-        (["--peft", "{r: 8}"], "peft must be a dict or JSON text of one"),
+        (["--peft", "r: 8"], "peft must be a dict or JSON text of one"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--peft", '{"rank": 8}'], "peft: "),
-        (["--max_tokens_per_batch", "100.5"], "invalid int value: '100.5'"),
+        (["--max_tokens_per_batch", "100.5"], "max_tokens_per_batch must be a whole number, got '100.5'"),
         (["--shuffle_buffer", "-5"], "shuffle_buffer must be at least 0, got -5"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_number_in_quotes_is_a_number(tmp_path):
     args = config(tmp_path, learning_rate="1e-5", max_steps="7", beta="0.3")
     assert (args.learning_rate, args.max_steps, args.beta) == (1e-5, 7, 0.3)
     assert read(tmp_path, "max_length: None").max_length is None
-    with pytest.raises(ValueError, match="max_steps must be a number, got 'many'"):
+    with pytest.raises(ValueError, match="max_steps must be a whole number, got 'many'"):
         config(tmp_path, max_steps="many")
 
 

@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 def score(folder, *, out="out.parquet", batch_size=2, data="lists.jsonl", **options):
     options = {"ref_model": str(folder / "other"), "batch_size": batch_size} | options
-    commands.score(str(folder / "model"), str(folder / data), folder / out, **options)
+    commands.score(commands.ScoreJob(str(folder / "model"), str(folder / data), folder / out, **options))
     return read_rows(folder / out)
 
 
@@ -66,8 +66,9 @@ def test_a_killed_run_scores_only_what_is_missing_and_writes_what_one_in_peace_d
                 os.kill(os.getpid(), signal.SIGKILL)
         os.replace = replace
         folder = sys.argv[1]
-        commands.score(folder + "/model", folder + "/lists.jsonl", folder + "/out.parquet", ref_model=folder + "/other", batch_size=2)
-    """  # noqa: E501
+        model, other, lists, out = (f"{folder}/{name}" for name in ("model", "other", "lists.jsonl", "out.parquet"))
+        commands.score(commands.ScoreJob(model, lists, out, ref_model=other, batch_size=2))
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     lines = "\n".join(line[8:] for line in code.splitlines())
     killed = subprocess.run(

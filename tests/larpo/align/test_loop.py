@@ -624,16 +624,30 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
         align(tmp_path)
 
 
-def test_larpo_align_is_called_as_a_function(tmp_path, monkeypatch):
-    import larpo.align
+def test_larpo_align_and_its_run_take_a_config_or_settings(tmp_path, monkeypatch):
+    import larpo
 
     asked = []
-    monkeypatch.setattr(larpo.align, "run", lambda config, progress: asked.append((config, progress)))
-    larpo.align(output_dir=str(tmp_path), model="m", prompts=["a"], reward="x:y", k=3, progress=False)
-    larpo.align(config(tmp_path))
-    assert [(one.k, progress) for one, progress in asked] == [(3, False), (4, True)]
-    with pytest.raises(ValueError, match="either a config or settings"):
-        larpo.align(config(tmp_path), k=3)
+    monkeypatch.setattr("larpo.align.loop.run", lambda config, progress: asked.append((config.k, progress)))
+    for run in (larpo.align, larpo.align.run):
+        run(output_dir=str(tmp_path), model="m", prompts=["a"], reward="x:y", k=3, progress=False)
+        run(config(tmp_path))
+        with pytest.raises(ValueError, match="either a config or settings"):
+            run(config(tmp_path), k=3)
+    assert asked == [(3, False), (4, True)] * 2
+
+
+def test_type_checkers_see_every_lazy_name():
+    import ast
+    from pathlib import Path
+
+    import larpo
+
+    tree = ast.parse(Path(larpo.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    declared = {node.target.id for node in block.body if isinstance(node, ast.AnnAssign)}
+    assert (imported | declared) - {"CallableModule"} == set(larpo.__all__)
 
 
 def test_the_demos_settings_are_sound(tmp_path):
