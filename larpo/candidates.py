@@ -8,7 +8,7 @@ adds candidates says how many, as the second value it returns.
 |---|---|
 | a candidate found twice counts once | `deduplicate` |
 | retrieve, then rerank | `rank` |
-| which candidates of a long list are trained on | `top_bottom`, `best_against_worst`, `hard_negatives` |
+| which candidates of a long list are trained on | `top_bottom`, `hard_negatives` |
 | negatives from elsewhere, easy to hard | `random_negatives`, `negatives_of_related_prompt` |
 | earlier iterations are remembered | `memorise` |
 | a list without an order teaches nothing | `drop_uninformative` |
@@ -242,11 +242,6 @@ def top_bottom(lists: Sequence[PromptList], top: int, bottom: int | None) -> lis
         replace(one, candidates=tuple(one.candidates[i] for i in top_bottom_indices(_scores(one), top, bottom)))
         for one in lists
     ]
-
-
-def best_against_worst(lists: Sequence[PromptList]) -> list[PromptList]:
-    """The pair for iterative DPO out of the same k candidates, so that the comparison spends the same generations."""
-    return top_bottom(lists, 1, 1)
 
 
 class Informative(NamedTuple):

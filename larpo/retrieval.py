@@ -7,15 +7,11 @@ every interval, since completions of one prompt resemble each other: means are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import NormalDist
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas
 
 
 class Estimate(NamedTuple):
@@ -69,73 +65,10 @@ def recall_at_n(correct: np.ndarray, ns: Sequence[int]) -> np.ndarray:
     >>> recall_at_n([[True, False, False, False], [False, False, False, False]], ns=[1, 2, 4])
     array([0.125, 0.25 , 0.5  ])
     """
-    return _expected_hits(correct, ns).mean(axis=0)
-
-
-def recall_curves(correct: Mapping[float, np.ndarray], ns: Sequence[int], confidence: float = 0.95) -> pandas.DataFrame:
-    """Recall@N by temperature: columns temperature, n, recall, low, high; a row per temperature and n.
-
-    correct: temperature -> [prompts, k] bool. An n above a temperature's k is left out there.
-    """
-    return _curves(correct, ns, _expected_hits, "recall", confidence)
-
-
-def best_of_n_curves(rewards: Mapping[float, np.ndarray], ns: Sequence[int], confidence: float = 0.95) -> pandas.DataFrame:
-    """Best-of-N by temperature: columns temperature, n, reward, low, high; as `recall_curves`.
-
-    rewards: temperature -> [prompts, k].
-    """
-    return _curves(rewards, ns, expected_best, "reward", confidence)
-
-
-def plot_recall(curves: pandas.DataFrame, path: str | Path) -> None:
-    """Draw `recall_curves`: Recall@N over N, a line with its interval per temperature. The path's suffix is the format."""
-    _plot(curves, "recall", "Recall@N", path)
-
-
-def plot_best_of_n(curves: pandas.DataFrame, path: str | Path) -> None:
-    """Draw `best_of_n_curves`: the best of N's reward over N, a line with its interval per temperature."""
-    _plot(curves, "reward", "reward of the best of N", path)
-
-
-def _expected_hits(correct: np.ndarray, ns: Sequence[int]) -> np.ndarray:
     hits = np.asarray(correct)
     if not np.isin(hits, (0, 1)).all():
         raise ValueError("correct must hold booleans (or 0 and 1) only")
-    return expected_best(hits, ns)
-
-
-def _curves(
-    by_temperature: Mapping[float, np.ndarray], ns: Sequence[int], per_prompt: Callable, column: str, confidence: float
-) -> pandas.DataFrame:
-    import pandas
-
-    rows = []
-    for temperature, values in sorted(by_temperature.items()):
-        reachable = [n for n in ns if n <= np.shape(values)[1]]
-        for n, of_prompts in zip(reachable, per_prompt(values, reachable).T, strict=True):
-            rows.append((temperature, n, *_mean(of_prompts, confidence)))
-    return pandas.DataFrame(rows, columns=["temperature", "n", column, "low", "high"])
-
-
-def _plot(curves: pandas.DataFrame, column: str, label: str, path: str | Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # not through pyplot: the caller's backend stays
-    axes = figure.subplots()
-    for temperature, curve in curves.groupby("temperature"):
-        (line,) = axes.plot(curve["n"], curve[column], marker="o", label=f"temperature {temperature:g}")
-        axes.fill_between(curve["n"], curve["low"], curve["high"], color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xscale("log", base=2)
-    ns = sorted(curves["n"].unique())
-    axes.set_xticks(ns, labels=[str(n) for n in ns])
-    axes.set_xlabel("N")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    return expected_best(hits, ns).mean(axis=0)
 
 
 # --- means -------------------------------------------------------------------------------------------------
@@ -174,36 +107,14 @@ def win_rate(rewards_a: np.ndarray, rewards_b: np.ndarray, confidence: float = 0
 # --- KL to the reference -----------------------------------------------------------------------------------
 
 
-class KL(NamedTuple):
-    """Estimates of KL(policy || reference), in nats; see `kl_estimate`."""
+def kl_estimate(logps_policy: np.ndarray, logps_ref: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """KL(policy || reference), nats per completion, from completions sampled from the policy at temperature 1, uncut.
 
-    k1: Estimate  # per completion
-    k3: float  # per completion
-    k3_per_token: float | None  # None without token logps
+    It is the mean of log pi(y|x) - log pi_ref(y|x): unbiased and of either sign (k1 of Schulman, "Approximating KL divergence",
+    2020; k3 is useless for whole completions once policies differ: one that the reference likes by 20 nats more adds e^20).
 
-
-def kl_estimate(
-    logps_policy: np.ndarray,
-    logps_ref: np.ndarray,
-    *,
-    token_logps_policy: Sequence[np.ndarray] | None = None,
-    token_logps_ref: Sequence[np.ndarray] | None = None,
-    confidence: float = 0.95,
-) -> KL:
-    """How far the policy is from the reference, from completions sampled from the policy at temperature 1, uncut.
-
-    With d = log pi(y|x) - log pi_ref(y|x), over completions y of the policy (Schulman, "Approximating KL divergence", 2020):
-
-    k1 = d: unbiased, of either sign; its mean and interval are the figure to report.
-    k3 = exp(-d) - 1 + d: unbiased, never negative, but for whole completions useless once policies differ: one
-        completion that the reference likes by 20 nats more adds e^20, and completions nearly never drawn
-        carry the mean. It may be inf.
-    k3_per_token: the mean of the same over all tokens, where ratios are close to 1: well behaved.
-
-    Args:
-        logps_policy, logps_ref: [completions] or [prompts, k], sums of token log-probabilities, nats.
-            The second form makes the interval's unit the prompt.
-        token_logps_policy, token_logps_ref: per completion an array [tokens]; both or none.
+    logps_policy, logps_ref: [completions] or [prompts, k], sums of token log-probabilities, nats. In the second form the
+        interval's unit is the prompt.
     """
     policy, reference = _finite("logps_policy", logps_policy), _finite("logps_ref", logps_ref)
     if policy.shape != reference.shape or policy.ndim not in (1, 2) or not policy.size:
@@ -211,25 +122,7 @@ def kl_estimate(
             "logps_policy and logps_ref must have one shape, [completions] or [prompts, k], "
             f"got {policy.shape} and {reference.shape}"
         )
-    if (token_logps_policy is None) != (token_logps_ref is None):
-        raise ValueError("token_logps_policy and token_logps_ref go together; one is missing")
-    per_token = None
-    if token_logps_policy is not None:
-        pairs = list(zip(token_logps_policy, token_logps_ref, strict=True))
-        for i, (ours, theirs) in enumerate(pairs):
-            if len(ours) != len(theirs):
-                raise ValueError(
-                    f"completion {i} has {len(ours)} token logps under the policy, {len(theirs)} under the reference"
-                )
-        d = np.concatenate([_finite("token_logps", ours) - _finite("token_logps", theirs) for ours, theirs in pairs])
-        per_token = float(_k3(d).mean()) if d.size else None
-    d = policy - reference
-    return KL(_mean(_rows(d).mean(axis=1), confidence), float(_k3(d).mean()), per_token)
-
-
-def _k3(d: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return np.maximum(np.expm1(-d) + d, 0.0)  # rounding may leave a little less than 0
+    return _mean(_rows(policy - reference).mean(axis=1), confidence)
 
 
 # ---

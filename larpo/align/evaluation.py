@@ -23,7 +23,7 @@ def metrics(rows: Rows, start: Rows, config: AlignConfig) -> dict[str, Any]:
     scored = [[score for score in row["scores"] if score is not None] for row in ours]
     scored = [scores for scores in scored if scores]
     d = [np.subtract(row["logps"], row["initial_logps"]) for row in ours]
-    kl = retrieval.kl_estimate([row["logps"] for row in ours], [row["initial_logps"] for row in ours]).k1
+    kl = retrieval.kl_estimate([row["logps"] for row in ours], [row["initial_logps"] for row in ours])
     ends = [len(ids) for row in ours for ids in row["completion_ids"]]
     return {
         "prompts": len(ours),

@@ -191,7 +191,7 @@ def measure(model, loss, *, start, tokenizer, held_out, drawn_per_prompt: int, s
         "ndcg": list_metrics(scores, relevance, sizes)["ndcg"],
         "margin": list_metrics(logps - ref_logps, relevance, sizes)["rewards/margins"],
         "reward": sum(c.score for one in drawn for c in one.candidates) / (drawn_per_prompt * len(drawn)),
-        "kl": kl_estimate(ours, theirs).k1.mean,
+        "kl": kl_estimate(ours, theirs).mean,
     }
 
 

@@ -4,18 +4,17 @@
 
 JUDGE is its name with a digest of its identity (identity.py), which itself is not written down: a judge may hold a key.
 
-A line is appended at once. The last one of a killed process may be cut; it is passed over, and asked again.
+A line is appended at once (see larpo/runs/journal.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..runs.journal import Journal
 from .identity import digest
 
 Values = list[float | None]
@@ -37,34 +36,21 @@ class Memory:
         return self._open[key]
 
 
-class Remembered:
-    """The values that one judge has given, by question. Ranks read each other's when they start, and write their own."""
+class Remembered(Journal[Values]):
+    """The values that one judge has given, by question. Ranks read each other's when they start, and write their own.
+
+    A damaged line is passed over: its question is asked again, and the others, which may have cost money, are not.
+    """
+
+    key = "question"
+    strict = False
 
     def __init__(self, folder: Path):
-        self._values: dict[str, Values] = {}
-        for file in sorted(folder.glob("*.jsonl")):
-            self._read(file)
-        rank = int(os.environ.get("RANK", "0"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / f"{rank:05d}.jsonl"
+        own = folder / f"{int(os.environ.get('RANK', '0')):05d}.jsonl"
+        super().__init__(own, others=sorted(set(folder.glob("*.jsonl")) - {own}))
 
-    def __contains__(self, question: str) -> bool:
-        return question in self._values
+    def fields(self, values: Values) -> dict[str, Any]:
+        return {"values": values}
 
-    def __getitem__(self, question: str) -> Values:
-        return self._values[question]
-
-    def put(self, found: Mapping[str, Values]) -> None:
-        """A newline comes first as well: what a killed process left may end without one."""
-        lines = [json.dumps({"question": question, "values": values}) for question, values in found.items()]
-        with open(self._file, "a", encoding="utf-8") as file:
-            file.write("\n" + "\n".join(lines) + "\n")
-        self._values.update(found)
-
-    def _read(self, file: Path) -> None:
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                said = json.loads(line)
-                self._values[said["question"]] = said["values"]
-            except (ValueError, TypeError, KeyError):
-                continue
+    def parse(self, fields: dict[str, Any]) -> Values:
+        return fields["values"]

@@ -108,7 +108,6 @@ class ServerSampler:
                         bar.update()
 
                 await asyncio.gather(*(work() for _ in range(min(self.settings.max_in_flight, len(rows)))))
-        answers.close()
         if not failed:
             self._warn_of_greed(lists)
             return lists
@@ -199,11 +198,12 @@ class _Asker:
     async def _answer(self, wanted: Wanted) -> Answer:
         sampler = self.sampler
         key = key_of(sampler.weights, wanted, sampler.limits)
-        answer = self.answers.get(key)
-        if answer is None:
+        if key in self.answers:
+            answer = self.answers[key]
+        else:
             answer = await self._ask(wanted)
             if any(one.finish in COMPLETE for one in answer.choices):
-                self.answers.keep(key, answer)
+                self.answers.put({key: answer})
         if any(one.token_ids is None for one in answer.choices):
             sampler.refuse_text(wanted.prompt, forms=False)
         return answer

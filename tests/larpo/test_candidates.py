@@ -175,7 +175,6 @@ def test_the_papers_subsets():
     assert letters(c.top_bottom([one], 1, None)[0]) == "bdfhjigeca"
     assert letters(c.top_bottom([one], 3, 0)[0]) == "bdf"
     assert letters(c.top_bottom([one], 0, 2)[0]) == "ca"
-    assert c.best_against_worst([one]) == c.top_bottom([one], 1, 1)
 
 
 @given(SCORED, st.integers(0, 4), st.integers(0, 4) | st.none())
