@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 class Journal(Generic[Answer]):
     """The answers in a file, to which one process at a time adds; or in memory alone.
 
-    Subclasses say how an answer is written: `key` is the field that holds the question, `fields` and `parse` are for the others.
+    Subclasses say how an answer is written: `key` names the field of the question, `fields` and `parse` are for all others.
     strict: a damaged line raises Damaged; else it is passed over. The last line of a killed process may be cut in any case.
     """
 
