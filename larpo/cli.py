@@ -30,6 +30,7 @@ Config = Annotated[Path | None, typer.Option(help="A YAML file of settings; flag
 def _show_settings(kinds: Sequence[type], without: Sequence[type] = ()) -> None:
     """A table of the settings that these dataclasses have, and the others do not."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     inherited = settings_of(without)
@@ -38,7 +39,7 @@ def _show_settings(kinds: Sequence[type], without: Sequence[type] = ()) -> None:
         if name not in inherited:
             default = setting.field.default
             shown = "needed" if setting.is_needed else "" if default is MISSING else str(default)
-            table.add_row(name, shown, setting.field.metadata.get("help", ""))
+            table.add_row(name, shown, escape(setting.field.metadata.get("help", "")))
     Console().print(table)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling import Distinct, Sampled, Sampler
+from ..serving.asking import Limits, limits_of
 from ..serving.settings import server_settings
 from ..serving.weights import ServedWeights
 from . import other_engine
@@ -70,18 +71,18 @@ class Samplers:
 
         config, policy = self.config, self.policy(iteration)
         options: dict[str, Any] = {"eos_token_ids": self.models.eos_token_ids(), "stop": config.stop_strings()}
-        options["progress"] = progress
         if to_train_on:
             options |= {"top_k": config.top_k, "top_p": config.top_p, "min_new_tokens": config.min_new_tokens or 0}
         if config.sampler == "vllm":
-            sampler = sampling.VLLMSampler(policy, config.max_new_tokens, **options, **config.sampler_options)
+            options |= {"progress": progress} | config.sampler_options
+            sampler = sampling.VLLMSampler(policy, config.max_new_tokens, **options)
         elif self._served is not None:
-            sampler = self._of_server(iteration, kept, options)
+            limits = limits_of(self.models.tokenizer, config.max_new_tokens, **options)
+            sampler = self._of_server(iteration, limits, kept, progress)
         else:
-            sampler = sampling.TransformersSampler(
-                self.models.load(policy), self.models.tokenizer, config.max_new_tokens, batch_size=config.sample_batch_size,
-                **options,
-            )  # fmt: skip
+            options |= {"progress": progress, "batch_size": config.sample_batch_size}
+            model = self.models.load(policy)
+            sampler = sampling.TransformersSampler(model, self.models.tokenizer, config.max_new_tokens, **options)
         return Distinct(sampler) if to_train_on and config.distinct else sampler
 
     def release(self) -> None:
@@ -89,12 +90,10 @@ class Samplers:
         if self.config.sampler == "vllm":
             gc.collect()  # an engine and its parts hold each other
 
-    def _of_server(self, iteration: int, kept: Path, options: dict[str, Any]) -> Sampler:
-        from ..serving.sampler import ServerSampler
+    def _of_server(self, iteration: int, limits: Limits, kept: Path, progress: bool) -> Sampler:
+        from ..serving.sampler import ServedModel, ServerSampler
 
         policy, settings = self.policy(iteration), self._served.settings
-        taking = self._served.tell(policy, iteration)
-        return ServerSampler(
-            settings, self.models.tokenizer, self.config.max_new_tokens, model=settings.model_of(policy, iteration),
-            weights=str(self.weights(iteration)), kept=kept, patience=settings.reload_timeout if taking else 0.0, **options,
-        )  # fmt: skip
+        patience = settings.reload_timeout if self._served.tell(policy, iteration) else 0.0
+        model = ServedModel(settings.model_of(policy, iteration), str(self.weights(iteration)), patience)
+        return ServerSampler(settings, self.models.tokenizer, limits, model, kept=kept, progress=progress)

@@ -6,16 +6,20 @@ the server's own chat template, with log-likelihoods; and text alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..data import endings
+from ..data.text_tokenizer import text_tokenizer
 from ..rewards import Text
 from ..runs.files import plain
+from ..sampling import check_settings
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
     import openai
+    from transformers import PreTrainedTokenizerBase
 
 
 class Form(NamedTuple):
@@ -56,10 +60,22 @@ class Limits:
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        check_settings(self.max_new_tokens, self.top_k, self.top_p, self.stop, self.min_new_tokens)
+
     def only_by_token_ids(self) -> list[str]:
         """The settings that have no meaning where a server gives text: which tokens ended it, nobody knows."""
         found = {"eos_token": self.only_these_end, "stop": bool(self.stop), "min_new_tokens": self.min_new_tokens > 0}
         return [name for name, given in found.items() if given]
+
+
+def limits_of(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, *, eos_token_ids: Sequence[int] | None = None, **others: Any
+) -> Limits:
+    """The settings of a `TransformersSampler` as Limits. Raises ValueError for one that is out of its range."""
+    own = eos_token_ids is not None
+    ends = tuple(eos_token_ids) if own else endings.ending_of(text_tokenizer(tokenizer)).token_ids
+    return Limits(max_new_tokens, ends, own, **others)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ..data import chat_template, endings, prompt_boundary
 from ..data.text_tokenizer import text_tokenizer
 from ..rewards import Text
 from ..rewards.background import wait_for
-from ..sampling import Sampled, Template, all_prompt_tokens, check_call, check_settings
+from ..sampling import Sampled, Template, all_prompt_tokens, check_call
 from .answers import Answers, key_of
 from .asking import FORMS, Answer, Choice, Form, Limits, Wanted, ask
 from .client import ServerError, open_client, what_happened
@@ -33,6 +34,16 @@ EMPTY_ANSWERS = 3  # in a row, before a prompt is given up
 BETWEEN_TRIES = 1.0  # seconds, while a server takes new weights
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What a server is asked for: its name there, the weights by which kept answers are told apart, and the seconds in which a
+    server that does not answer its first request may be taking them."""
+
+    name: str
+    weights: str
+    patience: float = 0.0
+
+
 class ServerSampler:
     """Samples from a server: the tokens that it gives, or its text, tokenised here."""
 
@@ -40,36 +51,21 @@ class ServerSampler:
         self,
         settings: ServerSettings,
         tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int,
+        limits: Limits,
+        model: ServedModel,
         *,
-        model: str,
-        weights: str,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        eos_token_ids: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
-        min_new_tokens: int = 0,
         kept: Path | None = None,
-        patience: float = 0.0,
         progress: bool = False,
     ):
         """
         Args:
             tokenizer: the policy's own, for prompts, and for completions where the server gives no token ids.
-            max_new_tokens, top_k, top_p, eos_token_ids, stop, min_new_tokens: as in `TransformersSampler`.
-            model: what the server is asked for. weights: which ones these are, by which kept answers are told apart.
             kept: a file in which answers are kept as they arrive; None: in memory.
-            patience: seconds in which a server that does not answer its first request may be taking new weights.
 
         Raises ImportError where `openai` is not installed.
         """
-        check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         self.settings, self.tokenizer = settings, text_tokenizer(tokenizer)
-        self.model, self.weights = model, weights
-        self.kept, self.patience, self.progress = kept, patience, progress
-        own = eos_token_ids is not None
-        ends = tuple(eos_token_ids) if own else endings.ending_of(self.tokenizer).token_ids
-        self.limits = Limits(max_new_tokens, ends, own, top_k, top_p, min_new_tokens, tuple(stop))
+        self.limits, self.model, self.kept, self.progress = limits, model, kept, progress
         self.form: Form | None = None  # known after the first answer
 
     def __call__(
@@ -197,7 +193,7 @@ class _Asker:
 
     async def _answer(self, wanted: Wanted) -> Answer:
         sampler = self.sampler
-        key = key_of(sampler.weights, wanted, sampler.limits)
+        key = key_of(sampler.model.weights, wanted, sampler.limits)
         if key in self.answers:
             answer = self.answers[key]
         else:
@@ -230,7 +226,7 @@ class _Asker:
         """The answer in the first form that the server takes, which is the one of all others then."""
         import openai
 
-        until = time.monotonic() + self.sampler.patience
+        until = time.monotonic() + self.sampler.model.patience
         asked_wrongly = openai.BadRequestError, openai.UnprocessableEntityError
         while True:
             for form in FORMS:
@@ -252,7 +248,7 @@ class _Asker:
         sampler = self.sampler
         if not form.token_ids:
             sampler.refuse_text(wanted.prompt, forms=True)
-        return await ask(self.client, sampler.settings, sampler.model, form, wanted, sampler.limits)
+        return await ask(self.client, sampler.settings, sampler.model.name, form, wanted, sampler.limits)
 
     async def _said(self, error: Any) -> ServerError:
-        return ServerError(await what_happened(error, self.client, self.sampler.settings, self.sampler.model))
+        return ServerError(await what_happened(error, self.client, self.sampler.settings, self.sampler.model.name))

@@ -407,6 +407,26 @@ def test_settings_are_listed(monkeypatch, capsys):
     assert "candidate_micro_batch_size" in out and "warmup_steps" not in out
 
 
+@pytest.mark.parametrize(
+    ("command", "setting", "said"),
+    [("score", "candidate_batch_size", "Candidates at a time."), ("align", "subset", "all, [top, bottom], or paper")],
+)
+def test_the_help_of_a_command_lists_its_settings(monkeypatch, capsys, command, setting, said):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = larpo(monkeypatch, capsys, command, "--help")
+    (line,) = (line for line in out.splitlines() if line.split()[1:2] == [setting])
+    assert status == 0 and said in line
+
+
+def test_settings_of_score_come_from_a_file_too(tmp_path, folder, monkeypatch, capsys):
+    file = tmp_path / "score.yaml"
+    file.write_text(f"model: {folder / 'model'}\ndata: {folder / 'lists.jsonl'}\nout: {tmp_path / 'a.jsonl'}\nbeta: 0.5")
+    status, out, err = larpo(monkeypatch, capsys, "score", "--config", file, "--out", tmp_path / "b.jsonl")
+    assert status == 0 and f"8 lists in {tmp_path / 'b.jsonl'}" in out, err
+    status, _, err = larpo(monkeypatch, capsys, "score", "--config", file, "--bata", "0.1")
+    assert status == 2 and "unknown setting 'bata'" in err
+
+
 def test_recipes_are_listed(monkeypatch, capsys):
     status, out, _ = larpo(monkeypatch, capsys, "recipe")
     assert status == 0 and "twosome" in out

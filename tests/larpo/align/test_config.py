@@ -6,6 +6,7 @@ for package in ("transformers", "yaml"):
     pytest.importorskip(package)
 from larpo.align import AlignConfig, load_config
 from larpo.align.config import differences
+from larpo.runs.settings import flag_values
 
 NEEDED = dict(output_dir="run", model="m", prompts=["a"], reward="imdb_sentiment")
 
@@ -85,7 +86,8 @@ def test_temperatures_by_iteration():
 def test_a_file_and_overrides(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: m\nprompts: imdb\nreward: imdb_sentiment\nk: 4\ntraining:\n  learning_rate: 2e-4\n  beta: 0.2\n")
-    found = load_config(file, {"output_dir": "run", "k": 6, "training.beta": "3e-1", "peft.r": 8})
+    flags = flag_values(["--training.beta", "3e-1", "--peft.r=8"], [AlignConfig])
+    found = load_config(file, {"output_dir": "run", "k": 6} | flags)
     assert (found.k, found.training, found.peft) == (6, {"learning_rate": 2e-4, "beta": 0.3}, {"r": 8})
 
 

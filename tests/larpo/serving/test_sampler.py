@@ -18,8 +18,9 @@ pytest.importorskip("openai")
 pytest.importorskip("transformers")
 from larpo.runs.intact import Damaged
 from larpo.sampling import Sampled
+from larpo.serving.asking import limits_of
 from larpo.serving.client import ServerError
-from larpo.serving.sampler import ServerSampler
+from larpo.serving.sampler import ServedModel, ServerSampler
 from larpo.serving.settings import server_settings
 from tests.helpers import HANGS
 from tests.helpers.stand_in_server import StandIn, completion
@@ -39,18 +40,13 @@ def choice(*ids, logps=None, **others):
 
 
 def sampler(server, folder=None, max_new_tokens=4, bos=False, **settings):
-    ours = {"patience", "top_k", "top_p", "eos_token_ids", "stop", "min_new_tokens"}
+    ours = {"top_k", "top_p", "eos_token_ids", "stop", "min_new_tokens"}
     own = {name: settings.pop(name) for name in ours & settings.keys()}
+    model = ServedModel("policy", "start", patience=settings.pop("patience", 0.0))
     given = {"base_url": server.base_url, "model": "policy", "allow_stale_weights": True, "retries": 0} | settings
-    return ServerSampler(
-        server_settings(given),
-        tiny_tokenizer(bos=bos),
-        max_new_tokens,
-        model="policy",
-        weights="start",
-        kept=folder and folder / "kept/answers.jsonl",
-        **own,
-    )
+    tokenizer = tiny_tokenizer(bos=bos)
+    kept = folder and folder / "kept/answers.jsonl"
+    return ServerSampler(server_settings(given), tokenizer, limits_of(tokenizer, max_new_tokens, **own), model, kept=kept)
 
 
 def of_prompt(body):
