@@ -110,7 +110,7 @@ def test_lists_of_questions_are_shown(tmp_path, model, load):
         ((), "say which data: larpo data FILE_OR_NAME"),
         (("--max_length", "8", "a.jsonl"), "say which data: larpo data FILE_OR_NAME"),
         (("a.jsonl",), "model must be given"),
-        (("a.jsonl", "--model", "m", "--max_lenght", "8"), "unknown flag --max_lenght; did you mean 'max_length'"),
+        (("a.jsonl", "--model", "m", "--max_lenght", "8"), "unknown setting 'max_lenght'; did you mean 'max_length'"),
     ],
 )
 def test_what_is_missing_or_unknown_ends_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, said):
