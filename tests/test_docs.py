@@ -49,6 +49,14 @@ def test_files_and_commands_that_are_named_exist(page):
     assert [name for name in re.findall(r"(?:^|`)make ([a-z-]+)\b", text, re.M) if f"\n{name}:" not in makefile] == []
 
 
+@pytest.mark.parametrize("page", BY_NAME)
+def test_what_examples_import_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^\s*from ((?:larpo|larpo_kernels|benchmarks)[\w.]*) import ([\w, ]+)", text, re.M)
+    named = {f"{module}.{name.split(' as ')[0].strip()}" for module, names in found for name in names.split(",")}
+    assert [name for name in sorted(named) if not _leads_somewhere(name)] == []
+
+
 def _leads_somewhere(dotted: str) -> bool:
     """Whether a name is a module, or an attribute of one."""
     module, _, rest = dotted.rpartition(".")
