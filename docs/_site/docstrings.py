@@ -15,7 +15,7 @@ DOCTEST = re.compile(r"^>>> .*?(?=\n\n|\Z)", re.M | re.S)
 
 
 class Settings(griffe.Extension):
-    def on_attribute_instance(self, *, node, attr: griffe.Attribute, **others) -> None:
+    def on_attribute_instance(self, *, node, attr: griffe.Attribute, agent, **others) -> None:
         call = getattr(node, "value", None)
         if not (isinstance(node, ast.AnnAssign) and isinstance(call, ast.Call) and attr.docstring is None):
             return
@@ -26,6 +26,8 @@ class Settings(griffe.Extension):
             return
         attr.value = ast.unparse(given["default"]) if "default" in given else None
         text = given.get("text") or _help(given.get("metadata"))
+        if isinstance(text, ast.Name):  # a constant of the module
+            text = ast.parse(str(agent.current.module[text.id].value), mode="eval").body
         if isinstance(text, ast.Constant):
             attr.docstring = griffe.Docstring(text.value, parent=attr)
 
