@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +214,14 @@ def _place(model: str | None) -> str | None:
     return str(folder.resolve()) if model and folder.is_dir() else model
 
 
+def _defaults() -> dict[str, Any]:
+    """What settings stood at, in effect, in a run that began before they were there."""
+    from .config import LarPOConfig
+
+    defaults = {one.name: one.default for one in fields(LarPOConfig) if one.default is not MISSING}
+    return json.loads(json.dumps(defaults, default=str))
+
+
 def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
     """Writes what the folder's checkpoints are going to be of; refuses one that has those of something else."""
     file = folder / JOB
@@ -224,7 +232,7 @@ def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
             before = read_json(file)
         except Damaged as error:
             raise ValueError(f"{error}. It says what the checkpoints beside it are of: give another output_dir") from error
-        if different := changed(before, job):
+        if different := changed(_defaults() | before, job):
             raise ValueError(
                 f"output_dir={str(folder)!r} has checkpoints of another run: {'; '.join(different)}. Give another one"
             )

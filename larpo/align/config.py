@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..candidates import PAPER_SUBSETS
-from ..rewards import name_of
+from ..rewards import Judge, name_of
 from ..rewards.finding import check_settings, what_is_said
 from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
@@ -323,7 +323,7 @@ class AlignConfig:
     def to_dict(self) -> dict[str, Any]:
         """What config.yaml holds: plain values, a reward that is a Python object by its name, secrets masked."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        rewards = [one if isinstance(one, Mapping) else _named(one) for one in self.rewards()]
+        rewards = [one if isinstance(one, Mapping) else _as_setting(one) for one in self.rewards()]
         values["reward"] = rewards if isinstance(self.reward, list | tuple) else rewards[0]
         return {name: _plain(value if _is_rows(name, value) else masked(value, name)) for name, value in values.items()}
 
@@ -335,6 +335,13 @@ def _named(reward: Any) -> str:
     if isinstance(reward, Mapping):
         return masked(reward.get("url") or reward["reward"])
     return reward if isinstance(reward, str) else name_of(reward)
+
+
+def _as_setting(reward: Any) -> Any:
+    """The name of a reward; of a Judge also what makes it say other things: whether it sees whole lists, and its version."""
+    own = ("groupwise", "version") if isinstance(reward, Judge) else ()
+    said = {name: getattr(reward, name) for name in own if getattr(reward, name)}
+    return {"reward": _named(reward)} | said if said else _named(reward)
 
 
 def _is_rows(name: str, value: Any) -> bool:

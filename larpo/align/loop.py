@@ -17,8 +17,8 @@ from .config import AlignConfig, differences
 from .lines import line
 from .prompts import Prompt, load_prompts
 from .run_folder import RunFolder, stages_of
+from .run_state import Run
 from .samplers import refuse_beside_others
-from .stages import Run
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def _stage(run: Run, iteration: int, name: str) -> dict[str, Any]:
     from ..modeling.sharding import whole_weights
 
     folder = run.folder.iteration(iteration)
-    counts = run.ranks.first(lambda: stages.done(folder, name))
+    counts = run.ranks.first(lambda: run.counts(iteration, name))
     if counts is not None:
         return counts
     started = time.perf_counter()
@@ -160,7 +160,7 @@ def _summarise(run: Run) -> list[dict[str, Any]]:
     from .page import html
 
     metrics = [
-        {"iteration": i} | {name: stages.done(run.folder.iteration(i), name) for name in stages_of(i, refill=run.config.refill)}
+        {"iteration": i} | {name: run.counts(i, name) for name in stages_of(i, refill=run.config.refill)}
         for i in range(run.config.iterations + 1)
     ]
     write_json(run.folder.path / "metrics.json", metrics)

@@ -35,6 +35,13 @@ MADE_BY = {
     "lists.parquet": "lists",
     "evaluation.parquet": "evaluate",
 }
+CHUNKS = {  # where parts of a stage's results are kept until it is done
+    "sample": "sample-chunks",
+    "score": "score-chunks",
+    "refill": "refill-chunks",
+    "lists": "negatives-chunks",
+    "evaluate": "evaluation-chunks",
+}
 OF_THE_RUN = {
     "config.yaml": "It says which run this is: delete it if you are sure that the settings of now are that run's",
     "prompts.json": "Delete it to read the prompts again, if their source is as it was",
@@ -59,6 +66,9 @@ class RunFolder:
     def model(self, iteration: int) -> Path:
         """The policy after an iteration, counted from 1."""
         return self.iteration(iteration) / "model"
+
+    def chunks(self, iteration: int, stage: str) -> Path:
+        return self.iteration(iteration) / CHUNKS[stage]
 
     def settings(self) -> dict[str, Any] | None:
         """What config.yaml holds; None if it is not there. Raises Damaged where it is cut."""

@@ -75,7 +75,7 @@ def status(path: str | Path) -> Status:
     why = folder.iteration(iteration) / DIVERGED
     return Status(
         folder, at_work, settings["iterations"], done, now,
-        kept="" if now is None else _kept(folder.iteration(now[0]), now[1]),
+        kept="" if now is None else _kept(folder, *now),
         diverged=read_json(why)["why"] if why.exists() else None,
         quiet=_seconds_since_a_file(folder.iteration(iteration)),
     )  # fmt: skip
@@ -88,15 +88,15 @@ def _stages(folder: RunFolder, settings: dict[str, Any]) -> Iterator[tuple[int, 
             yield iteration, stage, folder.iteration(iteration) / f"{stage}.json"
 
 
-def _kept(folder: Path, stage: str) -> str:
+def _kept(folder: RunFolder, iteration: int, stage: str) -> str:
     if stage == "train":
-        steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoints/checkpoint-*")]
+        steps = [int(path.name.rpartition("-")[2]) for path in folder.iteration(iteration).glob("checkpoints/checkpoint-*")]
         return f"a checkpoint of step {max(steps)} is kept" if steps else ""
-    chunks = f"{stage[:4]}*-chunks/**"
-    answers = sum(path.read_bytes().count(b"\n") for path in folder.glob(f"{chunks}/answers.jsonl"))
-    kept = {"parts": len(list(folder.glob(f"{chunks}/*.parquet"))), "answers of a server": answers}
-    said = [f"{number} {name}" for name, number in kept.items() if number]
-    return f"{' and '.join(said)} of it are kept" if said else ""
+    chunks = folder.chunks(iteration, stage)
+    answers = sum(path.read_bytes().count(b"\n") for path in chunks.rglob("answers.jsonl"))
+    kept = {"parts": len(list(chunks.rglob("*.parquet"))), "answers of a server": answers}
+    shown = [f"{number} {name}" for name, number in kept.items() if number]
+    return f"{' and '.join(shown)} of it are kept" if shown else ""
 
 
 def _seconds_since_a_file(folder: Path) -> float | None:

@@ -9,7 +9,7 @@ from ..runs.files import read_rows
 from ..runs.secrets import masked
 from .evaluation import interval
 from .markdown import block, cell
-from .stages import Run
+from .run_state import Run
 
 Metrics = list[dict[str, Any]]
 EXAMPLES = 5

@@ -58,7 +58,7 @@ def from_settings(settings: Mapping[str, Any], find: Callable[[str], Reward] = f
     for name in settings:
         if name not in own | ASKING:
             raise ValueError(f"unknown setting of a reward {name!r}{nearest(name, own | ASKING)}")
-    asking = {name: value for name, value in settings.items() if name in ASKING}
+    asking = {name: value for name, value in settings.items() if name in ASKING - own}
     if "url" not in settings:
         return Judge(reward=find(settings["reward"]), **asking)
     return Judge(reward=Endpoint(**{name: value for name, value in settings.items() if name in own}), **asking)

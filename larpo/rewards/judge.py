@@ -6,7 +6,7 @@ import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,6 +56,8 @@ class Judge:
         batch_size: completions of a call, at most.
         groupwise: a call has all completions of one prompt, and no others: what it says of one may depend on the others.
         max_in_flight: calls at a time, at most. A function that is no coroutine is called in as many threads.
+        timeout: seconds after which a call of a coroutine function is given up, and made again if retries are left. None: it is
+            waited for, however long it takes.
         retries: further tries where it raises, 1, 2, 4, ... seconds later (a minute at most). A function that is no coroutine
             is called in a thread then.
         remember: keep what it says, so that it is asked once for a prompt and completion (see `identity_of`). By default where
@@ -67,6 +69,7 @@ class Judge:
     batch_size: int | None = None
     groupwise: bool = False
     max_in_flight: int | None = None
+    timeout: float | None = None
     retries: int | None = None
     remember: bool | None = None
     version: str | None = None
@@ -85,12 +88,20 @@ class Judge:
         if self.max_in_flight not in (None, 1) and self.batch_size is None and not self.groupwise:
             said = f"{name_of(self.reward)!r} is asked once for all completions that are there"
             raise ValueError(f"max_in_flight needs batch_size or groupwise: {said}")
+        if self.timeout is not None:
+            self._check_timeout(self.timeout)
         if self.max_in_flight is None:
             self.max_in_flight = AT_A_TIME if self.is_coroutine else 1
         if self.retries is None:
             self.retries = usual.get("retries", 0)
         if self.remember is None:
             self.remember = self.groupwise or self.batch_size is not None
+
+    def _check_timeout(self, timeout: Any) -> None:
+        if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
+            raise ValueError(f"timeout of a judge must be a number of seconds above 0, got {timeout!r}")
+        if not self.is_coroutine:
+            raise ValueError(f"timeout of a judge is for coroutine functions: nothing ends a call of {name_of(self.reward)!r}")
 
     @classmethod
     def of(cls, reward: Reward) -> Judge:
@@ -178,7 +189,7 @@ class Judge:
         for wait in _waits(self.retries):
             try:
                 if self.is_coroutine:
-                    values = await self._called(asked)
+                    values = await self._in_time(self._called(asked))
                 else:
                     values = await asyncio.get_running_loop().run_in_executor(self._threads, self._called, asked)
                 break
@@ -188,6 +199,14 @@ class Judge:
                 logger.info("reward %r is asked again: %s", name_of(self), masked(str(error)))
                 await asyncio.sleep(max(wait, getattr(error, "wait", 0.0)))
         return self._checked(values, asked)
+
+    async def _in_time(self, call: Awaitable[Any]) -> Any:
+        if self.timeout is None:
+            return await call
+        try:
+            return await asyncio.wait_for(call, self.timeout)
+        except asyncio.TimeoutError as error:  # of wait_for, without a word, or of the reward
+            raise TimeoutError(str(error) or f"no answer within {self.timeout:g} seconds") from error
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:

@@ -158,6 +158,17 @@ def test_a_folder_with_checkpoints_of_another_run_is_refused_and_what_differs_na
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
+def test_a_setting_that_there_was_not_when_a_run_began_stood_at_its_default(tmp_path, folder):
+    trained(tmp_path, folder, max_steps=1)
+    job = tmp_path / "out" / "larpo-job.json"
+    older = json.loads(job.read_text())
+    assert older.pop("margin") == 0.0 and older.pop("ties") is None
+    job.write_text(json.dumps(older))
+    trained(tmp_path, folder, max_steps=1)
+    with pytest.raises(ValueError, match=r"checkpoints of another run: margin was 0\.0 and is 0\.5\. Give"):
+        trained(tmp_path, folder, max_steps=1, margin=0.5)
+
+
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path, folder):
     trained(tmp_path, folder, max_steps=1)
     (tmp_path / "out" / "larpo-job.json").unlink()

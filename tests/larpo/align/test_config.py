@@ -6,6 +6,7 @@ for package in ("transformers", "yaml"):
     pytest.importorskip(package)
 from larpo.align import AlignConfig, load_config
 from larpo.align.config import differences
+from larpo.rewards import Judge
 from larpo.runs.settings import flag_values
 
 NEEDED = dict(output_dir="run", model="m", prompts=["a"], reward="imdb_sentiment")
@@ -114,6 +115,15 @@ def test_what_config_yaml_holds_is_read_back_as_the_same_run():
     stored = yaml.safe_load(yaml.safe_dump(one.to_dict()))
     assert stored["reward"] == ["len", "x:y"]
     assert differences(stored, one) == []
+
+
+def test_another_judge_around_the_same_reward_makes_another_run():
+    before = config(reward=len).to_dict()
+    assert differences(before, config(reward=Judge(reward=len, batch_size=2))) == []  # which only says how it is asked
+    for changes in (dict(groupwise=True), dict(version="2")):
+        now = config(reward=Judge(reward=len, **changes), memory="none")
+        assert any(f"is {{'reward': 'len', {repr(changes)[1:]}" in one for one in differences(before, now))
+        assert differences(now.to_dict(), now) == []
 
 
 def test_differences_name_the_setting_and_both_values():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from larpo.align import demo, stages
 from larpo.align.run_folder import RunFolder
-from larpo.align.stages import Run
+from larpo.align.run_state import Run
 from larpo.runs.files import read_json, read_rows, write_rows
 from larpo.runs.lock import locked
 from tests.helpers import align_runs, tiny

@@ -58,9 +58,9 @@ def test_lists_without_an_order_are_replaced_by_those_of_the_prompts_that_come_n
 def test_refilling_ends_after_so_many_rounds_and_is_not_done_again(tmp_path, monkeypatch):
     drawn = []
 
-    def counted(run, policy, prompts, *args, draw=stages.draw, **options):
+    def counted(run, prompts, wanted, draw=stages.draw):
         drawn.append([row["prompt"] for row in prompts])
-        return draw(run, policy, prompts, *args, **options)
+        return draw(run, prompts, wanted)
 
     monkeypatch.setattr(stages, "draw", counted)
     settings = dict(iterations=1, reward=nothing, refill=True, refill_most=2, prompts_per_iteration=3)

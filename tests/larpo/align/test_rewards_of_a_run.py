@@ -10,7 +10,7 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
 from larpo.align import load_config, stages
 from larpo.align.config import differences
 from larpo.align.run_folder import RunFolder
-from larpo.align.stages import Run
+from larpo.align.run_state import Run
 from larpo.rewards import RewardError, judge
 from larpo.runs.files import read_rows, write_rows
 from tests.helpers.align_runs import align, config, count_o

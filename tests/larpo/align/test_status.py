@@ -33,6 +33,9 @@ def test_where_a_run_stands_at_each_stage(tmp_path, monkeypatch):
             if name == "score" and iteration == 1:
                 write_rows(run.folder.iteration(1) / "score-chunks" / "99999.parquet", [{"a": 1}])
                 assert "in iteration 1 of 1, score (1 parts of it are kept)" in str(status(tmp_path))
+            if name == "lists":
+                write_rows(run.folder.iteration(1) / "negatives-chunks" / "00000.parquet", [{"a": 1}])
+                assert "in iteration 1 of 1, lists (1 parts of it are kept)" in str(status(tmp_path))
             return run_stage(run, iteration)
 
         return stage

@@ -117,6 +117,21 @@ def test_a_reward_that_raises_is_asked_again_as_often_as_it_may_be():
         score(Judge(reward=flaky, retries=1), None, ["p"], ["a"])
 
 
+def test_a_coroutine_that_does_not_answer_is_given_up_and_asked_again():
+    calls = []
+
+    async def hangs(prompts, completions, **columns):
+        calls.append(completions)
+        await asyncio.sleep(HANGS if len(calls) < 3 else 0)
+        return [1.0]
+
+    assert score(Judge(reward=hangs, timeout=0.01, retries=2), None, ["p"], ["a"]) == [1.0] and len(calls) == 3
+    calls.clear()
+    with pytest.raises(RewardError, match=r"reward 'hangs' raised TimeoutError: no answer within 0\.01 seconds"):
+        score(Judge(reward=hangs, timeout=0.01), None, ["p"], ["a"])
+    assert len(calls) == 1
+
+
 # --- what it has said
 
 
@@ -381,6 +396,11 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
         (dict(url="http://a/x", label=1), "label of a reward is of a classifier, and api json answers by `scores`; got 1"),
         (dict(reward=len), "must be texts, got builtin_function_or_method; a function goes into a Judge"),
         (dict(reward="a:b", label=1), "unknown setting of a reward 'label'"),
+        (
+            dict(reward="math:hypot", timeout=1),
+            "for coroutine functions: nothing ends a call of 'hypot'",
+        ),
+        (dict(reward="math:hypot", timeout=0), "timeout of a judge must be a number of seconds above 0, got 0"),
         (dict(reward="imdb_sentiment", batch_size=0), "batch_size of a judge must be a whole number of at least 1, got 0"),
         (dict(reward="imdb_sentiment", max_in_flight=4), "needs batch_size or groupwise: 'imdb_sentiment' is asked once"),
         (dict(reward="imdb_sentiment", groupwise=True, batch_size=2), "batch_size and groupwise exclude each other"),
