@@ -153,7 +153,7 @@ def _train(job: TrainJob, args: LarPOConfig, ranks: Ranks) -> LarPOTrainer:
     held_out = None
     if job.eval_data is not None:
         read["eval"] = read_lists(job.eval_data, Reading(**job.reading()), split=job.eval_split)
-        held_out = read["eval"].said()
+        held_out = read["eval"].logged()
     folder, identity = Path(args.output_dir), _identity(job, args, data)
     _claim(folder, identity, write=args.should_save)
     checkpoint = checkpoint_to_go_on_from(args.output_dir, args) if job.resume else None
@@ -182,7 +182,7 @@ def _train_lists(job: TrainJob, args: LarPOConfig) -> tuple[Dataset | IterableDa
 
     if not job.streaming and sources_of(job.train_data, {}) is None:
         read = read_lists(job.train_data, Reading(**job.reading()), split=job.train_split)
-        return read.said(), {"train": read}
+        return read.logged(), {"train": read}
     seed = _data_seed(args)
     lists = load_lists(job.train_data, split=job.train_split, streaming=job.streaming, seed=seed, **job.reading())
     return lists.shuffle(seed=seed, buffer_size=job.shuffle_buffer) if job.streaming and job.shuffle_buffer else lists, {}

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .data.collator import ListCollator
 from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, scored_with, token_hashes
-from .data.text_tokenizer import text_tokenizer
+from .data.text_tokenizer import padding_id, text_tokenizer
 from .data.tokenization import PROMPT_LENGTH, Truncation, prompt_limit, tokenize_lists
 from .modeling.policy import Policy, attached
 from .runs.parts import Parts, parts_of
@@ -133,8 +133,7 @@ def score_lists(
         append_eos=append_eos,
     )  # fmt: skip
     tokenizer = text_tokenizer(tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = ListCollator(0 if pad is None else pad, slice_size=candidate_batch_size)
+    collator = ListCollator(padding_id(tokenizer), slice_size=candidate_batch_size)
 
     limits = dict(
         max_length=max_length, max_prompt_length=prompt_limit(max_length, max_prompt_length), truncation_mode=truncation_mode,

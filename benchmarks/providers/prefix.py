@@ -97,7 +97,7 @@ class ModelStep:
         """[m] log-likelihoods through the backbone and the fused head."""
         rows = self.rows
         inputs = backbone_inputs(rows, self.model.config, self.dtype)
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[rows["at"]]
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[rows["predictor_positions"]]
         weight = self.model.get_output_embeddings().weight
         return lk.linear_sequence_logps(hidden, weight, rows["labels"], cu_seqlens=rows["cu_seqlens"])
 

@@ -31,7 +31,7 @@ class Read(NamedTuple):
     def left_out(self) -> LeftOut:
         return self.reader.left_out
 
-    def said(self) -> Dataset:
+    def logged(self) -> Dataset:
         """The lists; logs what they were read as (INFO, where that is not what they are), and warns of what was left out."""
         if not self.form.native:
             by = self.reader.scores or "no scores"

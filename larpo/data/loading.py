@@ -66,7 +66,7 @@ def load_lists(
     where = {"split": split, "config": config, "revision": revision}
     if streaming:
         return stream_lists(source, Reading(**how), scored=scored, **where)
-    return read_lists(source, Reading(**how), scored=scored, **where).said()
+    return read_lists(source, Reading(**how), scored=scored, **where).logged()
 
 
 def as_lists(
@@ -99,7 +99,7 @@ def as_lists(
 
     if isinstance(dataset, datasets.IterableDataset):
         return stream_rows(dataset, "dataset", Reading(**how), scored)
-    return read_rows(dataset, Reading(**how), scored=scored).said()
+    return read_rows(dataset, Reading(**how), scored=scored).logged()
 
 
 def read_lists(

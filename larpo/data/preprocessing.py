@@ -69,7 +69,7 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig,
     """`training_lists` with what it found."""
     tokenizer = text_tokenizer(tokenizer)
     read = read_rows(dataset, Reading())
-    read.said()
+    read.logged()
     if args.length_normalized:
         _refuse_implicit_prompts(read.lists, name)
     data = _tokenised(read, tokenizer, args)
@@ -244,7 +244,7 @@ def _warn_all_tied(name: str, args: LarPOConfig) -> None:
     teaches = "there is no preference to learn from them"
     if getattr(args.resolved_objective(), "ties", None) == "order":
         teaches = "candidates count in the order in which they stand, so that order is what is trained on"
-    warnings.warn(f"no list of the {name} data has two scores that differ: {teaches}", stacklevel=5)
+    warnings.warn(f"no list of the {name} data has two scores that differ: {teaches}", stacklevel=6)
 
 
 def _lengths(tokenised: Dataset) -> list[int]:

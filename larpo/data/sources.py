@@ -44,7 +44,7 @@ class Source(Reading):
         reading = Reading(**self.reading())
         if streaming:
             return stream_lists(self.path, reading, scored=scored, **where)
-        return read_lists(self.path, reading, scored=scored, **where).said()
+        return read_lists(self.path, reading, scored=scored, **where).logged()
 
 
 def sources_of(source: Any, settings: Mapping[str, Any]) -> list[Source] | None:

@@ -23,5 +23,11 @@ def text_tokenizer(processing_class: Any) -> Any:
     return tokenizer
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills rows up. It is masked out, so any will do where the tokenizer names none."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(id for id in ids if id is not None)
+
+
 def _is_tokenizer(value: Any) -> bool:
     return callable(value) and hasattr(value, "convert_tokens_to_ids")

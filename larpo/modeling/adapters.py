@@ -12,11 +12,13 @@ from torch import nn
 
 from ..runs.files import write_whole
 from . import adapter_start
+from .sharding import will_replace_parameters
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+    from ..config import LarPOConfig
     from .adapter_start import AdapterStart
 
 MERGED_BASE = "merged-base"
@@ -55,11 +57,18 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
     return peft.get_peft_model(model, peft_config)
 
 
-def with_new_adapter(model: nn.Module, peft_config: PeftConfig, ids: Sequence[int]) -> tuple[PeftModel, AdapterStart]:
-    """The model with this adapter on it, and what that changed, found on the tokens `ids`."""
+def with_new_adapter(
+    model: nn.Module, peft_config: PeftConfig, ids: Sequence[int], args: LarPOConfig
+) -> tuple[PeftModel, AdapterStart]:
+    """The model with this adapter on it, ready to be trained, and what the adapter changed, found on the tokens `ids`."""
+    if not (will_replace_parameters(args) or hasattr(model, "hf_device_map")):
+        model.to(args.device)  # where transformers.Trainer takes it: it is called before that
     before = adapter_start.handed_over(model, ids)
     adapted = with_adapter(model, peft_config)
-    return adapted, adapter_start.compare(adapted, before, ids)
+    start = adapter_start.compare(adapted, before, ids)
+    if args.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted, start
 
 
 def refuse_injected(model: nn.Module) -> None:
@@ -141,5 +150,5 @@ def _refuse_kind(config: PeftConfig) -> None:
         warnings.warn(
             "AdaLoRA is trained with the ranks it starts with: nothing here calls update_and_allocate, and its "
             "orthogonality loss is not added",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -55,7 +55,7 @@ def warn_half_precision(model: nn.Module, learning_rate: float) -> None:
         warnings.warn(
             f"weights are trained in {', '.join(sorted(half))}, where most updates at learning_rate={learning_rate:g} are "
             "rounded away: load the model with dtype=float32, and set bf16=True to compute in bf16",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -75,7 +75,7 @@ def check_tokens(dataset: Dataset, config: PretrainedConfig, name: str) -> None:
         warnings.warn(
             f"the {name} data has candidates of up to {longest} tokens, the model has positions for {positions}; "
             "set max_length",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -61,7 +61,7 @@ class Policy:
         inputs = _inputs_of(batch, lm.config, compute_dtype(lm), call.with_positions)
         if "output_router_logits" in inputs:
             inputs["output_router_logits"] = router_loss is not None
-        at, labels, cu_seqlens = batch["at"], batch["labels"], batch["cu_seqlens"]
+        at, labels, cu_seqlens = batch["predictor_positions"], batch["labels"], batch["cu_seqlens"]
         if call.why_logits is None:
             out = lm.base_model(**inputs, use_cache=False)
             logps = self._head(lm, out.last_hidden_state.flatten(0, 1).index_select(0, at), labels, cu_seqlens)
@@ -141,6 +141,50 @@ def attached(model: nn.Module, policy: Policy) -> Iterator[nn.Module]:
             detach(model)
         else:
             model._larpo_policy = before
+
+
+class AttachedPolicies:
+    """The models of a trainer with their policies: attached while the trainer is at work, and in between as they were handed
+    over, so that whatever they are used for next finds their own forward.
+
+    models: the model of a name, or None where it has been freed; it is asked each time, since FSDP1 puts a wrapper in its
+        place. options: as in `Policy`.
+    """
+
+    def __init__(self, models: Callable[[str], nn.Module | None], **options: Any):
+        self._models, self._options = models, options
+        self._policies: dict[str, Policy] = {}
+        self._detached = False
+
+    def add(self, name: str, model: nn.Module) -> None:
+        self._policies[name] = Policy(model, **self._options)
+        attach(model, self._policies[name])
+
+    def attach(self) -> None:
+        if self._detached:
+            self._detached = False
+            for model, policy in self._pairs():
+                attach(model, policy)
+
+    def detach(self) -> None:
+        self._detached = True
+        for model, _ in self._pairs():
+            detach(model)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """They are attached while it lasts, and afterwards as before."""
+        detached = self._detached
+        self.attach()
+        try:
+            yield
+        finally:
+            if detached:
+                self.detach()
+
+    def _pairs(self) -> list[tuple[nn.Module, Policy]]:
+        found = ((self._models(name), policy) for name, policy in self._policies.items())
+        return [(model, policy) for model, policy in found if model is not None]
 
 
 def accepts_rows(model: nn.Module) -> bool:

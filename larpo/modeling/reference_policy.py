@@ -181,7 +181,7 @@ class ReferencePolicy:
             warnings.warn(
                 f"ref_logps of the {name} data are not those of the policy that is handed over: {figures}. If no other "
                 "reference is meant, score the lists under this model, with this tokenizer and these limits",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def fill(
@@ -216,6 +216,20 @@ class ReferencePolicy:
         if ranks > 1:
             found = {i: part for one in gather_object([found]) for i, part in one.items()}
         return dataset.add_column("ref_logps", [found[i] for i in range(len(dataset))])
+
+    def must_be_filled(self, dataset: Dataset, name: str, *, policy_is_reference: bool) -> bool:
+        """Whether data that comes after the trainer was made needs `fill`: no reference is held to ask batch by batch.
+
+        policy_is_reference: ref_logps are precomputed, and the policy is still untrained. Raises ValueError where it is not.
+        """
+        if "ref_logps" in dataset.column_names or self.way is not Way.STORED:
+            return False
+        if not policy_is_reference:
+            raise ValueError(
+                f"the {name} data has no ref_logps, and no reference model is held to compute them: hand it to the trainer as "
+                "eval_dataset, or write them with `larpo score`"
+            )
+        return True
 
     def _sharded_copy(self, policy: nn.Module, accelerator: Accelerator, device: torch.device) -> nn.Module:
         """The policy as it is, sharded to be scored: itself it is sharded when training begins."""

@@ -51,13 +51,13 @@ def choose(lm: PreTrainedModel, rows: Mapping[str, Tensor], forward: Callable, d
     lm.eval()  # dropout would make two forwards differ
     reasons = []
     try:
-        alone = [] if "segments" in few else [_alone(forward, one, few["at"].device) for one in candidates]
+        alone = [] if "segments" in few else [_alone(forward, one, few["predictor_positions"].device) for one in candidates]
         rounding = _rounding(lm, dtype, *(one.dtype for one in alone))
         for with_positions in (True, False) if "attention_mask" in few else (True,):
             inputs = inputs_of(few, lm.config, dtype, with_positions)
-            reasons.append(agreed(_compare(forward, inputs, few["at"], alone, rounding) if alone else None))
+            reasons.append(agreed(_compare(forward, inputs, few["predictor_positions"], alone, rounding) if alone else None))
             if reasons[-1] is None:
-                return Call(with_positions, agreed(lm_heads.check(lm, inputs, forward, few["at"])))
+                return Call(with_positions, agreed(lm_heads.check(lm, inputs, forward, few["predictor_positions"])))
     finally:
         lm.train(training)
     raise ValueError(

@@ -4,20 +4,22 @@ Log-likelihoods need the backbone's hidden states and, of those, the ones that p
 the layout, everything after the backbone is the same:
 
     hidden = backbone(**backbone_inputs(rows, model.config, dtype), use_cache=False).last_hidden_state
-    logps = linear_sequence_logps(hidden.flatten(0, 1)[rows["at"]], head.weight, rows["labels"], cu_seqlens=rows["cu_seqlens"])
+    predictors = hidden.flatten(0, 1)[rows["predictor_positions"]]
+    logps = linear_sequence_logps(predictors, head.weight, rows["labels"], cu_seqlens=rows["cu_seqlens"])
 
 Rows are made on the CPU, by a collator. A dict of tensors:
 
-    input_ids       [R, T] int64
-    position_ids    [R, T] int64, from 0 in every candidate; 0 for padding
-    at              [N] int64, place in hidden.flatten(0, 1) whose hidden state predicts labels[n]; candidates one after
-                    the other, as given. Prompts, padding and tokens that do not count are not in it: they never reach the head
-    labels          [N] int64, the completion tokens that count
-    cu_seqlens      [S+1] int64, borders of the S candidates in `at` and `labels`
+    input_ids            [R, T] int64
+    position_ids         [R, T] int64, from 0 in every candidate; 0 for padding
+    predictor_positions  [N] int64, place in hidden.flatten(0, 1) whose hidden state predicts labels[n]; candidates one after
+                         the other, as given. Prompts, padding and tokens that do not count never reach the head: no place
+                         here predicts them
+    labels               [N] int64, the completion tokens that count
+    cu_seqlens           [S+1] int64, borders of the S candidates in `predictor_positions` and `labels`
   and, by layout,
-    attention_mask  [R, T] int64, padded rows: 1 for a token, 0 for padding (to the right)
-    cu_seqlens_q    [S+1] int32, packed rows (R = 1): borders of the sequences along T; max_seqlen_q, an int: the longest
-    segments        [R, T] int32, prefix-shared rows: 0 the prompt, i >= 1 the i-th candidate of the row, -1 padding
+    attention_mask       [R, T] int64, padded rows: 1 for a token, 0 for padding (to the right)
+    cu_seqlens_q         [S+1] int32, packed rows (R = 1): borders of the sequences along T; max_seqlen_q, an int: the longest
+    segments             [R, T] int32, prefix-shared rows: 0 the prompt, i >= 1 the i-th candidate of the row, -1 padding
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def padded_rows(candidates: Sequence[TokenizedCandidate], pad_token_id: int, mul
     Raises ValueError without candidates, for a prompt without tokens and for multiple < 1.
 
     >>> rows = padded_rows([TokenizedCandidate([1, 2], [3, 4]), TokenizedCandidate([1, 2], [5])], pad_token_id=0, multiple=1)
-    >>> rows["input_ids"].tolist(), rows["at"].tolist(), rows["labels"].tolist()
+    >>> rows["input_ids"].tolist(), rows["predictor_positions"].tolist(), rows["labels"].tolist()
     ([[1, 2, 3, 4], [1, 2, 5, 0]], [1, 2, 5], [3, 4, 5])
     """
     _check(candidates, multiple)
@@ -101,8 +103,9 @@ def shared_rows(
     """A row a list: "prompt + candidate 1 + ... + candidate m", so that the prompt runs once.
 
     Neighbours with the same list_index share a row. Positions of each candidate start again behind the prompt, and the
-    prompt's last hidden state predicts the first token of every candidate: it is in `at` once for each. Needs attention
-    by the masks of `larpo.modeling.prefix_sharing`. T is rounded up to `multiple`, so that compiled attention sees few lengths.
+    prompt's last hidden state predicts the first token of every candidate: its place is in `predictor_positions` once for
+    each. Needs attention by the masks of `larpo.modeling.prefix_sharing`. T is rounded up to `multiple`, so that compiled
+    attention sees few lengths.
 
     Attention that computes what it masks (SDPA, not FlexAttention) pays for every candidate seeing every other. With
     max_completion_tokens a list of more than that is spread evenly over as few rows as hold it, each with the prompt; a
@@ -113,7 +116,7 @@ def shared_rows(
     >>> rows = shared_rows([TokenizedCandidate([1, 2], [3, 4]), TokenizedCandidate([1, 2], [5])], pad_token_id=0, multiple=1)
     >>> rows["input_ids"].tolist(), rows["position_ids"].tolist(), rows["segments"].tolist()
     ([[1, 2, 3, 4, 5]], [[0, 1, 2, 3, 2]], [[0, 0, 1, 1, 2]])
-    >>> rows["at"].tolist(), rows["labels"].tolist(), rows["cu_seqlens"].tolist()
+    >>> rows["predictor_positions"].tolist(), rows["labels"].tolist(), rows["cu_seqlens"].tolist()
     ([1, 2, 1], [3, 4, 5], [0, 2, 3])
     """
     _check(candidates, multiple)
@@ -267,16 +270,17 @@ def _rectangle(rows: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> T
 
 
 def _counted(candidates: Sequence[TokenizedCandidate], before: list[int], starts: list[int]) -> dict[str, Tensor]:
-    """at, labels, cu_seqlens; before, starts: flat places of each prompt's last and each completion's first token."""
-    at, labels = [], []
+    """predictor_positions, labels and cu_seqlens. before, starts: flat places of each prompt's last token and of each
+    completion's first."""
+    predictors, labels = [], []
     for c, last, start in zip(candidates, before, starts, strict=True):
         length = len(c.completion_ids)
         places = [last, *range(start, start + length - 1)][:length]
-        at += places if c.counted is None else compress(places, c.counted)
+        predictors += places if c.counted is None else compress(places, c.counted)
         labels += c.completion_ids if c.counted is None else compress(c.completion_ids, c.counted)
     lengths = [c.num_counted for c in candidates]
     return {
-        "at": _numbers(at),
+        "predictor_positions": _numbers(predictors),
         "labels": _numbers(labels),
         "cu_seqlens": _numbers([0, *accumulate(lengths)]),
     }

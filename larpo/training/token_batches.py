@@ -11,15 +11,18 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_utils import seed_worker
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..config import LarPOConfig
     from ..data.collator import ListCollator
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,33 @@ def shapes_of(dataset: Dataset, collator: ListCollator) -> Shapes:
         of_prompt = pc.list_value_length(prompts).to_numpy()
         found += [collator.shape(int(p), c.tolist()) for p, c in zip(of_prompt, completions, strict=True)]
     return Shapes(*np.array(found, dtype=np.int64).reshape(-1, 3).T)
+
+
+def token_batches_loader(dataset: Dataset, collator: ListCollator, args: LarPOConfig, epoch: Callable[[], int]) -> DataLoader:
+    """The training data in batches of `max_tokens_per_batch`, loaded as the other settings of a data loader say."""
+    batches = TokenBatchSampler(
+        shapes_of(dataset, collator),
+        args.max_tokens_per_batch,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epoch=epoch,
+        ranks=args.world_size,
+        in_order=args.train_sampling_strategy == "sequential",
+        drop_last=args.dataloader_drop_last,
+    )
+    if args.should_log:
+        batches.log_padding(args.per_device_train_batch_size)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -111,7 +141,7 @@ class TokenBatchSampler(Sampler[list[int]]):
                 rows, width = more, its
         return [*borders, len(order)]
 
-    def say(self, plain: int) -> None:
+    def log_padding(self, plain: int) -> None:
         """Logs what is padding in these batches and in batches of `plain` lists in the order of the data; warns of lists that
         are larger than a batch may be."""
         order = self._order(0)

@@ -35,13 +35,13 @@ def ref_logps(t):
     """What the reference says now of each row, by the trainer's own path."""
     t.model.train()
     inputs = t._prepare_inputs(t.data_collator(list(t.train_dataset)))
-    with t._attached():
+    with t._policies.attached():
         return t._ref_logps(t.model, inputs)
 
 
 def policy_logps(t):
-    with t._attached():
-        return t._logps(t.model, t._prepare_inputs(t.data_collator(list(t.train_dataset)))).detach()
+    with t._policies.attached():
+        return t._slices.logps(t.model, t._prepare_inputs(t.data_collator(list(t.train_dataset)))).detach()
 
 
 def eager(model, data):

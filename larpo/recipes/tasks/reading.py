@@ -49,7 +49,7 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Seque
     borders = torch.arange(len(shown) + 1) * len(asked)
     return {
         **batch,
-        "at": torch.cat([torch.tensor(at), batch["at"]]),
+        "predictor_positions": torch.cat([torch.tensor(at), batch["predictor_positions"]]),
         "labels": torch.cat([torch.tensor(asked * len(shown)), batch["labels"]]),
         "cu_seqlens": torch.cat([borders, borders[-1] + batch["cu_seqlens"][1:]]),
     }
@@ -59,7 +59,12 @@ def part(batch: Rows, first: int, last: int) -> Rows:
     """The same rows with their candidates first..last - 1 only: the head computes no others."""
     borders = batch["cu_seqlens"][first : last + 1]
     tokens = slice(int(borders[0]), int(borders[-1]))
-    return {**batch, "at": batch["at"][tokens], "labels": batch["labels"][tokens], "cu_seqlens": borders - borders[0]}
+    return {
+        **batch,
+        "predictor_positions": batch["predictor_positions"][tokens],
+        "labels": batch["labels"][tokens],
+        "cu_seqlens": borders - borders[0],
+    }
 
 
 class Lists(NamedTuple):

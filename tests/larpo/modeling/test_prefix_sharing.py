@@ -65,7 +65,7 @@ def _logps(model, rows):
     inputs = backbone_inputs(rows, model.config, model.dtype)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     weight = model.get_output_embeddings().weight
-    return lk.linear_sequence_logps(hidden[rows["at"]], weight, rows["labels"], cu_seqlens=rows["cu_seqlens"])
+    return lk.linear_sequence_logps(hidden[rows["predictor_positions"]], weight, rows["labels"], cu_seqlens=rows["cu_seqlens"])
 
 
 def _gradients(model, rows):
@@ -138,7 +138,10 @@ def test_the_check_sees_a_forgotten_window(name):
         )
         weight = model.get_output_embeddings().weight
         wrong = lk.linear_sequence_logps(
-            hidden.last_hidden_state.flatten(0, 1)[SHARED["at"]], weight, SHARED["labels"], cu_seqlens=SHARED["cu_seqlens"]
+            hidden.last_hidden_state.flatten(0, 1)[SHARED["predictor_positions"]],
+            weight,
+            SHARED["labels"],
+            cu_seqlens=SHARED["cu_seqlens"],
         )
     assert prefix_sharing.check_prefix_sharing(wrong, apart, TOKENS, torch.float32) is not None
 

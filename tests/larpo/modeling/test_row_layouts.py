@@ -44,7 +44,7 @@ def test_each_label_is_predicted_behind_its_prompt_and_the_completion_so_far(lay
     assert borders == [0, 2, 2, 3, 7]
     for c, a, b in zip(RAGGED, borders, borders[1:], strict=False):
         assert rows["labels"][a:b].tolist() == c.completion_ids
-        for i, place in enumerate(rows["at"][a:b].tolist()):
+        for i, place in enumerate(rows["predictor_positions"][a:b].tolist()):
             assert _history(rows, place) == [*c.prompt_ids, *c.completion_ids[:i]]
 
 
@@ -53,13 +53,13 @@ def test_tokens_that_do_not_count_are_read_and_not_asked_for(layout):
     rows = layout([c._replace(counted=mask) for c, mask in zip(RAGGED, masks, strict=True)])
     assert rows["input_ids"].tolist() == layout(RAGGED)["input_ids"].tolist()
     assert rows["cu_seqlens"].tolist() == [0, 1, 1, 2, 4] and rows["labels"].tolist() == [10, 12, 15, 16]
-    histories = [_history(rows, place) for place in rows["at"].tolist()]
+    histories = [_history(rows, place) for place in rows["predictor_positions"].tolist()]
     assert histories == [PROMPT, PROMPT, [*OTHER, 13, 14], [*OTHER, 13, 14, 15]]
 
 
 def test_lists_with_no_completion_tokens_ask_for_nothing(layout):
     rows = layout([TokenizedCandidate(PROMPT, [], 0), TokenizedCandidate(PROMPT, [], 0)])
-    assert rows["at"].tolist() == rows["labels"].tolist() == []
+    assert rows["predictor_positions"].tolist() == rows["labels"].tolist() == []
     assert rows["cu_seqlens"].tolist() == [0, 0, 0]
 
 
@@ -88,7 +88,7 @@ def test_positions_of_padding_stay_inside_a_position_table():
 
 
 def test_a_list_that_comes_back_later_gets_a_row_of_its_own():
-    """Only neighbours share: places in `at` stay in the order of the candidates."""
+    """Only neighbours share: places in `predictor_positions` stay in the order of the candidates."""
     rows = shared_rows([RAGGED[0], RAGGED[3], RAGGED[2]], 0, multiple=1)
     assert rows["input_ids"].shape[0] == 3 and rows["labels"].tolist() == [10, 11, 13, 14, 15, 16, 12]
 
@@ -99,7 +99,7 @@ def test_a_list_of_many_completion_tokens_is_spread_over_rows_with_its_prompt(mo
     assert made["input_ids"].shape[0] == rows
     borders = made["cu_seqlens"].tolist()
     for c, a, b in zip(RAGGED, borders, borders[1:], strict=False):
-        for i, place in enumerate(made["at"][a:b].tolist()):
+        for i, place in enumerate(made["predictor_positions"][a:b].tolist()):
             assert _history(made, place) == [*c.prompt_ids, *c.completion_ids[:i]]
 
 
@@ -145,7 +145,7 @@ def test_packed_sequences_do_not_see_each_other(model_type, config, attention):
 
     def hidden(rows):
         inputs = backbone_inputs(rows, model.config, torch.float32)
-        return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[rows["at"]]
+        return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[rows["predictor_positions"]]
 
     with torch.no_grad():
         torch.testing.assert_close(hidden(packed_rows(RAGGED)), hidden(padded_rows(RAGGED, 0)), atol=2e-5, rtol=1e-4)

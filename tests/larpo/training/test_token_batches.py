@@ -61,7 +61,7 @@ def test_a_list_above_the_budget_is_a_batch_of_its_own_and_said(caplog):
     sampler = TokenBatchSampler(shapes((4, 32, 120), (1, 8, 8), (1, 8, 7)), 64)
     assert sorted(map(sorted, sampler)) == [[0], [1, 2]]
     with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="1 of 3 lists are larger alone, up to 128 tokens"):
-        sampler.say(plain=3)
+        sampler.log_padding(plain=3)
     assert "2 batches of 1 to 2 lists with at most 64 tokens: 6.2 % of them are padding, and 29.7 % in" in caplog.text
 
 
