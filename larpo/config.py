@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
@@ -14,6 +14,7 @@ from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import Objective
 
 from .data.tokenization import PROMPT_LENGTH, prompt_limit
+from .field_docs import documented
 from .runs.secrets import given_again, is_secret, masked, without_secrets
 from .runs.yaml_config import as_meant, json_object
 from .training.losses import ListLoss, objective_of
@@ -21,89 +22,107 @@ from .training.nonfinite import ON_NONFINITE
 from .training.refused_settings import refuse_settings
 
 
-def _arg(default: Any, text: str) -> Any:
-    """A field and what `--help` says of it."""
-    return field(default=default, metadata={"help": text})
-
-
+@documented
 @dataclass
 class LarPOConfig(TrainingArguments):
     """Arguments of `LarPOTrainer`: those below, and all of transformers.TrainingArguments.
 
     A batch is counted in lists (prompts): `per_device_train_batch_size=2` with 8 completions per prompt runs 16
     candidates. Other defaults than in TrainingArguments: learning_rate 1e-6, logging_steps 10.
+
+    Args:
+        learning_rate: Initial learning rate.
+        logging_steps: Log every so many steps; a share of all steps if below 1.
+        remove_unused_columns: Must stay False: the data's columns are lists, not the model's arguments.
+        objective: Ranking loss: pairwise, contrastive, listmle, lambdarank or listnet.
+        objective_options: Options of the objective, a dict (JSON on a command line): {'weighting': 'dcg', 'k': 5} for
+            lambdarank.
+        ties: What pairwise, contrastive and listmle make of equal scores: mean over their orders (pairwise, contrastive),
+            efron (listmle), skip such lists, or take the order they stand in. None: mean or efron.
+        beta: Scale of the implicit reward beta * (log pi - log pi_ref), > 0.
+        length_normalized: Use the mean log-prob of a candidate's tokens instead of the sum.
+        reference_free: Leave the reference policy out: scores are beta * log pi.
+        label_smoothing: Share of preferences taken to be noise, as in cDPO; below 0.5. Not for listmle.
+        margin: How far a candidate must be ahead in implicit reward, per unit of difference in scores.
+        sft_weight: Weight of the negative log-likelihood per token of the best candidate (TRL's rpo_alpha).
+        on_nonfinite: A batch whose loss is NaN or infinite: 'raise' stops before the update, 'skip' leaves it out and counts
+            it.
+        list_top: With list_bottom: train on this many best candidates of each list (None: all).
+        list_bottom: With list_top: and on this many worst ones (None: all).
+        max_length: Most tokens of prompt + completion; completions lose their end. None: no limit.
+        max_prompt_length: Most tokens of a prompt, below max_length (not given: half of it, 512 at most). None: no limit.
+        truncation_mode: Which end of a prompt that is too long stays: keep_end or keep_start.
+        append_eos: End completions that are plain strings with the tokenizer's EOS.
+        max_tokens_per_batch: Make each device's batches of as many whole lists of similar lengths as keep below so many
+            tokens, padding counted, instead of per_device_train_batch_size lists.
+        dataset_num_proc: Processes that tokenise the data.
+        ref_logps: A file that `larpo score` wrote, or a folder of such, with the reference's log-likelihoods of all
+            candidates, which are found by their tokens.
+        precompute_ref_log_probs: Score the data under the reference once, before training.
+        precompute_ref_batch_size: Lists per batch there (None: the training batch size).
+        sync_ref_model: Move the reference towards the policy every ref_model_sync_steps steps.
+        ref_model_mixup_alpha: alpha of ref = alpha * policy + (1 - alpha) * ref.
+        ref_model_sync_steps: Steps between two such moves.
+        model_init_kwargs: Arguments of from_pretrained where model is a name or a path.
+        disable_dropout: Set every dropout of the policy and the reference to 0.
+        share_prefix: Run the prompt of a list once for all its candidates, where the model allows it.
+        candidate_micro_batch_size: Run this many candidates at a time, with the exact gradient of whole lists, for one more
+            forward.
+        schedule: How hidden states x head is walked: auto, frozen_head, list_hold or recompute.
+        memory_budget: Bytes the head may use beyond gradients (None: half of what is free).
+        tail_threshold: Gradients of the vocabulary rows that some token gives more, such as 2**-12 = 0.000244 (None: of all
+            rows, exact).
+        kernel_backend: torch or triton (None: the best one on the device).
+        pad_to_multiple_of: Round padded lengths up to a multiple of this.
+        ndcg_k: Cut-off of the logged ndcg (None: the whole list).
     """
 
-    learning_rate: float = _arg(1e-6, "Initial learning rate.")
-    logging_steps: float = _arg(10, "Log every so many steps; a share of all steps if below 1.")
-    remove_unused_columns: bool = _arg(False, "Must stay False: the data's columns are lists, not the model's arguments.")
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    remove_unused_columns: bool = False
 
     # --- the loss
-    objective: str = _arg("contrastive", "Ranking loss: pairwise, contrastive, listmle, lambdarank or listnet.")
-    objective_options: dict[str, Any] | str | None = _arg(
-        None,
-        "Options of the objective, a dict (JSON on a command line): {'weighting': 'dcg', 'k': 5} for lambdarank.",
-    )
-    ties: str | None = _arg(
-        None,
-        "What pairwise, contrastive and listmle make of equal scores: mean over their orders (pairwise, contrastive), efron "
-        "(listmle), skip such lists, or take the order they stand in. None: mean or efron.",
-    )
-    beta: float = _arg(0.1, "Scale of the implicit reward beta * (log pi - log pi_ref), > 0.")
-    length_normalized: bool = _arg(False, "Use the mean log-prob of a candidate's tokens instead of the sum.")
-    reference_free: bool = _arg(False, "Leave the reference policy out: scores are beta * log pi.")
-    label_smoothing: float = _arg(0.0, "Share of preferences taken to be noise, as in cDPO; below 0.5. Not for listmle.")
-    margin: float = _arg(0.0, "How far a candidate must be ahead in implicit reward, per unit of difference in scores.")
-    sft_weight: float = _arg(0.0, "Weight of the negative log-likelihood per token of the best candidate (TRL's rpo_alpha).")
+    objective: str = "contrastive"
+    objective_options: dict[str, Any] | str | None = None
+    ties: str | None = None
+    beta: float = 0.1
+    length_normalized: bool = False
+    reference_free: bool = False
+    label_smoothing: float = 0.0
+    margin: float = 0.0
+    sft_weight: float = 0.0
 
-    on_nonfinite: str = _arg(
-        "raise", "A batch whose loss is NaN or infinite: 'raise' stops before the update, 'skip' leaves it out and counts it."
-    )
+    on_nonfinite: str = "raise"
 
     # --- the lists
-    list_top: int | None = _arg(None, "With list_bottom: train on this many best candidates of each list (None: all).")
-    list_bottom: int | None = _arg(None, "With list_top: and on this many worst ones (None: all).")
-    max_length: int | None = _arg(1024, "Most tokens of prompt + completion; completions lose their end. None: no limit.")
-    max_prompt_length: int | None = _arg(
-        PROMPT_LENGTH, "Most tokens of a prompt, below max_length (not given: half of it, 512 at most). None: no limit."
-    )
-    truncation_mode: str = _arg("keep_end", "Which end of a prompt that is too long stays: keep_end or keep_start.")
-    append_eos: bool = _arg(True, "End completions that are plain strings with the tokenizer's EOS.")
-    max_tokens_per_batch: int | None = _arg(
-        None,
-        "Make each device's batches of as many whole lists of similar lengths as keep below so many tokens, padding counted, "
-        "instead of per_device_train_batch_size lists.",
-    )
-    dataset_num_proc: int | None = _arg(None, "Processes that tokenise the data.")
+    list_top: int | None = None
+    list_bottom: int | None = None
+    max_length: int | None = 1024
+    max_prompt_length: int | None = PROMPT_LENGTH
+    truncation_mode: str = "keep_end"
+    append_eos: bool = True
+    max_tokens_per_batch: int | None = None
+    dataset_num_proc: int | None = None
 
     # --- the reference policy
-    ref_logps: str | None = _arg(
-        None,
-        "A file that `larpo score` wrote, or a folder of such, with the reference's log-likelihoods of all candidates, which "
-        "are found by their tokens.",
-    )
-    precompute_ref_log_probs: bool = _arg(False, "Score the data under the reference once, before training.")
-    precompute_ref_batch_size: int | None = _arg(None, "Lists per batch there (None: the training batch size).")
-    sync_ref_model: bool = _arg(False, "Move the reference towards the policy every ref_model_sync_steps steps.")
-    ref_model_mixup_alpha: float = _arg(0.6, "alpha of ref = alpha * policy + (1 - alpha) * ref.")
-    ref_model_sync_steps: int = _arg(512, "Steps between two such moves.")
+    ref_logps: str | None = None
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
 
     # --- the model and how it is run
-    model_init_kwargs: dict[str, Any] | str | None = _arg(None, "Arguments of from_pretrained where model is a name or a path.")
-    disable_dropout: bool = _arg(True, "Set every dropout of the policy and the reference to 0.")
-    share_prefix: bool = _arg(False, "Run the prompt of a list once for all its candidates, where the model allows it.")
-    candidate_micro_batch_size: int | None = _arg(
-        None, "Run this many candidates at a time, with the exact gradient of whole lists, for one more forward."
-    )
-    schedule: str = _arg("auto", "How hidden states x head is walked: auto, frozen_head, list_hold or recompute.")
-    memory_budget: int | None = _arg(None, "Bytes the head may use beyond gradients (None: half of what is free).")
-    tail_threshold: float | None = _arg(
-        None,
-        "Gradients of the vocabulary rows that some token gives more, such as 2**-12 = 0.000244 (None: of all rows, exact).",
-    )
-    kernel_backend: str | None = _arg(None, "torch or triton (None: the best one on the device).")
-    pad_to_multiple_of: int | None = _arg(None, "Round padded lengths up to a multiple of this.")
-    ndcg_k: int | None = _arg(None, "Cut-off of the logged ndcg (None: the whole list).")
+    model_init_kwargs: dict[str, Any] | str | None = None
+    disable_dropout: bool = True
+    share_prefix: bool = False
+    candidate_micro_batch_size: int | None = None
+    schedule: str = "auto"
+    memory_budget: int | None = None
+    tail_threshold: float | None = None
+    kernel_backend: str | None = None
+    pad_to_multiple_of: int | None = None
+    ndcg_k: int | None = None
 
     def __post_init__(self):
         hints = get_type_hints(LarPOConfig)
