@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .data.limits import PROMPT_LENGTH
 from .data.reading import Reading
-from .data.tokenization import PROMPT_LENGTH
 from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
 from .runs.files import read_json, remove, write_json, write_text, write_whole
 from .runs.identity import changed, content
@@ -143,7 +143,7 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
 
 
 def _train(job: TrainJob, args: LarPOConfig, ranks: Ranks) -> LarPOTrainer:
-    from .data.loading import read_lists
+    from .data.one_source import read_lists
     from .modeling.adapters import lora_config
     from .runs.divergence import remembered
     from .trainer import LarPOTrainer
@@ -152,8 +152,8 @@ def _train(job: TrainJob, args: LarPOConfig, ranks: Ranks) -> LarPOTrainer:
     data, read = _train_lists(job, args)
     held_out = None
     if job.eval_data is not None:
-        read["eval"] = read_lists(job.eval_data, Reading(**job.reading()), split=job.eval_split)
-        held_out = read["eval"].logged()
+        read["eval"] = [read_lists(job.eval_data, Reading(**job.reading()), split=job.eval_split)]
+        held_out = read["eval"][0].logged()
     folder, identity = Path(args.output_dir), _identity(job, args, data)
     _claim(folder, identity, write=args.should_save)
     checkpoint = checkpoint_to_go_on_from(args.output_dir, args) if job.resume else None
@@ -175,17 +175,16 @@ def _train(job: TrainJob, args: LarPOConfig, ranks: Ranks) -> LarPOTrainer:
     return trainer
 
 
-def _train_lists(job: TrainJob, args: LarPOConfig) -> tuple[Dataset | IterableDataset, dict[str, Read]]:
+def _train_lists(job: TrainJob, args: LarPOConfig) -> tuple[Dataset | IterableDataset, dict[str, list[Read]]]:
     """The lists to train on, of a stream in a random order as far as its buffer reaches; and how they were read, if at once."""
-    from .data.loading import load_lists, read_lists
-    from .data.sources import sources_of
+    from .data.loading import load_lists, read_sources
 
-    if not job.streaming and sources_of(job.train_data, {}) is None:
-        read = read_lists(job.train_data, Reading(**job.reading()), split=job.train_split)
-        return read.logged(), {"train": read}
-    seed = _data_seed(args)
-    lists = load_lists(job.train_data, split=job.train_split, streaming=job.streaming, seed=seed, **job.reading())
-    return lists.shuffle(seed=seed, buffer_size=job.shuffle_buffer) if job.streaming and job.shuffle_buffer else lists, {}
+    how = {"split": job.train_split, "seed": _data_seed(args)} | job.reading()
+    if not job.streaming:
+        lists, reads = read_sources(job.train_data, **how)
+        return lists, {"train": reads}
+    lists = load_lists(job.train_data, streaming=True, **how)
+    return lists.shuffle(seed=how["seed"], buffer_size=job.shuffle_buffer) if job.shuffle_buffer else lists, {}
 
 
 def _data_seed(args: LarPOConfig) -> int:

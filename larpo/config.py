@@ -13,13 +13,22 @@ from larpo_kernels import validation
 from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import Objective
 
-from .data.tokenization import PROMPT_LENGTH, prompt_limit
+from .data.limits import PROMPT_LENGTH, prompt_limit
 from .field_docs import documented
 from .runs.secrets import given_again, is_secret, masked, without_secrets
 from .runs.yaml_config import as_meant, json_object
 from .training.losses import ListLoss, objective_of
 from .training.nonfinite import ON_NONFINITE
 from .training.refused_settings import refuse_settings
+
+COUNTS = (
+    "max_length",
+    "max_prompt_length",
+    "candidate_micro_batch_size",
+    "precompute_ref_batch_size",
+    "ndcg_k",
+    "max_tokens_per_batch",
+)
 
 
 @documented
@@ -37,7 +46,7 @@ class LarPOConfig(TrainingArguments):
         objective: Ranking loss: pairwise, contrastive, listmle, lambdarank or listnet.
         objective_options: Options of the objective, a dict (JSON on a command line): {'weighting': 'dcg', 'k': 5} for
             lambdarank.
-        ties: What pairwise, contrastive and listmle make of equal scores: mean over their orders (pairwise, contrastive),
+        ties: What pairwise, contrastive and listmle do with equal scores: mean over their orders (pairwise, contrastive),
             efron (listmle), skip such lists, or take the order they stand in. None: mean or efron.
         beta: Scale of the implicit reward beta * (log pi - log pi_ref), > 0.
         length_normalized: Use the mean log-prob of a candidate's tokens instead of the sum.
@@ -47,31 +56,32 @@ class LarPOConfig(TrainingArguments):
         sft_weight: Weight of the negative log-likelihood per token of the best candidate (TRL's rpo_alpha).
         on_nonfinite: A batch whose loss is NaN or infinite: 'raise' stops before the update, 'skip' leaves it out and counts
             it.
-        list_top: With list_bottom: train on this many best candidates of each list (None: all).
-        list_bottom: With list_top: and on this many worst ones (None: all).
+        list_top: Candidates of each list that are trained on, from the best on; together with list_bottom (None: all).
+        list_bottom: Candidates of each list that are trained on, from the worst on; together with list_top (None: all).
         max_length: Most tokens of prompt + completion; completions lose their end. None: no limit.
         max_prompt_length: Most tokens of a prompt, below max_length (not given: half of it, 512 at most). None: no limit.
         truncation_mode: Which end of a prompt that is too long stays: keep_end or keep_start.
         append_eos: End completions that are plain strings with the tokenizer's EOS.
-        max_tokens_per_batch: Make each device's batches of as many whole lists of similar lengths as keep below so many
-            tokens, padding counted, instead of per_device_train_batch_size lists.
+        max_tokens_per_batch: Most tokens of a batch on each device, padding counted: a batch is as many whole lists of
+            similar lengths as fit, instead of per_device_train_batch_size lists.
         dataset_num_proc: Processes that tokenise the data.
         ref_logps: A file that `larpo score` wrote, or a folder of such, with the reference's log-likelihoods of all
             candidates, which are found by their tokens.
         precompute_ref_log_probs: Score the data under the reference once, before training.
-        precompute_ref_batch_size: Lists per batch there (None: the training batch size).
+        precompute_ref_batch_size: Lists per batch while precompute_ref_log_probs scores (None: the training batch size).
         sync_ref_model: Move the reference towards the policy every ref_model_sync_steps steps.
-        ref_model_mixup_alpha: alpha of ref = alpha * policy + (1 - alpha) * ref.
-        ref_model_sync_steps: Steps between two such moves.
+        ref_model_mixup_alpha: alpha of sync_ref_model's ref = alpha * policy + (1 - alpha) * ref.
+        ref_model_sync_steps: Steps between two moves of sync_ref_model.
         model_init_kwargs: Arguments of from_pretrained where model is a name or a path.
         disable_dropout: Set every dropout of the policy and the reference to 0.
         share_prefix: Run the prompt of a list once for all its candidates, where the model allows it.
         candidate_micro_batch_size: Run this many candidates at a time, with the exact gradient of whole lists, for one more
             forward.
-        schedule: How hidden states x head is walked: auto, frozen_head, list_hold or recompute.
+        schedule: What the head keeps of the logits for the backward: frozen_head (nothing, for a head that is not trained),
+            list_hold (all), recompute (nothing, they are formed again) or auto, by what memory_budget allows.
         memory_budget: Bytes the head may use beyond gradients (None: half of what is free).
-        tail_threshold: Gradients of the vocabulary rows that some token gives more, such as 2**-12 = 0.000244 (None: of all
-            rows, exact).
+        tail_threshold: A probability, such as 2**-12 = 0.000244: gradients are formed only of the vocabulary rows that some
+            token gives more (None: of all rows, exact).
         kernel_backend: torch or triton (None: the best one on the device).
         pad_to_multiple_of: Round padded lengths up to a multiple of this.
         ndcg_k: Cut-off of the logged ndcg (None: the whole list).
@@ -112,7 +122,7 @@ class LarPOConfig(TrainingArguments):
     ref_model_mixup_alpha: float = 0.6
     ref_model_sync_steps: int = 512
 
-    # --- the model and how it is run
+    # --- the model, and how it is run
     model_init_kwargs: dict[str, Any] | str | None = None
     disable_dropout: bool = True
     share_prefix: bool = False
@@ -125,6 +135,23 @@ class LarPOConfig(TrainingArguments):
     ndcg_k: int | None = None
 
     def __post_init__(self):
+        self._read_values()
+        super().__post_init__()
+        self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
+        self.logging_nan_inf_filter = False  # it would wait for each loss once more, and log another number in its place
+        self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
+        self._check_loss()
+        self._check_lists()
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
+        if self.tail_threshold is not None:
+            validation.probability("tail_threshold", self.tail_threshold)
+        refuse_settings(self)
+        self._check_reference()
+
+    def _read_values(self) -> None:
+        """Values as a YAML file or a command line gives them, as the types of the fields say; secrets as they were given."""
         hints = get_type_hints(LarPOConfig)
         for one in fields(LarPOConfig):
             if one.init and one.name != "fsdp":  # where transformers itself puts True
@@ -136,19 +163,13 @@ class LarPOConfig(TrainingArguments):
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, given_again(getattr(self, name), f"{name}."))
         self.hub_token = given_again({"hub_token": self.hub_token}).get("hub_token")
-        super().__post_init__()
-        self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
+
+    def _check_loss(self) -> None:
         validation.positive("beta", self.beta)
         self.resolved_loss()  # refused here, not after the model is loaded
-        self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
-        for name in (
-            "max_length",
-            "max_prompt_length",
-            "candidate_micro_batch_size",
-            "precompute_ref_batch_size",
-            "ndcg_k",
-            "max_tokens_per_batch",
-        ):
+
+    def _check_lists(self) -> None:
+        for name in COUNTS:
             _count(name, getattr(self, name), at_least=1)
         for name in ("list_top", "list_bottom"):
             _count(name, getattr(self, name), at_least=0)
@@ -162,13 +183,8 @@ class LarPOConfig(TrainingArguments):
                 f"got {self.max_prompt_length} and {self.max_length}"
             )
         _one_of("truncation_mode", self.truncation_mode, ("keep_end", "keep_start"))
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        self.logging_nan_inf_filter = False  # it would wait for each loss once more, and log another number in its place
-        if self.tail_threshold is not None:
-            validation.probability("tail_threshold", self.tail_threshold)
-        _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
-        refuse_settings(self)
+
+    def _check_reference(self) -> None:
         if self.ref_logps is not None:
             self.ref_logps = os.fspath(self.ref_logps)
             for name in ("reference_free", "precompute_ref_log_probs", "sync_ref_model"):

@@ -15,9 +15,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data.collator import ListCollator
+from .data.limits import PROMPT_LENGTH, Limits, Truncation
 from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, scored_with, token_hashes
 from .data.text_tokenizer import padding_id, text_tokenizer
-from .data.tokenization import PROMPT_LENGTH, Truncation, prompt_limit, tokenize_lists
+from .data.tokenization import tokenize_lists
 from .modeling.policy import Policy, attached
 from .runs.parts import Parts, parts_of
 from .runs.ranks import Ranks
@@ -135,11 +136,8 @@ def score_lists(
     tokenizer = text_tokenizer(tokenizer)
     collator = ListCollator(padding_id(tokenizer), slice_size=candidate_batch_size)
 
-    limits = dict(
-        max_length=max_length, max_prompt_length=prompt_limit(max_length, max_prompt_length), truncation_mode=truncation_mode,
-        append_eos=append_eos,
-    )  # fmt: skip
-    record = scored_with(tokenizer, limits, model, ref_model)
+    limits = Limits(max_length, max_prompt_length, truncation_mode, append_eos)
+    record = scored_with(tokenizer, limits.as_dict(), model, ref_model)
     columns: dict[str, list[Any]] = {
         "num_tokens": [counted_tokens(row) for row in tokenised],
         TOKEN_HASHES: [token_hashes(row) for row in tokenised],

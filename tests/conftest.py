@@ -1,5 +1,6 @@
 """One device and two backends for every test; Triton runs on its interpreter where there is no GPU."""
 
+import gc
 import importlib.util
 import os
 
@@ -22,6 +23,13 @@ from tests.helpers.regimes import REGIMES
 
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="too large for Triton's interpreter")
 NO_TRITON = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+
+
+def pytest_collection_finish(session):
+    """accelerate collects garbage whenever a trainer starts: over everything that the tests have imported, that takes longer
+    than training a tiny model does."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

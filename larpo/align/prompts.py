@@ -89,7 +89,7 @@ def _read(source: Any, split: str, name: str) -> list[Prompt]:
 
 def _read_file(path: Path) -> list:
     from ..data import files
-    from ..data.loading import read_parquet
+    from ..data.one_source import read_parquet
     from ..runs.files import read_text
 
     if not path.is_file():

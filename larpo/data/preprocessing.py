@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..candidates import top_bottom_indices
 from ..training.losses import is_settled
 from .converting import Read
-from .loading import load_lists, read_lists, read_rows
+from .limits import Limits
+from .loading import load_lists, read_sources
+from .one_source import read_rows
 from .reader import IMPLICIT
 from .reading import Reading
-from .scored_tokens import TOKEN_HASHES, limits_of
+from .scored_tokens import TOKEN_HASHES
 from .stored_logps import read_logps
 from .summary import DataSummary, summarise
 from .summary.words import sentences
@@ -106,7 +108,7 @@ def describe(
         raise ValueError(f"limit must be None or an int >= 1, got {limit!r}")
     args = LarPOConfig(report_to="none") if args is None else args
     tokenizer = text_tokenizer(processing_class)
-    read, in_all = _read(data, limit, how)
+    read, in_all, reads = _read(data, limit, how)
     refused = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the summary says what they say
@@ -118,25 +120,18 @@ def describe(
         except ValueError as error:
             refused = str(error)
     summary = tokens.summary(tokenizer, args, lists_read=in_all, refused=refused)
-    return summary if in_all is not None else summary.of_stream()
+    return summary.of_stream() if in_all is None else summary.of(reads)
 
 
-def _read(data: Any, limit: int | None, how: dict[str, Any]) -> tuple[Read, int | None]:
-    """At most `limit` lists of what `load_lists` loads, and how many there are, which of a stream is not known."""
-    from .sources import sources_of
-
-    if sources_of(data, {}) is not None or how.get("streaming") or _is_stream(data):
+def _read(data: Any, limit: int | None, how: dict[str, Any]) -> tuple[Read, int | None, list[Read]]:
+    """At most `limit` lists of what `load_lists` loads, how many there are, and how each source was read; None and nothing of a
+    stream."""
+    if how.get("streaming") or _is_stream(data):
         lists = load_lists(data, **how)
-        if not _is_stream(lists):
-            read = read_rows(lists, Reading())
-        else:
-            return read_rows(list(lists.take(limit or STREAMED)), Reading()), None
-    else:
-        where = {name: how[name] for name in ("split", "config", "revision") if name in how}
-        settings = {name: value for name, value in how.items() if name not in (*where, "streaming", "seed")}
-        read = read_lists(data, Reading(**settings), **where)
-    in_all = len(read.lists)
-    return read._replace(lists=read.lists.select(range(min(in_all, limit or in_all)))), in_all
+        return read_rows(list(lists.take(limit or STREAMED)), Reading()), None, []
+    lists, reads = read_sources(data, **{name: value for name, value in how.items() if name != "streaming"})
+    read, in_all = reads[0] if len(reads) == 1 else read_rows(lists, Reading()), len(lists)
+    return read._replace(lists=lists.select(range(min(in_all, limit or in_all)))), in_all, reads
 
 
 def _is_stream(data: Any) -> bool:
@@ -154,7 +149,7 @@ class Tokenised(NamedTuple):
     report: TokenizationReport
 
     def summary(self, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, **more: Any) -> DataSummary:
-        limits = limits_of(args) | {name: getattr(args, name) for name in SUBSET}
+        limits = Limits.of(args).as_dict() | {name: getattr(args, name) for name in SUBSET}
         return summarise(self.read, self.tokens, self.report, tokenizer, limits, **more)
 
 
@@ -185,7 +180,7 @@ def _for_training(data: Tokenised, tokenizer: PreTrainedTokenizerBase, args: Lar
     if args.ref_logps is not None:
         if "ref_logps" in tokenised.column_names:
             raise ValueError(f"ref_logps={args.ref_logps!r} is given, and the {name} data has ref_logps: leave one of them out")
-        tokenised = read_logps(args.ref_logps).added_to(tokenised, name, tokenizer, limits_of(args))
+        tokenised = read_logps(args.ref_logps).added_to(tokenised, name, tokenizer, Limits.of(args).as_dict())
     if "weight" in lists.column_names:
         tokenised = tokenised.add_column("weight", _mean_one(lists["weight"][:], name))
     if getattr(args.resolved_objective(), "ties", None) == "skip":

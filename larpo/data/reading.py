@@ -51,6 +51,15 @@ class Reading:
         if self.columns is not None and (self.form is not None or self.score is not None):
             raise ValueError("columns say where the scores are, so form and score must be left out beside them")
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], function: str, also: Sequence[str] = ()) -> Reading:
+        """From keywords of a function that takes those in `also` too. Raises TypeError for one that it does not take."""
+        takes = [*(one.name for one in fields(Reading)), *also]
+        for name in settings:
+            if name not in takes:
+                raise TypeError(f"{function} takes {', '.join(takes)}, not {name!r}{nearest(name, takes)}")
+        return cls(**settings)
+
     def reading(self) -> dict[str, Any]:
         """These settings, without those of a class that has others too."""
         return {one.name: getattr(self, one.name) for one in fields(Reading)}

@@ -24,15 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ..config import LarPOConfig
-
 TOKEN_HASHES, SCORED_WITH = "token_hashes", "scored_with"
-LIMITS = ("max_length", "max_prompt_length", "truncation_mode", "append_eos")  # settings that decide which tokens count
-
-
-def limits_of(args: LarPOConfig) -> dict[str, Any]:
-    """The settings of a training run that decide which tokens count."""
-    return {name: getattr(args, name) for name in LIMITS}
 
 
 def counted_tokens(row: Mapping[str, Any]) -> list[int]:
@@ -55,7 +47,7 @@ def token_hashes(row: Mapping[str, Any]) -> list[str]:
 def scored_with(
     tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], model: nn.Module, ref_model: nn.Module | None = None
 ) -> str:
-    """The record of a scoring; limits: the values of LIMITS."""
+    """The record of a scoring; limits: `larpo.data.limits.Limits` as a dict."""
     import torch
     import transformers
 

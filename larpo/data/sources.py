@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.yaml_config import nearest
-from .loading import read_lists, stream_lists
+from .converting import Read
+from .one_source import read_lists, stream_lists
 from .reader import KNOWN, OF_THE_LIST
 from .reading import Reading
 
@@ -39,12 +40,14 @@ class Source(Reading):
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
             raise ValueError(f"weight of {self.path} must be a finite number above 0, got {self.weight!r}")
 
-    def load(self, *, streaming: bool, scored: bool) -> Dataset | IterableDataset:
-        where = {"split": self.split, "config": self.config, "revision": self.revision}
-        reading = Reading(**self.reading())
-        if streaming:
-            return stream_lists(self.path, reading, scored=scored, **where)
-        return read_lists(self.path, reading, scored=scored, **where).logged()
+    def read(self, scored: bool) -> Read:
+        return read_lists(self.path, Reading(**self.reading()), scored=scored, **self._where())
+
+    def stream(self, scored: bool) -> IterableDataset:
+        return stream_lists(self.path, Reading(**self.reading()), scored=scored, **self._where())
+
+    def _where(self) -> dict[str, str | None]:
+        return {"split": self.split, "config": self.config, "revision": self.revision}
 
 
 def sources_of(source: Any, settings: Mapping[str, Any]) -> list[Source] | None:
@@ -70,16 +73,19 @@ def _names_a_path(one: Any) -> bool:
     return isinstance(one, Mapping) and "path" in one and not {"prompt", "completions", "chosen"} & set(one)
 
 
-def load_mixed(sources: Sequence[Source], *, streaming: bool, seed: int, scored: bool) -> Dataset | IterableDataset:
-    """Lists of all sources in a random order, each next one from a source with the probability of its weight.
+def mixed(
+    sources: Sequence[Source], parts: Sequence[Dataset] | Sequence[IterableDataset], *, seed: int
+) -> Dataset | IterableDataset:
+    """The lists of all sources in a random order, each next one from a source with the probability of its weight.
 
     It ends when every list of every source has come, so that smaller sources are repeated. Only the columns of lists are kept.
+    parts: the lists of each source.
     """
     import datasets
 
-    parts = [source.load(streaming=streaming, scored=scored) for source in sources]
     if len(parts) == 1:
         return parts[0]
+    streaming = isinstance(parts[0], datasets.IterableDataset)
     first = [_first(part, source) for part, source in zip(parts, sources, strict=True)]
     _refuse_different_kinds(first, sources)
     total = math.fsum(source.weight for source in sources)
@@ -88,12 +94,12 @@ def load_mixed(sources: Sequence[Source], *, streaming: bool, seed: int, scored:
         parts = [part.map(_written, remove_columns=list(row)) for part, row in zip(parts, first, strict=True)]
     else:
         parts = _alike(parts)
-    mixed = datasets.interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    lists = datasets.interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     if streaming:
-        mixed = mixed.map(_read_back, remove_columns=[ROW])
+        lists = lists.map(_read_back, remove_columns=[ROW])
     of = ", ".join(f"{share:.0%} {source.path}" for share, source in zip(shares, sources, strict=True))
-    logger.info("mixed%s: %s", "" if streaming else f", {len(mixed):,} lists", of)
-    return mixed
+    logger.info("mixed%s: %s", "" if streaming else f", {len(lists):,} lists", of)
+    return lists
 
 
 def _first(lists: Dataset | IterableDataset, source: Source) -> dict[str, Any]:

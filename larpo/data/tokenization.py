@@ -22,15 +22,16 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import chat_template, prompt_boundary
+from .limits import PROMPT_LENGTH, Limits, Truncation
 from .scored_tokens import SCORED_WITH, check_scored_tokens
 from .text_tokenizer import text_tokenizer
+from .tokenization_report import EACH, TokenizationReport
 from .turns import Reply, Turns
 from .validation import check_row
 
@@ -47,74 +48,6 @@ NO_TEMPLATE = (
 USER_TURN = re.compile(
     r"\n\s*(?:Human|HUMAN|User|USER):|<\|im_start\|>user|<\|user\|>|\[INST\]|<\|start_header_id\|>user|<start_of_turn>user"
 )
-
-Truncation = Literal["keep_end", "keep_start"]
-EACH = ("prompt_lengths", "completion_lengths", "prompt_hashes")  # fields of the report that are not sums
-
-
-class _Default(int):
-    """A number that nobody gave: unlike the same number given, it makes room for another setting."""
-
-
-PROMPT_LENGTH = _Default(512)  # what max_prompt_length is where it is not given; see prompt_limit
-
-
-def prompt_limit(max_length: int | None, max_prompt_length: int | None) -> int | None:
-    """The most tokens of a prompt: max_prompt_length as given; where it was not, half of max_length, 512 at most.
-
-    >>> prompt_limit(64, PROMPT_LENGTH), prompt_limit(4096, PROMPT_LENGTH), prompt_limit(64, 48), prompt_limit(64, None)
-    (32, 512, 48, None)
-    """
-    if not isinstance(max_prompt_length, _Default):
-        return max_prompt_length
-    return int(max_prompt_length) if not isinstance(max_length, int) else max(1, min(int(max_prompt_length), max_length // 2))
-
-
-@dataclass(frozen=True)
-class TokenizationReport:
-    """Counts over a dataset; `str(report)` says them in a sentence.
-
-    >>> print(TokenizationReport(lists=2, candidates=7, prompts_truncated=1, lists_all_tied=1))
-    2 lists of 7 candidates: 1 prompt cut, 1 list with all scores equal.
-    """
-
-    lists: int = 0
-    candidates: int = 0
-    prompts_truncated: int = 0  # prompts, each counted once for its list
-    completions_truncated: int = 0
-    completions_empty: int = 0  # no text, no tokens but EOS, or none that counts
-    completions_with_turns: int = 0  # strings in which a user speaks: all of a string counts as the policy's
-    lists_of_one: int = 0  # their loss is 0
-    lists_all_tied: int = 0  # two candidates or more, all with one score
-    lists_all_equal: int = 0  # two candidates or more, all with the same tokens, or none with any that counts: no gradient
-    tokens_read: int = 0  # of completions, written by the template, a user or a tool: they do not count
-    completions_repeated: int = field(default=0, compare=False)  # their text stood before in the list
-    completions_equal: int = field(default=0, compare=False)  # their tokens did, as they are trained on: cut
-    example: str = field(default="", compare=False)  # a completion behind its prompt, what counts in [[ ]]
-    # one for each list, or for each completion, in the order of the data
-    prompt_lengths: Sequence[int] = field(default=(), compare=False, repr=False)  # tokens before anything is cut
-    completion_lengths: Sequence[int] = field(default=(), compare=False, repr=False)
-    prompt_hashes: Sequence[int] = field(default=(), compare=False, repr=False)  # of what it says: equal for equal prompts
-
-    @property
-    def lossy(self) -> bool:
-        """Whether anything was cut, is empty, teaches nothing or may be somebody else's."""
-        found = (self.prompts_truncated, self.completions_truncated, self.completions_empty, self.completions_with_turns)
-        return any(found) or bool(self.lists_all_equal)
-
-    def __str__(self) -> str:
-        notes = (
-            (self.prompts_truncated, "prompt", "cut"),
-            (self.completions_truncated, "completion", "cut"),
-            (self.completions_empty, "completion", "empty"),
-            (self.completions_with_turns, "completion", "with a user's turn in its text, which counts too (give messages)"),
-            (self.lists_of_one, "list", "of one candidate"),
-            (self.lists_all_tied, "list", "with all scores equal"),
-            (self.lists_all_equal, "list", "with all candidates equal, which teaches nothing"),
-            (self.tokens_read, "token", "of completions not counted: the policy reads them, it does not write them"),
-        )
-        said = ", ".join(f"{_count(n, what)} {how}" for n, what, how in notes if n) or "nothing cut, none empty"
-        return f"{_count(self.lists, 'list')} of {_count(self.candidates, 'candidate')}: {said}."
 
 
 def tokenize_row(
@@ -149,9 +82,8 @@ def tokenize_row(
             with its text for the prompt, or does not tell which part of a completion is the assistant's.
     """
     tokenizer = text_tokenizer(tokenizer)
-    max_prompt_length = prompt_limit(max_length, max_prompt_length)
-    _check_options(max_length, max_prompt_length, truncation)
-    tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, where)
+    limits = Limits(max_length, max_prompt_length, truncation, append_eos)
+    tokens, report = _tokenize(row, tokenizer, limits, where)
     if not report.tokens_read:
         del tokens["completion_mask"]
     return tokens
@@ -176,13 +108,12 @@ def tokenize_lists(
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"lists must be a datasets.Dataset, as larpo.as_lists makes it, got {type(dataset).__name__}")
     tokenizer = text_tokenizer(tokenizer)
-    max_prompt_length = prompt_limit(max_length, max_prompt_length)
-    _check_options(max_length, max_prompt_length, truncation)
+    limits = Limits(max_length, max_prompt_length, truncation, append_eos)
     optional = [name for name in ("ref_logps", SCORED_WITH, "source") if name in dataset.column_names]
     counts = [one.name for one in dataclasses.fields(TokenizationReport) if isinstance(one.default, int)]
 
     def tokenize(row: dict[str, Any], i: int) -> dict[str, Any]:
-        tokens, report = _tokenize(row, tokenizer, max_length, max_prompt_length, truncation, append_eos, f"row {i}")
+        tokens, report = _tokenize(row, tokenizer, limits, f"row {i}")
         # Arrow wants every row to have every column
         return tokens | {name: row[name] for name in optional} | {name: getattr(report, name) for name in (*counts, *EACH)}
 
@@ -203,7 +134,7 @@ def tokenize_lists(
         example=example,
     )
     if report.lossy:
-        warnings.warn(f"{report} Limits: max_length={max_length}, max_prompt_length={max_prompt_length}.", stacklevel=2)
+        warnings.warn(f"{report} Limits: max_length={max_length}, max_prompt_length={limits.max_prompt_length}.", stacklevel=2)
     masks = ["completion_mask"] if report.tokens_read else []
     return mapped.select_columns(["prompt_ids", "completion_ids", *masks, "scores", *optional]), report
 
@@ -230,64 +161,62 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], i: int)
 # --- one row -----------------------------------------------------------------------------------------------
 
 
+class _Tokens(NamedTuple):
+    """One row as tokens, before anything is cut."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    masks: list[list[bool]]  # which tokens of each completion count
+    empty: list[bool]  # whether a completion says nothing
+
+
 def _tokenize(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    max_prompt_length: int | None,
-    truncation: Truncation,
-    append_eos: bool,
-    where: str,
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Limits, where: str
 ) -> tuple[dict[str, Any], TokenizationReport]:
     check_row(row, where)
-    text = row.get("completion_ids") is None and isinstance(row["prompt"], str)
-    if row.get("completion_ids") is not None:
-        prompt = list(row["prompt_ids"])
-        completions = [list(ids) for ids in row["completion_ids"]]
-        masks = [[True] * len(ids) for ids in completions]
-        if row.get("completion_mask") is not None:
-            masks = [list(map(bool, mask)) for mask in row["completion_mask"]]
-        empty = [not ids or ids == [tokenizer.eos_token_id] for ids in completions]
-    elif text:
-        prompt, completions = _from_text(row["prompt"], row["completions"], tokenizer)
-        empty = [not text for text in row["completions"]]
-        completions = [_ended(ids, tokenizer, append_eos) for ids in completions]
-        masks = [[True] * len(ids) for ids in completions]
-    else:
-        answers = row["completions"]
-        empty = [not answer if isinstance(answer, str) else not any(map(_says_something, answer)) for answer in answers]
-        prompt, completions, masks = _from_messages(row, tokenizer, append_eos, where)
-    if not prompt:
-        prompt = [_first_token(tokenizer, where)]
-
-    limits = [limit for limit in (max_prompt_length, max_length and max_length - 1) if limit is not None]
-    kept_prompt = _cut_prompt(prompt, min(limits), truncation, tokenizer.bos_token_id) if limits else prompt
-    room = None if max_length is None else max_length - len(kept_prompt)
-    kept, kept_masks = [ids[:room] for ids in completions], [mask[:room] for mask in masks]
-
+    whole = _tokens_of(row, tokenizer, limits.append_eos, where)
+    prompt = _cut_prompt(whole.prompt, limits, tokenizer.bos_token_id)
+    room = limits.completion(len(prompt))
+    completions, masks = ([one[:room] for one in each] for each in (whole.completions, whole.masks))
     scores = [float(score) for score in row["scores"]]
-    tokens = {"prompt_ids": kept_prompt, "completion_ids": kept, "completion_mask": kept_masks, "scores": scores}
-    asked = dict(max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation, append_eos=append_eos)
-    check_scored_tokens(row, tokens, tokenizer, asked, where)
+    tokens = {"prompt_ids": prompt, "completion_ids": completions, "completion_mask": masks, "scores": scores}
+    check_scored_tokens(row, tokens, tokenizer, limits.as_dict(), where)
     tokens |= {name: list(row[name]) for name in ("ref_logps", "source") if row.get(name) is not None}
-    report = TokenizationReport(
+    return tokens, _report(row, whole, tokens)
+
+
+def _tokens_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, append_eos: bool, where: str) -> _Tokens:
+    if row.get("completion_ids") is not None:
+        found = _from_ids(row, tokenizer)
+    elif isinstance(row["prompt"], str):
+        found = _from_text(row["prompt"], row["completions"], tokenizer, append_eos)
+    else:
+        found = _from_messages(row, tokenizer, append_eos, where)
+    return found if found.prompt else found._replace(prompt=[_first_token(tokenizer, where)])
+
+
+def _report(row: Mapping[str, Any], whole: _Tokens, tokens: Mapping[str, Any]) -> TokenizationReport:
+    """What was cut, is empty or teaches nothing. tokens: what is left of `whole`."""
+    kept, masks, scores = tokens["completion_ids"], tokens["completion_mask"], tokens["scores"]
+    prompt, completions = row["prompt"], row["completions"]
+    strings = row.get("completion_ids") is None and isinstance(prompt, str)
+    return TokenizationReport(
         lists=1,
         candidates=len(kept),
-        prompts_truncated=int(len(kept_prompt) < len(prompt)),
-        completions_truncated=sum(len(a) < len(b) for a, b in zip(kept, completions, strict=True)),
-        completions_empty=sum(none or not any(mask) for none, mask in zip(empty, kept_masks, strict=True)),
-        completions_with_turns=sum(text and USER_TURN.search(one) is not None for one in row["completions"]),
+        prompts_truncated=int(len(tokens["prompt_ids"]) < len(whole.prompt)),
+        completions_truncated=sum(len(a) < len(b) for a, b in zip(kept, whole.completions, strict=True)),
+        completions_empty=sum(none or not any(mask) for none, mask in zip(whole.empty, masks, strict=True)),
+        completions_with_turns=sum(strings and USER_TURN.search(one) is not None for one in completions),
         lists_of_one=int(len(scores) == 1),
         lists_all_tied=int(len(scores) > 1 and len(set(scores)) == 1),
-        lists_all_equal=int(len(scores) > 1 and _all_equal(kept, kept_masks)),
-        tokens_read=sum(map(len, kept)) - sum(map(sum, kept_masks)),
-        completions_repeated=_repeats(row["completions"] if text else map(_as_json, row["completions"])),
-        completions_equal=_repeats(zip(map(tuple, kept), map(tuple, kept_masks), strict=True)),
-        prompt_lengths=[len(prompt)],
-        completion_lengths=[*map(len, completions)],
-        prompt_hashes=[_hash(row["prompt"] if isinstance(row["prompt"], str) else _as_json(row["prompt"]))],
+        lists_all_equal=int(len(scores) > 1 and _all_equal(kept, masks)),
+        tokens_read=sum(map(len, kept)) - sum(map(sum, masks)),
+        completions_repeated=_repeats(completions if strings else map(_as_json, completions)),
+        completions_equal=_repeats(zip(map(tuple, kept), map(tuple, masks), strict=True)),
+        prompt_lengths=[len(whole.prompt)],
+        completion_lengths=[*map(len, whole.completions)],
+        prompt_hashes=[_hash(prompt if isinstance(prompt, str) else _as_json(prompt))],
     )
-    return tokens, report
 
 
 def _repeats(values: Iterable[Hashable]) -> int:
@@ -322,14 +251,22 @@ def _all_equal(completions: list[list[int]], masks: list[list[bool]]) -> bool:
     return not any(map(any, masks)) or all(one == candidates[0] for one in candidates)
 
 
-def _from_text(prompt: str, completions: list[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+def _from_ids(row: Mapping[str, Any], tokenizer: Any) -> _Tokens:
+    completions = [list(ids) for ids in row["completion_ids"]]
+    masks = row.get("completion_mask")
+    masks = [[True] * len(ids) for ids in completions] if masks is None else [list(map(bool, mask)) for mask in masks]
+    empty = [not ids or ids == [tokenizer.eos_token_id] for ids in completions]
+    return _Tokens(list(row["prompt_ids"]), completions, masks, empty)
+
+
+def _from_text(prompt: str, completions: list[str], tokenizer: Any, append_eos: bool) -> _Tokens:
     leading = prompt_boundary.leading_special_tokens(tokenizer)
-    return prompt_boundary.split(tokenizer, prompt, [prompt + completion for completion in completions], leading)
+    prompt_ids, ids = prompt_boundary.split(tokenizer, prompt, [prompt + completion for completion in completions], leading)
+    ids = [_ended(one, tokenizer, append_eos) for one in ids]
+    return _Tokens(prompt_ids, ids, [[True] * len(one) for one in ids], [not text for text in completions])
 
 
-def _from_messages(
-    row: Mapping[str, Any], tokenizer: Any, append_eos: bool, where: str
-) -> tuple[list[int], list[list[int]], list[list[bool]]]:
+def _from_messages(row: Mapping[str, Any], tokenizer: Any, append_eos: bool, where: str) -> _Tokens:
     """The template writes BOS itself where the model wants one, so nothing is put in front."""
     try:
         turns = Turns(tokenizer, row["prompt"], chat_template.template_keywords(row))
@@ -350,7 +287,9 @@ def _from_messages(
             pieces, parts = [*pieces, [_eos(tokenizer)]], [*parts, (-1, True)]
         completions.append([id for piece in pieces for id in piece])
         masks.append([own for piece, (_, own) in zip(pieces, parts, strict=True) for _ in piece])
-    return prompt, completions, masks
+    answers = row["completions"]
+    empty = [not answer if isinstance(answer, str) else not any(map(_says_something, answer)) for answer in answers]
+    return _Tokens(prompt, completions, masks, empty)
 
 
 def _parts(reply: Reply, start: int) -> list[tuple[int, bool]]:
@@ -383,26 +322,11 @@ def _first_token(tokenizer: Any, where: str) -> int:
     raise ValueError(f"{where}: the prompt is empty, and the tokenizer has neither bos_token nor eos_token to stand for it")
 
 
-def _cut_prompt(ids: list[int], limit: int, truncation: Truncation, bos: int | None) -> list[int]:
-    if len(ids) <= limit:
+def _cut_prompt(ids: list[int], limits: Limits, bos: int | None) -> list[int]:
+    limit = limits.prompt
+    if limit is None or len(ids) <= limit:
         return ids
-    if truncation == "keep_start":
+    if limits.truncation_mode == "keep_start":
         return ids[:limit]
     kept = [bos] if ids[0] == bos and limit > 1 else []
     return kept + ids[len(ids) - (limit - len(kept)) :]
-
-
-def _check_options(max_length: int | None, max_prompt_length: int | None, truncation: str) -> None:
-    for name, value, least in (("max_length", max_length, 2), ("max_prompt_length", max_prompt_length, 1)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
-    if max_length is not None and max_prompt_length is not None and max_prompt_length >= max_length:
-        raise ValueError(
-            f"max_prompt_length={max_prompt_length} must be below max_length={max_length}, to leave room for completions"
-        )
-    if truncation not in ("keep_end", "keep_start"):
-        raise ValueError(f"truncation must be 'keep_end' or 'keep_start', got {truncation!r}")
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"

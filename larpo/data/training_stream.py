@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .limits import Limits
 from .loading import as_lists
 from .preprocessing import Prepared, prepare, subset
 from .reader import IMPLICIT
-from .scored_tokens import limits_of
 from .stored_logps import read_logps
 from .tokenization import tokenize_row
 
@@ -82,7 +82,7 @@ class ListStream(IterableDataset):
         if self.stored is not None:
             found = self.stored.of(tokens)
             if np.isnan(found).any():
-                raise self.stored.missing(where, found, self.tokenizer, limits_of(args))
+                raise self.stored.missing(where, found, self.tokenizer, Limits.of(args).as_dict())
             tokens["ref_logps"] = found.tolist()
         if self.optional != [name for name in ("ref_logps",) if name in tokens]:
             raise ValueError(f"ref_logps: {where} and the first list differ in whether they have any; give them for every list")

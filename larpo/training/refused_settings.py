@@ -82,6 +82,11 @@ def refuse_settings(args: TrainingArguments) -> None:
             "train_sampling_strategy must be random, sequential or group_by_length: batch_rebalance balances the "
             "cost of single sequences, and a list is several"
         )
+    if args.max_tokens_per_batch is not None and getattr(args, "train_sampling_strategy", None) == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy must be random or sequential with max_tokens_per_batch: that puts lists of similar "
+            "length together itself"
+        )
     if getattr(args, "parallelism_config", None) is not None:
         _refuse_parallelism(args.parallelism_config)
     if args.candidate_micro_batch_size is not None:

@@ -123,6 +123,10 @@ def test_a_number_in_quotes_is_a_number(tmp_path):
         (dict(auto_find_batch_size=True), r"auto_find_batch_size must be False.*candidate_micro_batch_size"),
         (dict(bf16_full_eval=True), r"bf16_full_eval must be False.*the reference"),
         (dict(use_liger_kernel=True), "use_liger_kernel must be False"),
+        (
+            dict(train_sampling_strategy="group_by_length", max_tokens_per_batch=100),
+            "train_sampling_strategy must be random or sequential with max_tokens_per_batch",
+        ),
         (dict(neftune_noise_alpha=5.0, share_prefix=True), "neftune_noise_alpha needs share_prefix=False"),
         (dict(optim="adalomo", candidate_micro_batch_size=2), r"optim must not be 'adalomo' with candidate_micro_batch_size"),
         (dict(torch_empty_cache_steps=1, candidate_micro_batch_size=2), "torch_empty_cache_steps must be None"),
@@ -152,6 +156,19 @@ def test_a_sequence_on_several_devices_is_refused(tmp_path):
 def test_what_is_there_for_scripts_is_not_ignored_by_the_command(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+# --- what is said of a setting
+
+
+def test_every_setting_is_described_where_help_and_the_command_line_show_it():
+    from dataclasses import fields
+
+    own = [one for one in fields(LarPOConfig) if one.name in LarPOConfig.__annotations__]
+    assert len(own) > 30
+    for one in own:
+        (line,) = [line for line in LarPOConfig.__doc__.splitlines() if line.strip().startswith(f"{one.name} (")]
+        assert f", default {one.default!r}): {one.metadata['help'][:20]}" in line
 
 
 # --- settings that are read back

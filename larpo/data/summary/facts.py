@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +109,9 @@ class DataSummary:
 
     examples: tuple[Example, ...]
 
-    def of(self, read: Read) -> DataSummary:
-        """The same of lists that were in another form before they came here."""
-        return replace(self, **_reading(read))
+    def of(self, reads: Sequence[Read]) -> DataSummary:
+        """The same of lists that were in another form before they came here, or that several sources were mixed into."""
+        return replace(self, **_reading(reads))
 
     def of_stream(self) -> DataSummary:
         """The same of the first lists of a stream, whose form is not known any more where it is read."""
@@ -164,7 +164,7 @@ def summarise(
     prompts, completions = np.asarray(report.prompt_lengths), np.asarray(report.completion_lengths)
     kept = int(lengths_of(tokenised, "completion_ids").sum())
     return DataSummary(
-        **_reading(read),
+        **_reading([read]),
         limits=dict(limits),
         refused=refused,
         lists=report.lists,
@@ -207,16 +207,17 @@ def lengths_of(tokenised: Dataset, column: str) -> np.ndarray:
     return pyarrow.compute.list_value_length(values).to_numpy().astype(np.int64)
 
 
-def _reading(read: Read) -> dict[str, Any]:
-    left = read.left_out
+def _reading(reads: Sequence[Read]) -> dict[str, Any]:
+    """What form each source had, what scores it, and what was left out of it."""
     left_out = (
-        LeftOutFor(what, reason, n, left.first[reason])
-        for what, counts in (("row", left.rows), ("answer", left.answers))
+        LeftOutFor(what, reason, n, read.left_out.first[reason])
+        for read in reads
+        for what, counts in (("row", read.left_out.rows), ("answer", read.left_out.answers))
         for reason, n in counts.most_common()
     )
     return {
-        "form": read.form.name,
-        "scored_by": str(read.reader.scores or "no scores").replace("`", ""),
+        "form": ", ".join(dict.fromkeys(read.form.name for read in reads)),
+        "scored_by": ", ".join(dict.fromkeys(str(read.reader.scores or "no scores").replace("`", "") for read in reads)),
         "left_out": tuple(left_out),
     }
 
@@ -244,12 +245,15 @@ def _lengths_and_scores(scores: np.ndarray, lengths: np.ndarray, sizes: np.ndarr
     longest = lengths == np.repeat(np.maximum.reduceat(lengths, starts), sizes)
     alone = np.add.reduceat(longest.astype(np.int64), starts) == 1
     best_and_longest = np.add.reduceat((longest & differ & (scores == best)).astype(np.int64), starts) > 0
-    mean = lambda which: float(lengths[which].mean()) if which.any() else None  # noqa: E731
     return {
         "best_is_longest": int((alone & best_and_longest).sum()),
-        "best_tokens": mean(differ & (scores == best)),
-        "worst_tokens": mean(differ & (scores == worst)),
+        "best_tokens": _mean(lengths[differ & (scores == best)]),
+        "worst_tokens": _mean(lengths[differ & (scores == worst)]),
     }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
 
 
 def _shown(sizes: np.ndarray) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ from .facts import DataSummary
 from .spread import Spread, number
 
 COLOUR, ABOVE = "#3b6ea8", "#b9c9dd"
+UNIT = 1e300  # of numbers beyond it: widths and margins of the axes would overflow
 
 
 def histograms(summary: DataSummary, form: str = "svg") -> bytes:
@@ -25,8 +27,9 @@ def histograms(summary: DataSummary, form: str = "svg") -> bytes:
     what = ("lists", None), ("answers", None), ("prompts", ("max_prompt_length", prompt)), ("answers", ("max_length", both))
     panels = zip(figure.subplots(2, 2).flat, summary.spreads().items(), what, strict=True)
     for axes, (label, spread), (of, limit) in panels:
-        _histogram(axes, spread, limit)
-        axes.set_xlabel(label.lower())
+        unit = UNIT if max(-spread.least, spread.most) > UNIT else 1
+        _histogram(axes, spread if unit == 1 else _in_units(spread), limit)
+        axes.set_xlabel(label.lower() if unit == 1 else f"{label.lower()}, in units of {unit:g}")
         axes.set_ylabel(of)
     picture = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "larpo"}):  # the same facts make the same file
@@ -52,8 +55,12 @@ def _histogram(axes: Any, spread: Spread, limit: tuple[str, int | None] | None) 
     axes.margins(y=0.12)
     if limit is not None and limit[1] is not None and limit[1] <= axes.get_xlim()[1]:
         axes.axvline(limit[1], color="#c0392b", linewidth=1.2)
-        axes.annotate(f" {limit[0]} {number(limit[1])}", (limit[1], 0.97), xycoords=("data", "axes fraction"), color="#c0392b",
-                      fontsize="small", va="top")  # fmt: skip
+        where = {"xy": (limit[1], 0.97), "xycoords": ("data", "axes fraction"), "va": "top"}
+        axes.annotate(f" {limit[0]} {number(limit[1])}", color="#c0392b", fontsize="small", **where)
+
+
+def _in_units(spread: Spread) -> Spread:
+    return replace(spread, bars=tuple((low / UNIT, high / UNIT, n) for low, high, n in spread.bars))
 
 
 def _ranges(axes: Any, spread: Spread) -> None:
@@ -65,5 +72,5 @@ def _ranges(axes: Any, spread: Spread) -> None:
     axes.bar([a for a, _, _ in near], [n for _, _, n in near], width=width * 0.94, align="edge", color=COLOUR)
     if far:
         axes.bar([low], [n], width=width * 0.94, align="edge", color=ABOVE)
-        axes.annotate(f"{n:,} above,\nup to {number(high)}", (low + width / 2, n), xytext=(0, 3), textcoords="offset points",
-                      ha="right", fontsize="small", color="#555")  # fmt: skip
+        where = {"xy": (low + width / 2, n), "xytext": (0, 3), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"{n:,} above,\nup to {number(high)}", color="#555", fontsize="small", **where)

@@ -122,8 +122,11 @@ def test_what_is_missing_or_unknown_ends_in_one_sentence(tmp_path, monkeypatch, 
 # --- training
 
 
-def test_training_keeps_what_it_saw_and_the_command_shows_it(tmp_path, model, monkeypatch, capsys):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_training_keeps_what_it_saw_and_the_command_shows_it(tmp_path, model, monkeypatch, capsys, mixed):
     file = write(tmp_path / "a.jsonl", [{"question": "the cat", "chosen": " sat", "rejected": " ran"}] * 4)
+    lists = write(tmp_path / "b.jsonl", tiny.lists(3))
+    file = json.dumps([{"path": str(file)}, {"path": str(lists)}]) if mixed else file
     settings = tmp_path / "train.yaml"
     settings.write_text(
         f"model: {model}\ntrain_data: {file}\noutput_dir: {tmp_path / 'out'}\nmax_steps: 1\nuse_cpu: true\nreport_to: none\n"
@@ -132,7 +135,7 @@ def test_training_keeps_what_it_saw_and_the_command_shows_it(tmp_path, model, mo
     commands.train(*commands.train_settings(settings, []))
     kept = read_summaries(tmp_path / "out" / FILE)
     assert kept == commands.describe(None, None, settings, [])
-    assert kept["train"].form == "Orca-DPO"
+    assert kept["train"].form == ("Orca-DPO, lists" if mixed else "Orca-DPO")
     status, out, _ = run(monkeypatch, capsys, tmp_path / "out" / FILE)
     assert status == 0 and "Orca-DPO" in out
 

@@ -71,8 +71,15 @@ def test_nothing_is_loaded_from_elsewhere(text):
     assert not re.search(r"<(script|image|foreignObject)|href=\"(?!#)|url\((?!#)", picture)
 
 
-def test_a_picture_of_any_data_can_be_drawn(summary):
-    spreads = map(spread_of, ([3], [0, 1e9], [*range(99), 10**7], [-1e300, *range(30), 1e300]))
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        ([3], [0, 1e9], [*range(99), 10**7], [-1e300, *range(30), 1e300]),
+        ([1.7e308], [-1.7e308, 1.7e308], [-1.7e308, *range(30), 1.7e308], [*range(300), 1.7e308]),
+    ],
+)
+def test_a_picture_of_any_data_can_be_drawn(summary, numbers):
+    spreads = map(spread_of, numbers)
     names = ("sizes", "scores", "prompt_tokens", "completion_tokens")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

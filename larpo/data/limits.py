@@ -1,0 +1,74 @@
+"""The limits that decide which tokens of a list count: how long prompts and completions may be, and what ends them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from ..config import LarPOConfig
+
+Truncation = Literal["keep_end", "keep_start"]
+
+
+class _Default(int):
+    """A number that nobody gave: unlike the same number given, it makes room for another setting."""
+
+
+PROMPT_LENGTH = _Default(512)  # max_prompt_length where it is not given; see prompt_limit
+
+
+def prompt_limit(max_length: int | None, max_prompt_length: int | None) -> int | None:
+    """The most tokens of a prompt: max_prompt_length as given; where it was not, half of max_length, 512 at most.
+
+    >>> prompt_limit(64, PROMPT_LENGTH), prompt_limit(4096, PROMPT_LENGTH), prompt_limit(64, 48), prompt_limit(64, None)
+    (32, 512, 48, None)
+    """
+    if not isinstance(max_prompt_length, _Default):
+        return max_prompt_length
+    return int(max_prompt_length) if not isinstance(max_length, int) else max(1, min(int(max_prompt_length), max_length // 2))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """As the arguments of `tokenize_row`; what max_prompt_length is where it is not given is settled here.
+
+    Raises ValueError for limits that leave no room.
+    """
+
+    max_length: int | None = 1024
+    max_prompt_length: int | None = PROMPT_LENGTH
+    truncation_mode: Truncation = "keep_end"
+    append_eos: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "max_prompt_length", prompt_limit(self.max_length, self.max_prompt_length))
+        for name, least in (("max_length", 2), ("max_prompt_length", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
+        if None not in (self.max_length, self.max_prompt_length) and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} must be below max_length={self.max_length}, to leave room for "
+                "completions"
+            )
+        if self.truncation_mode not in ("keep_end", "keep_start"):
+            raise ValueError(f"truncation must be 'keep_end' or 'keep_start', got {self.truncation_mode!r}")
+
+    @classmethod
+    def of(cls, args: LarPOConfig) -> Limits:
+        """Those of a training run."""
+        return cls(args.max_length, args.max_prompt_length, args.truncation_mode, args.append_eos)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @property
+    def prompt(self) -> int | None:
+        """The most tokens that are kept of a prompt: one of max_length is left to a completion. None for no limit."""
+        limits = [limit for limit in (self.max_prompt_length, self.max_length and self.max_length - 1) if limit is not None]
+        return min(limits, default=None)
+
+    def completion(self, prompt_tokens: int) -> int | None:
+        """The most tokens that are kept of a completion behind a prompt of so many; None for no limit."""
+        return None if self.max_length is None else self.max_length - prompt_tokens
