@@ -32,6 +32,10 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+def pytest_unconfigure(config):
+    gc.unfreeze()  # or libraries complain at the end of what they take for leaks
+
+
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if GPU else "cpu"

@@ -37,6 +37,7 @@ from .validation import check_row
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -127,11 +128,11 @@ def tokenize_lists(
         new_fingerprint=fingerprint,
         desc="tokens",
     )
-    example = marked(tokenizer, mapped[0]) if len(mapped) else ""
+    columns = mapped.select_columns([*counts, *EACH]).with_format("arrow")[:]
     report = TokenizationReport(
-        **{name: int(values_of(mapped, name).sum()) for name in counts},
-        **{name: values_of(mapped, name) for name in EACH},
-        example=example,
+        **{name: int(_flat(columns[name]).sum()) for name in counts},
+        **{name: _flat(columns[name]) for name in EACH},
+        example=marked(tokenizer, mapped[0]) if len(mapped) else "",
     )
     if report.lossy:
         warnings.warn(f"{report} Limits: max_length={max_length}, max_prompt_length={limits.max_prompt_length}.", stacklevel=2)
@@ -236,10 +237,13 @@ def _hash(text: str) -> int:
 
 def values_of(dataset: Dataset, column: str) -> np.ndarray:
     """A column of numbers as one array; of lists of numbers, one list after the other."""
+    return _flat(dataset.select_columns(column).with_format("arrow")[:][column])
+
+
+def _flat(values: pyarrow.ChunkedArray) -> np.ndarray:
     import pyarrow
     import pyarrow.compute
 
-    values = dataset.select_columns(column).with_format("arrow")[:][column]
     while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
         values = pyarrow.compute.list_flatten(values)
     return values.to_numpy()

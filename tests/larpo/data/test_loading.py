@@ -424,6 +424,12 @@ def test_other_containers_are_refused_with_what_to_do():
             as_lists(value)
 
 
+@pytest.mark.parametrize("read", [load_lists, as_lists])
+def test_a_misspelt_keyword_is_refused_with_those_that_there_are(read):
+    with pytest.raises(TypeError, match=rf"{read.__name__} takes columns, .*scored, not 'groupby'; did you mean 'group_by'\?"):
+        read(ROWS, groupby="prompt")
+
+
 def test_data_that_is_cut_or_damaged_is_named(tmp_path):
     lists = datasets.Dataset.from_list(ROWS * 200)
     lists.to_parquet(tmp_path / "lists.parquet")
