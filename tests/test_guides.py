@@ -20,10 +20,15 @@ from transformers import TrainingArguments
 from larpo import LarPOConfig
 from larpo.align import AlignConfig
 from larpo.cli import app
+from larpo.commands import ScoreJob, TrainJob
+from larpo.runs.settings import settings_of
 from tests.helpers.align_runs import model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page for folder in ("tutorials", "how-to") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # whose examples need models and data of a user
+SETTINGS = {"train": [TrainJob, LarPOConfig], "data": [TrainJob, LarPOConfig], "score": [ScoreJob], "align": [AlignConfig]}
+OPTIONS = {"config", "status", "limit", "html", "json", "all"}
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r'(?:<!-- (.*?) -->\n\n)?^```(\w+)(?: title="(.*?)")?\n(.*?)^```$', re.M | re.S)
 
@@ -45,11 +50,31 @@ def test_every_block_of_a_guide_runs(page, tmp_path, monkeypatch):
         elif language == "python":
             _run_python(text, scope)
         elif language == "yaml":
-            assert set(yaml.safe_load(text)) <= {one.name for one in fields(AlignConfig)}
+            _check_yaml(text)
         else:
             assert language == "bash"
             for line in text.replace("\\\n", " ").splitlines():
                 _run_command(shlex.split(line, comments=True))
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_settings_and_flags_in_examples_exist(page):
+    blocks = [(language, text) for _, language, _, text in BLOCK.findall(page.read_text(encoding="utf-8"))]
+    for text in (text for language, text in blocks if language == "yaml"):
+        _check_yaml(text)
+    commands = "".join(text.replace("\\\n", " ") for language, text in blocks if language == "bash")
+    for command, rest in re.findall(r"\blarpo(?:\.cli)? (\w+)(.*)", commands):
+        known = OPTIONS | set(settings_of(SETTINGS.get(command, [])))
+        for flag in re.findall(r"(?<=--)[\w.-]+", rest.partition(" #")[0]):
+            group, _, inner = flag.replace("-", "_").partition(".")
+            assert group in known, flag
+            assert not inner or (group == "training" and inner in settings_of([LarPOConfig])), flag
+
+
+def _check_yaml(text):
+    named = yaml.safe_load(text)
+    assert any(set(named) <= set(settings_of(kinds)) for kinds in SETTINGS.values()), named
+    assert set(named.get("training", {})) <= set(settings_of([LarPOConfig]))
 
 
 def _run_python(text, scope):
