@@ -5,6 +5,7 @@ python benchmarks/run.py --suite linear       the head from hidden and weight, a
 python benchmarks/run.py --suite full         the GPU shapes
 python benchmarks/run.py --suite small        small calls, where the host's work shows, on one thread; and first calls
 python benchmarks/run.py --suite prefix       a model's training step, the prompt of a list run once or for each candidate
+python benchmarks/run.py --suite trainer      steps of LarPOTrainer and of TRL's DPOTrainer on equal data
 python benchmarks/run.py --shape T2048-H896-V32000-m8 --dtype float32 --provider "ours*" --provider eager
 """
 
@@ -30,11 +31,12 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from benchmarks.core import cases, first_call, machine, suites
+from benchmarks.core import first_call, kinds, machine, suites
 from benchmarks.core.measure import Settings, all_providers, auto_plan, measure
-from benchmarks.core.problem import SIDES, Problem
-from benchmarks.core.truth import COMPUTES, Truth
-from benchmarks.providers.prefix import ModelStep, SeparateRows
+from benchmarks.core.problem import SIDES
+from benchmarks.core.truth import COMPUTES
+from benchmarks.providers.prefix import ModelStep
+from benchmarks.providers.trainers import TrainerStep
 from benchmarks.reporting import tables
 from benchmarks.reporting.by_shape import by_shape, first_calls
 
@@ -42,8 +44,10 @@ QUICK = Settings()
 PATIENT = Settings(budget_s=90, guard_s=20, memory_guard_s=120)
 SMALL = Settings(rounds=200, budget_s=15, sample_s=0.002, memory_from=2**22)
 STEPS = Settings(rounds=3, budget_s=8, guard_s=20)  # nine tables of whole models
-SETTINGS = {"quick": QUICK, "small": SMALL, "prefix": STEPS}
+TRAINERS = Settings(rounds=5, budget_s=300, guard_s=90, memory_guard_s=90)
+SETTINGS = {"quick": QUICK, "small": SMALL, "prefix": STEPS, "trainer": TRAINERS}
 QUICK_LIMIT_S = 210  # what is under way then still ends: five minutes in all on two slow cores
+NO_TRL = "trl is not installed, so LarPOTrainer has nothing to be compared with: pip install --no-deps trl==1.16.0"
 HERE = Path(__file__).resolve().parent
 console = Console(width=None if sys.stdout.isatty() else 190)
 
@@ -75,19 +79,13 @@ def main(
         torch.set_num_threads(1)
     header = machine.header(device)
     folder = out or HERE / ("results/" + machine.slug(header["machine"]) if record else "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{suite if not shape else 'shapes'}.json"
     result = {**header, "command": " ".join(sys.argv[1:]), "tables": []}
     console.print(escape(tables.machine_line(result)))
     if device == "cpu" and not machine.has_native_bfloat16(device):
         console.print("This CPU has no bfloat16 instructions: GEMMs default to float32 here.")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{suite if not shape else 'shapes'}.json"
-    asked = {"rounds": rounds, "budget_s": budget, "guard_s": guard, "memory": memory}
-    settings = replace(
-        {"quick": QUICK, "small": SMALL, "prefix": STEPS}.get(suite, PATIENT),
-        **{k: v for k, v in asked.items() if v is not None},
-    )
-    if suite == "small" and device == "cuda":
-        settings = replace(settings, sample_s=0.02)  # many calls are queued before the device is waited for
+    settings = _settings(suite, device, rounds=rounds, budget_s=budget, guard_s=guard, memory=memory)
     limit = limit or (QUICK_LIMIT_S if suite == "quick" and not shape else None)
     for table in _tables(todo, device, provider, settings, limit, small=suite == "small"):
         result["tables"].append(table)
@@ -96,11 +94,7 @@ def main(
     if suite == "small" and not shape:
         result["first_calls"] = first_call.measured(device)
         file.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(tables.aligned(first_calls(result["first_calls"])))
-    steps = [table for table in result["tables"] if table["side"] == ModelStep.side]
-    if steps:
-        console.print(tables.aligned(by_shape(steps)))
-    _legend()
+    _conclude(result)
     from benchmarks.reporting.plots import draw  # matplotlib is slow to import and only needed now
 
     for path in [file, *draw([result], folder)]:
@@ -109,6 +103,26 @@ def main(
     if any(row["status"] in ("WRONG", "error") for row in rows):
         console.print("[bold red]ours failed its check above")
         raise typer.Exit(1)
+
+
+def _settings(suite: str, device: str, **asked) -> Settings:
+    """Those of the suite, but for what was asked for."""
+    settings = replace(SETTINGS.get(suite, PATIENT), **{name: value for name, value in asked.items() if value is not None})
+    if suite == "small" and device == "cuda":
+        return replace(settings, sample_s=0.02)  # many calls are queued before the device is waited for
+    return settings
+
+
+def _conclude(result: dict) -> None:
+    """Tables of several tables, and what the columns mean."""
+    if "first_calls" in result:
+        console.print(tables.aligned(first_calls(result["first_calls"])))
+    if steps := [table for table in result["tables"] if table["side"] == ModelStep.side]:
+        console.print(tables.aligned(by_shape(steps)))
+    missing = {row["message"] for table in result["tables"] for row in table["rows"] if table["side"] == TrainerStep.side}
+    if "trl is not installed" in missing:
+        console.print(NO_TRL)
+    _legend()
 
 
 def _tables(todo, device, globs, settings, limit, *, small):
@@ -123,18 +137,14 @@ def _tables(todo, device, globs, settings, limit, *, small):
         for (name, dtype), same in groupby(todo, key=lambda job: (job.case, job.dtype)):
             bar.update(tables, description=f"building {name}, {dtype}")
             same = list(same)
-            build = ModelStep.build if same[0].side == ModelStep.side else cases.build
-            case = build(name, getattr(torch, dtype), device, 0)
+            case = kinds.build(name, same[0].side, getattr(torch, dtype), device)
             for job in same:
                 truth = None
                 for mode in job.modes:
-                    problem = case if job.side == ModelStep.side else Problem.from_case(case, job.side, mode)
-                    bar.update(tables, description=f"{job.side} {mode} {name} {dtype}: float64")
-                    truth = truth or (SeparateRows if job.side == ModelStep.side else Truth)(problem)
+                    problem, say = kinds.problem(case, job.side, mode), _teller(bar, tables, job, mode)
+                    say("float64")
+                    truth = truth or kinds.truth(problem)
                     chosen = all_providers(job.side, mode, globs, small=small)
-                    say = lambda step, mode=mode, job=job: bar.update(  # noqa: E731
-                        tables, description=f"{job.side} {mode} {job.case} {job.dtype}: {step}"
-                    )
                     done += 1
                     share = None if limit is None else start + limit * done / count
                     table = measure(problem, chosen, truth, replace(settings, deadline=share), say)
@@ -142,6 +152,13 @@ def _tables(todo, device, globs, settings, limit, *, small):
                     yield {**table, "plan": auto_plan(problem), "small": small}
             del case
             gc.collect()
+
+
+def _teller(bar: Progress, task, job: suites.Job, mode: str):
+    def say(step: str) -> None:
+        bar.update(task, description=f"{job.side} {mode} {job.case} {job.dtype}: {step}")
+
+    return say
 
 
 def _list(todo, device, globs) -> None:

@@ -71,7 +71,7 @@ def run_queued(provider: Provider, problem: Problem, calls: int, upstream) -> fl
 def _call(provider: Provider, problem: Problem, upstream) -> Output:
     with torch.set_grad_enabled(problem.mode != "score"):
         out = provider.forward(problem)
-    if problem.mode != "score" and not provider.floor:
+    if out.value is not None and out.value.requires_grad:  # a trainer's step has had its backward
         out.value.backward(upstream.to(out.value.dtype) if provider.computes == "token logps" else None)
     return out
 
@@ -109,6 +109,8 @@ def measure(
             entry.time_kernels()
     if settings.memory and not settings.late:  # of a group whose fastest is another one by now
         _peaks(entries, problem, settings, progress)
+    for entry in entries:
+        entry.provider.finish(entry.problem)
     torch._dynamo.reset()  # the next problem has other shapes
     return {**problem.describe(), "rows": [entry.row for entry in entries]}
 
@@ -141,16 +143,18 @@ class Entry:
             "seconds": [],
             "kernel_seconds": None,
             "one_run": False,
+            "loss": None,
             "errors": {},
             "rows": None,  # share of the vocabulary's rows that gradients were formed of, where that is not all
             "peak_bytes": None,
             "peak_method": None,
         }
+        self.problem = problem
         missing = provider.missing(problem, problem.device.type)
         if missing:
             self.row.update(status="not run", message=missing)
         else:
-            self.problem = provider.prepare(problem)
+            self.problem = self._guarded(lambda: provider.prepare(problem)) or problem
 
     @property
     def alive(self) -> bool:
@@ -202,6 +206,7 @@ class Entry:
         allowed = {name: limit + self.provider.merges * name.startswith("d_") for name, limit in allowed.items()}
         _, out, gradients = done
         self.row["message"] = out.note
+        self.row["loss"] = float(out.value.detach()) if out.value.dim() == 0 else None
         errors = self.truth.errors(self.provider.computes, out.value, out.logps, gradients)
         self.row["errors"] = {name: error if math.isfinite(error) else None for name, error in errors.items()}
         over = [name for name, error in errors.items() if not error <= allowed[name]]

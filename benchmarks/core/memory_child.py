@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.core.kinds import load
 from benchmarks.core.measure import all_providers, run_once
-from benchmarks.core.problem import Problem
-from benchmarks.providers.prefix import ModelStep
 
 
 def _status_bytes(field: str) -> int:
@@ -49,11 +48,10 @@ def _max_rss() -> int:
 
 def _child(problem_file: str, name: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
-    saved = torch.load(problem_file)
-    problem = Problem(**saved) if "labels" in saved else ModelStep.build(**saved)
+    problem = load(Path(problem_file))
     provider = next(p for p in all_providers(problem.side, problem.mode, small=True) if p.name == name)
     problem = provider.prepare(problem)
-    run_once(provider, problem if provider.compiles else provider.prepare(problem.first_list()))
+    run_once(provider, problem if provider.leaves_memory else provider.prepare(problem.first_list()))
     inputs = problem.fresh(copy=provider.overwrites_input)
     baseline, method = _start()
     run_once(provider, inputs, ready=True)

@@ -11,13 +11,20 @@ OBJECTIVE = "contrastive"  # the list stage is a few microseconds whatever the o
 BETA = 0.1
 IGNORE = -100
 
-SIDES = {"logits": ("train", "score"), "linear": ("trainable", "frozen", "score"), "prefix": ("step",)}
+SIDES = {
+    "logits": ("train", "score"),
+    "linear": ("trainable", "frozen", "score"),
+    "prefix": ("step",),
+    "trainer": ("pairs", "lists"),
+}
 MODES = {
     "train": "forward and backward to the logits",
     "trainable": "forward and backward to hidden and weight",
     "frozen": "forward and backward to hidden; the weight wants no gradient",
     "score": "forward only",
     "step": "forward and backward of a whole model, one list",
+    "pairs": "a training step on lists of two candidates",
+    "lists": "a training step on longer lists",
 }
 
 

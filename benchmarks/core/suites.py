@@ -83,6 +83,11 @@ def prefix_long() -> list[Job]:
     return [Job(f"P{p}-R{r}-m{m}", "prefix", SIDES["prefix"], "bfloat16") for p, r in shapes for m in (4, 8, 16)]
 
 
+def trainer() -> list[Job]:
+    """Training steps of LarPOTrainer and of TRL's DPOTrainer: four pairs, and a list of eight."""
+    return [Job("L4-m2", "trainer", ("pairs",), "float32"), Job("L1-m8", "trainer", ("lists",), "float32")]
+
+
 def small() -> list[Job]:
     """What a call costs beside its arithmetic, up to where arithmetic is all."""
     sides = (("logits", ("train",)), ("linear", ("trainable",)))
@@ -98,6 +103,7 @@ SUITES = {
     "small": small,
     "prefix": prefix,
     "prefix-long": prefix_long,
+    "trainer": trainer,
 }
 
 

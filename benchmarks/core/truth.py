@@ -23,6 +23,7 @@ COMPUTES = {
     "token logps": "log-probs of tokens, given the list loss's upstream gradient",
     "pair loss": "DPO over consecutive pairs of the same candidates, no reference model",
     "sum of logps": "one sum over all tokens, upstream gradient 1",
+    "DPO pairs": "DPO of the best candidate of a list against each of the others, with a reference model",
 }
 
 

@@ -119,7 +119,7 @@ def liger_fused_linear_cross_entropy(problem):
     computes="pair loss",
     modes=("frozen", "trainable"),
     gemms=CHUNK_GRADIENT_GEMMS,
-    compiles=True,
+    leaves_memory=True,
     pairs_only=True,
 )
 def liger_dpo(problem):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -46,10 +47,11 @@ class Shape:
     prompt: int  # tokens
     completion: int  # tokens of each candidate
     m: int
+    NAME: ClassVar = re.compile(r"P(\d+)-R(\d+)-m(\d+)")
 
     @classmethod
     def named(cls, name: str) -> Shape:
-        found = re.fullmatch(r"P(\d+)-R(\d+)-m(\d+)", name)
+        found = cls.NAME.fullmatch(name)
         if not found:
             raise ValueError(f"shape: got {name!r}, expected a name as P256-R64-m8")
         return cls(*map(int, found.groups()))
@@ -145,7 +147,8 @@ class ModelStep:
 
     def save(self, path: Path) -> None:
         """The recipe: the model is drawn again from its seed."""
-        torch.save({"case": self.case, "dtype": self.dtype, "device": self.device.type, "seed": self.seed}, path)
+        recipe = {"case": self.case, "dtype": self.dtype, "device": self.device.type, "seed": self.seed}
+        torch.save({"side": self.side, **recipe}, path)
 
 
 class SeparateRows:

@@ -61,7 +61,7 @@ def _compiled_scored_only(formulation):
     return forward
 
 
-_compiled = {"group": "torch.compile", "compiles": True}
+_compiled = {"group": "torch.compile", "leaves_memory": True}
 for _name, _formulation in FORMULATIONS.items():
     provider(f"torch.compile {_name}", "logits", **_compiled)(_compiled_from_logits(_formulation))
     provider(f"torch.compile {_name}", "linear", gemms=PLAIN_GEMMS, **_compiled)(_compiled_from_hidden(_formulation))

@@ -38,13 +38,14 @@ class Provider:
     dtypes: tuple[torch.dtype, ...] | None = None  # where it is not for all
     needs: str | None = None  # module that must be installed
     group: str | None = None  # formulations of one thing: the report shows the fastest under this name
-    compiles: bool = False  # the first call builds code, whose memory is not the call's
+    leaves_memory: bool = False  # what the first call leaves is not a call's own: compiled code, AdamW's moments
     overwrites_input: bool = False  # each run gets its own copy of the input
     floor: bool = False  # no provider, but what the machine could do at best
     small: bool = False  # measured in the suite of small calls only
     pairs_only: bool = False
     merges: float = 0.0  # the error of gradients that is asked for, beside rounding
-    prepare: Callable[[Problem], Problem] = lambda problem: problem  # once, outside all measuring
+    prepare: Callable[[Problem], Problem] = lambda problem: problem  # once, before all measuring
+    finish: Callable[[Problem], None] = lambda problem: None  # once, after it
 
     def missing(self, problem: Problem | None = None, device: str = "cpu") -> str | None:
         """Why it can't run here, or None."""

@@ -21,7 +21,7 @@ MARKERS = "osD^vP*Xhp<>d8"
 def draw(results: list[dict], folder: Path) -> list[Path]:
     """Every picture the results have data for -> the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [table for result in results for table in result["tables"] if table["side"] != "prefix"]  # two bars are a table
+    tables = [table for result in results for table in result["tables"] if table["side"] in ("logits", "linear")]
     small = [table for table in tables if table.get("small")]
     tables = [table for table in tables if table not in small]
     drawn = [error_against_time(table, folder) for table in tables]

@@ -51,7 +51,9 @@ def floor_seconds(table: dict, gemms: int | None) -> float | None:
 
 
 def baseline(table: dict) -> dict | None:
-    return next((r for r in table["rows"] if r["provider"] == "eager" and r["seconds"]), None)
+    """The row that others are compared with."""
+    name = "trl DPOTrainer" if table["side"] == "trainer" else "eager"
+    return next((r for r in table["rows"] if r["provider"] == name and r["seconds"]), None)
 
 
 def bound_reached(table: dict, row: dict) -> tuple[float, float] | None:
@@ -89,6 +91,19 @@ def exponent(row: dict, name: str) -> str:
 def columns(table: dict) -> list[str]:
     if table["side"] == "prefix":
         return ["provider", "time", "spread", "speed-up", "bound", "share of the bound", "peak", "logps", "d weights"]
+    if table["side"] == "trainer":
+        return [
+            "provider",
+            "computes",
+            "time",
+            "spread",
+            "time, TRL = 1",
+            "peak",
+            "peak, TRL = 1",
+            "loss",
+            "loss off by",
+            "logps",
+        ]
     names = ["provider", "computes", "time", "spread", "time, eager = 1"]
     if table.get("small"):
         names = ["provider", "computes", "best", "time", "best, eager = 1"]
@@ -110,43 +125,57 @@ def columns(table: dict) -> list[str]:
 
 def cells(table: dict, row: dict) -> dict[str, str]:
     """One row as text, by column name; what does not apply is empty."""
-    eager, time = baseline(table), seconds(row)
-    extra = row["peak_bytes"]
-    beyond = None if extra is None else max(0, extra - table["gradient_bytes"])
-    eager_time, eager_peak = (seconds(eager), eager["peak_bytes"]) if eager else (None, None)
-    floor = floor_seconds(table, row["gemms"])
-    gflops = row["gemms"] * table["gemm_flops"] / time / 1e9 if time and row["gemms"] else None
-    bandwidth = table["traffic_bytes"] / time / 1e9 if time and table["traffic_bytes"] else None
-    gain = bound_reached(table, row) if table["side"] == "prefix" else None
     text = {
         "provider": title_of(row),
         "computes": "" if row["floor"] else row["computes"],
-        "time": duration(time),
-        "spread": "1 run" if row["one_run"] else "" if spread(row) is None else f"± {spread(row):.0%}",
-        "best": duration(best(row)),
-        "best, eager = 1": ratio(best(row) / best(eager) if time and eager else None),
-        "kernels": duration(row.get("kernel_seconds")),
-        "time, eager = 1": ratio(time / eager_time if time and eager_time else None),
         "GEMMs": str(row["gemms"] or ""),
         "rows": "" if row.get("rows") is None else f"{row['rows']:.0%}",
-        "GFLOP/s": "" if gflops is None else f"{gflops:.0f}",
-        "GEMMs alone / time": "" if row["floor"] else ratio(floor / time if floor and time else None),
-        "GB/s": "" if bandwidth is None else f"{bandwidth:.3g}",
-        "peak": size(extra),
-        "beyond gradients": size(beyond),
-        "peak, eager = 1": ratio(extra / eager_peak if extra is not None and eager_peak else None),
+        "loss": "" if row.get("loss") is None else f"{row['loss']:.6f}",
+        "loss off by": exponent(row, "loss"),
         "logps": exponent(row, "logps"),
-        "d logits": exponent(row, "d_logits"),
-        "d hidden": exponent(row, "d_hidden"),
-        "d weight": exponent(row, "d_weight"),
-        "d weights": exponent(row, "d_weights"),
-        "speed-up": ratio(gain and gain[0]),
-        "bound": ratio(gain and table["bound"]),
-        "share of the bound": f"{gain[1]:.0%}" if gain else "",
+        **{name: exponent(row, name.replace(" ", "_")) for name in ("d logits", "d hidden", "d weight", "d weights")},
+        **_time_cells(table, row),
+        **_memory_cells(table, row),
     }
     if row["status"] != "ok":
         text["time"] = row["status"]
     return text
+
+
+def _time_cells(table: dict, row: dict) -> dict[str, str]:
+    base, time = baseline(table), seconds(row)
+    floor = floor_seconds(table, row["gemms"])
+    gflops = row["gemms"] * table["gemm_flops"] / time / 1e9 if time and row["gemms"] else None
+    bandwidth = table["traffic_bytes"] / time / 1e9 if time and table["traffic_bytes"] else None
+    gain = bound_reached(table, row) if table["side"] == "prefix" else None
+    against = ratio(time / seconds(base) if time and base else None)
+    return {
+        "time": duration(time),
+        "spread": "1 run" if row["one_run"] else "" if spread(row) is None else f"± {spread(row):.0%}",
+        "best": duration(best(row)),
+        "best, eager = 1": ratio(best(row) / best(base) if time and base else None),
+        "kernels": duration(row.get("kernel_seconds")),
+        "time, eager = 1": against,
+        "time, TRL = 1": against,
+        "GFLOP/s": "" if gflops is None else f"{gflops:.0f}",
+        "GEMMs alone / time": "" if row["floor"] else ratio(floor / time if floor and time else None),
+        "GB/s": "" if bandwidth is None else f"{bandwidth:.3g}",
+        "speed-up": ratio(gain and gain[0]),
+        "bound": ratio(gain and table["bound"]),
+        "share of the bound": f"{gain[1]:.0%}" if gain else "",
+    }
+
+
+def _memory_cells(table: dict, row: dict) -> dict[str, str]:
+    base, peak = baseline(table), row["peak_bytes"]
+    known = peak is not None and base and base["peak_bytes"]
+    against = ratio(peak / base["peak_bytes"] if known else None)
+    return {
+        "peak": size(peak),
+        "beyond gradients": size(None if peak is None else max(0, peak - table["gradient_bytes"])),
+        "peak, eager = 1": against,
+        "peak, TRL = 1": against,
+    }
 
 
 def heading(table: dict) -> str:

@@ -19,6 +19,7 @@ from benchmarks.core.truth import Truth, limits
 from benchmarks.providers import pytorch, registry
 from benchmarks.providers.prefix import Shape
 from benchmarks.providers.registry import Output, Provider
+from benchmarks.providers.trainers import TrainerStep
 from benchmarks.reporting import tables
 from benchmarks.reporting.by_shape import by_shape
 from tests.helpers import HANGS
@@ -387,10 +388,8 @@ def test_every_suite_names_cases_that_can_be_built_and_providers_that_exist(suit
     from benchmarks.core import cases
 
     for job in suites.jobs(suite, "cpu"):
-        if job.side == "prefix":
-            Shape.named(job.case)
-        else:
-            assert job.case in cases.REAL or re.fullmatch(cases.MADE_UP, job.case), job.case
+        named = {"prefix": Shape.NAME, "trainer": TrainerStep.NAME}.get(job.side, cases.MADE_UP)
+        assert job.case in cases.REAL or re.fullmatch(named, job.case), job.case
         assert getattr(torch, job.dtype).is_floating_point
         for mode in job.modes:
             assert any(p.name.startswith("ours") for p in measure.all_providers(job.side, mode))

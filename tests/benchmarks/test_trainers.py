@@ -1,0 +1,72 @@
+"""The trainer suite measures what it says: whole steps of both trainers, in turns, against the loss in float64."""
+
+import re
+
+import pytest
+import torch
+
+for package in ("transformers", "accelerate", "datasets", "typer"):
+    pytest.importorskip(package)
+
+from benchmarks.core import kinds
+from benchmarks.core.measure import Settings, all_providers, measure
+from benchmarks.providers import trainers
+from benchmarks.providers.registry import Provider
+from benchmarks.providers.trainers import TrainerStep
+from benchmarks.reporting import tables
+from larpo import offline
+from tests.helpers import tiny
+
+WORDS = trainers.PROMPT_WORDS + trainers.COMPLETION_WORDS
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A tiny model on random words in place of SmolLM2 on film reviews."""
+    draw = torch.Generator().manual_seed(0)
+    texts = [" ".join(tiny.WORDS[i] for i in torch.randint(len(tiny.WORDS), (WORDS,), generator=draw)) for _ in range(8)]
+    model = lambda dtype, progress: (tiny.causal_lm(max_position_embeddings=512), tiny.tokenizer())  # noqa: E731
+    monkeypatch.setattr(offline, "load_smollm2", model)
+    monkeypatch.setattr(offline, "imdb_reviews", lambda: (texts, []))
+    monkeypatch.setattr(trainers, "REFERENCE_NOISE", 0.2)
+
+
+def _table(case, change=lambda found: found):
+    step = kinds.build(case, "trainer", torch.float32, "cpu")
+    return measure(step, change(all_providers("trainer", step.mode)), kinds.truth(step), Settings(rounds=2, memory=False))
+
+
+def test_a_list_costs_one_loss_whoever_trains_on_it(small):
+    found = _table("L1-m3")
+    ran = [row for row in found["rows"] if row["status"] != "not run"]
+    assert all((row["status"], len(row["seconds"])) == ("ok", 2) for row in ran), [row["message"] for row in ran]
+    pairs = [row["loss"] for row in ran if row["computes"] == "DPO pairs"]
+    assert len(pairs) >= 2 and max(pairs) - min(pairs) < 1e-5 and abs(pairs[0] - 0.6931) > 1e-2
+    names = tables.columns(found)
+    assert set(names) <= set(tables.cells(found, found["rows"][0]))
+
+
+def test_another_loss_is_flagged_and_not_timed(small):
+    def doubled(providers):
+        ours = providers[0]
+        off = lambda step: (out := ours.forward(step))._replace(value=2 * out.value)  # noqa: E731
+        return [Provider("doubled", "trainer", off, ours.modes, ours.computes, prepare=ours.prepare, finish=ours.finish)]
+
+    (row,) = _table("L2-m2", doubled)["rows"]
+    assert row["status"] == "WRONG" and re.match("loss .* > ", row["message"]) and not row["seconds"]
+
+
+def test_a_trainer_that_fails_is_a_row_that_says_so(small):
+    def failing(providers):
+        def prepare(step):
+            raise RuntimeError("no such model")
+
+        return [Provider("fails", "trainer", providers[0].forward, ("pairs",), prepare=prepare, finish=TrainerStep.finish)]
+
+    (row,) = _table("L2-m2", failing)["rows"]
+    assert (row["status"], row["message"]) == ("error", "RuntimeError: no such model")
+
+
+def test_a_name_that_fits_nothing_says_what_would():
+    with pytest.raises(ValueError, match="case: got 'L4', expected a name as L4-m2"):
+        TrainerStep.build("L4", torch.float32, "cpu", 0)
