@@ -128,12 +128,14 @@ class TransformersSampler:
         """
         Args:
             model: the bare model (not wrapped for distributed training).
-            max_new_tokens: per completion, the end-of-sequence token included.
-            top_k, top_p: 0 and 1.0 cut nothing off.
+            max_new_tokens: most tokens of a completion, the end-of-sequence token included.
+            tokenizer: the model's.
+            top_k: sample from the top_k likeliest tokens only; 0 for all.
+            top_p: sample from the likeliest tokens that together have this probability only; 1.0 for all.
             batch_size: completions generated at a time; prompts are sorted by length, so that batches pad little.
             eos_token_ids: tokens that end a completion; None for those that `larpo.data.endings` finds, () for none.
-            stop: strings that end one, too.
-            min_new_tokens: tokens before anything ends one; above 0, completions are no draws from the policy itself.
+            stop: strings that end a completion, too.
+            min_new_tokens: no completion ends before this many tokens; above 0, completions are not samples of the policy itself.
             progress: shows a bar.
         """
         if batch_size < 1:
@@ -299,10 +301,17 @@ class VLLMSampler:
         """
         Args:
             model: a name or folder that `vllm.LLM(model=..., **engine)` loads, or a `vllm.LLM`.
-            max_new_tokens, top_k, top_p, eos_token_ids, stop, min_new_tokens, progress: as in `TransformersSampler`.
+            max_new_tokens: most tokens of a completion, the end-of-sequence token included.
+            top_k: sample from the top_k likeliest tokens only; 0 for all.
+            top_p: sample from the likeliest tokens that together have this probability only; 1.0 for all.
+            eos_token_ids: tokens that end a completion; None for those that `larpo.data.endings` finds, () for none.
+            stop: strings that end a completion, too.
+            min_new_tokens: no completion ends before this many tokens; above 0, completions are not samples of the policy itself.
+            progress: shows a bar.
             engine: keywords of `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization, max_model_len, ...
 
-        Raises ImportError where vLLM is not installed.
+        Raises:
+            ImportError: vLLM is not installed.
         """
         check_settings(max_new_tokens, top_k, top_p, stop, min_new_tokens)
         try:

@@ -101,25 +101,35 @@ def score_lists(
     progress: bool = True,
     parts: Path | None = None,
 ) -> Dataset:
-    """The data with logps, with a reference ref_logps and implicit_rewards, and what these are of (num_tokens, token_hashes,
-    scored_with: see `larpo.data.scored_tokens`).
+    """Adds the log-likelihood of every candidate to candidate lists.
+
+    New columns: `logps`; with a reference `ref_logps` and `implicit_rewards`; and `num_tokens`, `token_hashes` and
+    `scored_with`, which say of which tokens and weights the numbers are (see `larpo.data.scored_tokens`).
 
     Args:
-        model, ref_model: causal LMs, on the device they shall run on.
-        lists: prompt and completions; scores may be missing.
+        model: a causal LM, on the device on which it should run.
+        lists: a Dataset with prompt and completions; scores may be missing.
+        tokenizer: the model's. If ref_logps are to be trained with, tokenizer, chat template and the four limits below must be
+            those of training, which refuses ref_logps of other tokens.
+        ref_model: the reference policy, also on its device; None for logps only.
         beta: implicit_rewards = beta * (logps - ref_logps).
-        batch_size: lists at a time; candidate_batch_size: candidates at a time within them.
-        max_length, max_prompt_length, truncation_mode, append_eos: as in `LarPOConfig`. Where ref_logps are to be trained
-            with, these must be as they are there, and so must tokenizer and chat template: training refuses other tokens.
-        parts: a folder in which results are kept as they come, and are found again by a call that is killed and made anew.
+        batch_size: lists at a time.
+        candidate_batch_size: candidates at a time within these lists; None for all.
+        max_length: most tokens of prompt and completion, as in `LarPOConfig`; None for no limit.
+        max_prompt_length: most tokens of a prompt; not given, half of max_length, 512 at most.
+        truncation_mode: which end of a prompt that is too long stays: keep_end or keep_start.
+        append_eos: end completions that are plain strings with the tokenizer's EOS.
+        progress: shows a bar.
+        parts: a folder in which results are kept as they come. A call that was killed and is repeated finds them there.
             Processes that `accelerate launch` or `torchrun` started share the work, and each returns all of it. Remove the
-            folder once what is returned is written.
+            folder once the result is written.
 
     Returns:
         A Dataset with a list of floats per row in each new column of log-likelihoods: sums over a candidate's tokens, in nats.
-        Without a reference, ref_logps that the data has are kept, and must be of the same tokens.
+            Without a reference, ref_logps that the data has are kept, and must be of the same tokens.
 
-    Raises ValueError where parts is the folder of another model, other data or other limits, naming what differs.
+    Raises:
+        ValueError: a size below 1; parts is the folder of another model, other data or other limits, naming what differs.
     """
     for name, size in (("batch_size", batch_size), ("candidate_batch_size", candidate_batch_size)):
         if size is not None and size < 1:

@@ -57,21 +57,27 @@ class LarPOTrainer(Trainer):
 
     Args:
         model: a transformers causal LM, one with a PEFT adapter, or the name or path of one, which is loaded in float32
-            unless `model_init_kwargs` has another dtype. An adapter's folder gives its model with it: it is trained on, or
-            with `peft_config` merged into its model, which is written to `output_dir/merged-base`.
-        ref_model: the reference policy, or its name or path. None: the policy as it is now, held apart; with
-            `peft_config`, the model without the adapter where that is the policy as it is now and stays so. None is needed
-            where the data has `ref_logps` (data sets may differ in that), or with `reference_free`.
-        args: a `LarPOConfig`.
-        train_dataset, eval_dataset: datasets.Dataset with `prompt`, `completions`, `scores`, or anything `larpo.as_lists`
-            converts; eval_dataset may be a dict of them. train_dataset may be a datasets.IterableDataset, with max_steps.
+            unless `model_init_kwargs` has another dtype. The folder of an adapter loads its model with it: that adapter is
+            trained further, or with `peft_config` merged into its model, which is written to `output_dir/merged-base`.
+        ref_model: the reference policy, or its name or path. None: a copy of the policy as it is now; with `peft_config`, the
+            model without the adapter if that is the policy as it is now and stays so. No reference is needed if the data
+            has `ref_logps` (data sets may differ in that), or with `reference_free`.
+        args: a `LarPOConfig`; None for one with defaults, in the folder larpo-output.
+        train_dataset: a datasets.Dataset with `prompt`, `completions`, `scores`, or anything that `larpo.as_lists` converts;
+            or a datasets.IterableDataset of such rows, with max_steps. May be left out to evaluate only.
+        eval_dataset: a datasets.Dataset as above, or a dict of them by name.
         processing_class: the tokenizer, or a processor that holds one, which is saved whole; None loads the model's tokenizer.
-        peft_config: puts this adapter on the model.
-        callbacks, optimizers, optimizer_cls_and_kwargs: as in transformers.Trainer; an optimizer class that is given no `lr`
-            gets args.learning_rate.
+        callbacks: as in transformers.Trainer.
+        optimizers: an optimizer and a scheduler, as in transformers.Trainer.
+        peft_config: adds this adapter to the model, and trains it.
         compute_metrics: gets an EvalPrediction of all lists evaluated: predictions are (scores, logps) as in `predict`,
-            label_ids the relevance. What it returns is logged beside the metrics of order.
-        data_collator: a `larpo.data.collator.ListCollator` of one's own; the trainer sets its fields.
+            label_ids the relevance. What it returns is logged with the other metrics.
+        optimizer_cls_and_kwargs: as in transformers.Trainer; a class that is given no `lr` gets args.learning_rate.
+        data_collator: a `larpo.data.collator.ListCollator` of your own; the trainer sets its fields.
+
+    Raises:
+        TypeError: an argument that `LarPOTrainer` does not take, saying what to do instead.
+        ValueError: settings, a model, an adapter or data that cannot be trained on as given, saying which and why.
 
     The loss of an update is the mean over its lists: all those of its batches, on all ranks. Logged beside it:
     rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, ndcg, mrr, kendall_tau (implicit scores against

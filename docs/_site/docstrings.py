@@ -2,6 +2,7 @@
 
 - Settings: `beta: float = _arg(0.1, "Scale of ...")` and `field(default=0.1, metadata={"help": "..."})` are attributes with a
   default and a docstring.
+- Comments behind a field, as in a NamedTuple, are its docstring.
 - Examples: doctests become code.
 """
 
@@ -30,6 +31,16 @@ class Settings(griffe.Extension):
             text = ast.parse(str(agent.current.module[text.id].value), mode="eval").body
         if isinstance(text, ast.Constant):
             attr.docstring = griffe.Docstring(text.value, parent=attr)
+
+
+class Comments(griffe.Extension):
+    def on_attribute_instance(self, *, node, attr: griffe.Attribute, agent, **others) -> None:
+        if not (isinstance(node, ast.AnnAssign) and attr.parent.is_class and attr.docstring is None):
+            return
+        line = agent.code.splitlines()[node.end_lineno - 1].encode()
+        comment = line[node.end_col_offset :].decode().strip()
+        if comment.startswith("# "):
+            attr.docstring = griffe.Docstring(comment[2:], parent=attr)
 
 
 class Examples(griffe.Extension):

@@ -43,15 +43,20 @@ def load_lists(
     """Reads candidate lists, in any form that `as_lists` knows, and checks every row.
 
     Args:
-        source: a .jsonl, .json (an array of objects, or lines), .csv or .parquet file, the former also in .gz or .zst; a folder
-            of such files, or one written by `save_to_disk`; the name of a dataset on the hub; a Dataset, an IterableDataset, a
-            DatasetDict or a list of dicts. Several are mixed: a list of `larpo.data.sources.Source` or of dicts with `path`,
-            `weight` and, where they differ, the settings below.
-        split: of a DatasetDict, saved or not, or of a dataset on the hub. A file, a Dataset and a list have no splits.
-        config, revision: of a dataset on the hub: which of its configurations, and which commit, branch or tag.
-        streaming: an IterableDataset, which reads and checks a row when it comes to it.
-        seed: of the order in which several sources are mixed.
-        scored, how: as in `as_lists`.
+        source: a .jsonl, .json (an array of objects, or lines), .csv or .parquet file, all but the last also as .gz or .zst; a
+            folder of such files, or one written by `save_to_disk`; the name of a dataset on the hub; a Dataset, an
+            IterableDataset, a DatasetDict or a list of dicts. Several are mixed: a list of `larpo.data.sources.Source` or of
+            dicts with `path`, `weight` and, if they differ from those below, settings of their own.
+        split: which split of a DatasetDict, saved or not, or of a dataset on the hub. A file, a Dataset and a list have none.
+        config: which configuration of a dataset on the hub.
+        revision: which commit, branch or tag of a dataset on the hub.
+        streaming: returns an IterableDataset, which reads and checks a row when it comes to it.
+        seed: decides the order in which several sources are mixed.
+        scored: False also takes lists without scores.
+        how: settings of `larpo.data.reading.Reading`, such as `columns`, `form`, `score` or `bad_rows`.
+
+    Returns:
+        A Dataset with the columns `prompt`, `completions` and `scores` (higher is better), or with streaming an IterableDataset.
 
     Raises:
         TypeError: a setting that is none of these.

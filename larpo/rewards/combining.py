@@ -38,7 +38,8 @@ def score(
     Args:
         rewards: one reward or several.
         weights: one per reward; None for 1 each.
-        prompts, completions: one prompt per completion.
+        prompts: the prompt of each completion, text or messages.
+        completions: what is scored, text or messages.
         on_error: "raise", or "skip": a reward that fails has no opinion on any completion of this call; the failure
             and the number of completions go to the log as a warning.
         columns: handed to every reward; a list must have one value per completion.
