@@ -3,7 +3,7 @@
 python benchmarks/tail.py                # measures what docs/tail.json does not hold yet, writes page and plot
 python benchmarks/tail.py --draw         # page and plot again, of what docs/tail.json and docs/tail_learning.json hold
 
-SmolLM2-135M on four kinds of text (benchmarks/studies/texts.py), and logits that were made up. A block of tokens shares the
+SmolLM2-135M on four kinds of text (benchmarks/core/cases.py), and logits that were made up. A block of tokens shares the
 rows that are kept. `exact` and `merged` are the library's own; `dropped`, and merging into more than one mean row, are a few
 lines of PyTorch here.
 """
@@ -28,12 +28,18 @@ if __package__ in (None, ""):  # run as a file
 import larpo_kernels as lk
 from benchmarks import tail_learning
 from benchmarks.core import cases
-from benchmarks.studies import tails, texts
+from benchmarks.studies import tails
 from larpo.recipes.harness.report import markdown, over_seeds
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 THRESHOLDS = {"2^-16": 2**-16, "2^-14": 2**-14, "2^-12": 2**-12, "1e-3": 1e-3, "2^-8": 2**-8, "1e-2": 1e-2}
 SAID = ("2^-12", "1e-3")  # of which tables tell, and which were tried in training
+TEXTS = {
+    "quiz answers": cases.OPENBOOKQA[0],
+    "own samples": cases.SAMPLED,
+    "film reviews": "smollm2-reviews",
+    "news": "smollm2-news",
+}
 SIZES = {"film reviews": (512, 1024, 2048), "news": (1024,)}  # tokens of a block; all where not said
 PLOTTED = 1024  # tokens of the block that a text is drawn by, or what is nearest
 GROUPS = (1, 8, 64)
@@ -177,7 +183,7 @@ def _errors(token_logps: Callable[[Tensor, Tensor, Tensor], Tensor], block: Bloc
 
 def blocks(name: str) -> dict[int, Block]:
     """By number of tokens."""
-    whole = block_of(texts.build(name))
+    whole = block_of(cases.build(TEXTS[name]))
     return {size: whole.first(size) for size in SIZES.get(name, (len(whole.labels),))}
 
 
@@ -210,13 +216,13 @@ def measure(path: Path) -> list[Row]:
     found: list[Row] = json.loads(path.read_text()) if path.exists() else []
     done = {(row["text"], row["tokens"]) for row in found}
     reviews = blocks("film reviews")
-    todo = [(name, block) for name in texts.TEXTS if name != "film reviews" for block in blocks(name).values()]
+    todo = [(name, block) for name in TEXTS if name != "film reviews" for block in blocks(name).values()]
     todo += [("film reviews, random upstream", random_upstream(reviews[512]))]
     todo += [("film reviews, cancelling upstream", cancelling(reviews[512]))]
     todo += [(f"made up, {name}", block_of(cases.build(case))) for name, case in MADE_UP.items()]
     todo += [("film reviews", block) for block in reviews.values()]
     for name, block in tqdm([(name, block) for name, block in todo if (name, len(block.labels)) not in done], unit="block"):
-        plotted = name in texts.TEXTS and (name not in SIZES or len(block.labels) == PLOTTED)
+        plotted = name in TEXTS and (name not in SIZES or len(block.labels) == PLOTTED)
         found += measured(name, block, tuple(THRESHOLDS) if plotted else SAID)
         path.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -288,7 +294,7 @@ def learning_table(found: list[Row]) -> list[Row]:
 
 def _place(row: Row) -> tuple[bool, str, int]:
     """Texts first."""
-    return row["text"] not in texts.TEXTS, row["text"], row["tokens"]
+    return row["text"] not in TEXTS, row["text"], row["tokens"]
 
 
 def _at(found: list[Row], base: Row, threshold: str) -> Row:
@@ -322,7 +328,7 @@ def draw(found: list[Row], path: Path) -> None:
 
     figure, (hidden, weight, kept) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     x = list(THRESHOLDS.values())
-    for place, name in enumerate(texts.TEXTS):
+    for place, name in enumerate(TEXTS):
         bases = [row for row in found if row["text"] == name and row["threshold"] is None]
         base = min(bases, key=lambda row: abs(row["tokens"] - PLOTTED))
         rows, color = [_at(found, base, threshold) for threshold in THRESHOLDS], f"C{place}"

@@ -5,6 +5,8 @@
 | smollm2-openbookqa | SmolLM2-135M on the answers of 16 real lists of 4, padded on the right |
 | smollm2-openbookqa-prompt | the same rows with their prompts kept and masked |
 | smollm2-sampled | SmolLM2-135M on 24 answers it sampled itself: 6 lists of 4, logits as in training |
+| smollm2-reviews | SmolLM2-135M on the first 64 tokens of 64 film reviews: 16 lists of 4, 4096 tokens that count |
+| smollm2-news | the same of news |
 | T2048-H896-V32000-m4 | made up: tokens, hidden, vocabulary, list size; logits of std 1, random labels |
 | T2048-H896-V32000-m4-peaked | the same with logits of std 20 and labels drawn from their softmax |
 | T2048-H896-V32000-m4-length16 | the same with candidates of 16 tokens, where 64 are usual |
@@ -29,7 +31,8 @@ from larpo import offline
 IGNORED = -100
 OPENBOOKQA = ("smollm2-openbookqa", "smollm2-openbookqa-prompt")
 SAMPLED = "smollm2-sampled"
-REAL = (*OPENBOOKQA, SAMPLED)
+DOCUMENTS = ("smollm2-reviews", "smollm2-news")
+REAL = (*OPENBOOKQA, SAMPLED, *DOCUMENTS)
 MADE_UP = re.compile(r"T(\d+)-H(\d+)-V(\d+)-m(\d+)(?:-length(\d+))?(-peaked)?(?:-masked(0\.\d+))?")
 
 OPENBOOKQA_LISTS = 16
@@ -37,6 +40,8 @@ SAMPLED_PROMPTS = 6
 SAMPLED_PER_PROMPT = 4
 SAMPLED_NEW_TOKENS = 64  # at most
 SHORT_PROMPT = 60  # characters, at most
+DOCUMENT_LISTS = 16
+DOCUMENT_TOKENS = 64  # of each document; what follows is not read
 ANSWER_TOKENS = 64  # wanted length of a made-up candidate
 PEAKED_STD = 20.0
 REFERENCE_DISTANCE = 5.0  # nats between policy and reference per candidate: at beta 0.1, scores of about 0.5
@@ -129,8 +134,8 @@ def _real(
 
     def score(path: Path) -> None:
         model, tokenizer = offline.load_smollm2(cache_dir=cache_dir, progress=progress)
-        if name == SAMPLED:
-            rows = _sampled_rows(model, tokenizer, seed, progress)
+        if name in (SAMPLED, *DOCUMENTS):
+            rows = _sampled_rows(model, tokenizer, seed, progress) if name == SAMPLED else _document_rows(name, tokenizer)
             relevance = torch.randn(len(rows), generator=torch.Generator().manual_seed(seed))
         else:
             rows, relevance = _openbookqa_rows(tokenizer)
@@ -139,7 +144,7 @@ def _real(
         scored = {"hidden": hidden, "labels": labels, "relevance": relevance, "logps": logps}
         save_file(scored, path)
 
-    file = f"{SAMPLED}-seed{seed}" if name == SAMPLED else OPENBOOKQA[0]
+    file = OPENBOOKQA[0] if name in OPENBOOKQA else f"{name}-seed{seed}"
     folder = offline.cache_folder(cache_dir) / "cases"
     scored = load_file(offline.build_once(folder / f"{file}-v{SCORED_VERSION}.safetensors", score))
     hidden, labels = scored["hidden"], scored["labels"]
@@ -153,12 +158,16 @@ def _real(
         relevance=scored["relevance"].to(device),
         list_sizes=SAMPLED_PER_PROMPT if name == SAMPLED else 4,
         ref_logps=(scored["logps"] + reference_noise(len(labels), seed)).to(device),
-        note=(
-            "SmolLM2-135M-Instruct on its own answers, sampled at temperature 1; random relevance"
-            if name == SAMPLED
-            else f"SmolLM2-135M-Instruct on the {OPENBOOKQA_LISTS} OpenBookQA lists with the longest options"
-        ),
+        note=f"SmolLM2-135M-Instruct on {_NOTES[name]}",
     )
+
+
+_NOTES = {
+    **dict.fromkeys(OPENBOOKQA, f"the {OPENBOOKQA_LISTS} OpenBookQA lists with the longest options"),
+    SAMPLED: "its own answers, sampled at temperature 1; random relevance",
+    DOCUMENTS[0]: f"the first {DOCUMENT_TOKENS} tokens of {4 * DOCUMENT_LISTS} film reviews; random relevance",
+    DOCUMENTS[1]: f"the first {DOCUMENT_TOKENS} tokens of {4 * DOCUMENT_LISTS} news articles; random relevance",
+}
 
 
 Row = tuple[list[int], list[int]]  # token ids of a prompt, token ids of one of its answers
@@ -175,6 +184,17 @@ def _openbookqa_rows(tokenizer) -> tuple[list[Row], Tensor]:
     lists = lists[:OPENBOOKQA_LISTS]
     rows = [(ids(one.prompt), [*ids(option), tokenizer.eos_token_id]) for one in lists for option in one.completions]
     return rows, torch.tensor([score for one in lists for score in one.scores])
+
+
+def _document_rows(name: str, tokenizer) -> list[Row]:
+    """The beginnings of documents; the first token is the prompt."""
+    if name == "smollm2-reviews":
+        texts = offline.imdb_reviews()[0]
+    else:
+        texts = [row["document"].replace("\n", " ") for row in offline.json_lines("data/XSum/test.jsonl")]
+    tokens = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+    long = [ids[: DOCUMENT_TOKENS + 1] for ids in tokens if len(ids) > DOCUMENT_TOKENS]
+    return [(ids[:1], ids[1:]) for ids in long[: 4 * DOCUMENT_LISTS]]
 
 
 @torch.no_grad()
