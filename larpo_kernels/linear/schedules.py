@@ -14,7 +14,7 @@ import functools
 import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class Plan:
     tail_tile: tuple[int, int] | None = None  # tokens and rows of a tile then
     note: str = ""  # what the caller may not expect
     one_tile: bool = False  # all logits are formed at once (ops/small_linear.py) and held for the backward
+    if_flat: Plan | None = field(default=None, repr=False)  # what is done where a few tokens show no tail (flat.py)
 
     def __str__(self) -> str:
         held = f", E of {self.held_rows} vocabulary rows held" if self.held_rows else ""
@@ -44,7 +45,7 @@ class Plan:
             return text
         return (
             f"{text}; all but the first GEMM, and what is held, only of the rows that some token of a block gives "
-            f"more than {self.tail_threshold:.2g}"
+            f"more than {self.tail_threshold:.2g}" + ("; of all rows where logits are flat" if self.if_flat else "")
         )
 
 
@@ -83,6 +84,21 @@ def make_plan(
     given: dtypes of hidden and weight; dtype: of the tiles; stored: of E where it is held; whole_vocab_size: of all ranks
     that share the vocabulary. What they do together, block of tokens after block, must not depend on a rank's own rows.
     """
+    options = (
+        num_tokens, hidden_size, vocab_size, needs, given, dtype, stored, device, schedule, memory_budget,
+    )  # fmt: skip
+    plan = _make_plan(*options, tail_threshold, whole_vocab_size)
+    if plan.tail_threshold is None or num_tokens < FLAT_TOKENS:
+        return plan
+    exact = _make_plan(*options, None, whole_vocab_size)
+    extra = max(plan.extra_bytes, exact.extra_bytes, few_bytes(vocab_size, dtype))
+    return replace(plan, extra_bytes=extra, if_flat=exact)
+
+
+def _make_plan(
+    num_tokens, hidden_size, vocab_size, needs, given, dtype, stored, device, schedule, memory_budget, tail_threshold,
+    whole_vocab_size,
+) -> Plan:  # fmt: skip
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
     if memory_budget is not None and (
@@ -93,7 +109,7 @@ def make_plan(
     planned = functools.partial(Plan, note=FLOAT16_ON_A_GPU if slow else "")
     shared = whole_vocab_size is not None
     whole_vocab_size = whole_vocab_size or vocab_size
-    if whole_vocab_size * hidden_size < TAIL_HEAD:
+    if whole_vocab_size * hidden_size < TAIL_HEAD or hidden_size < tail_width(needs, dtype, device):
         tail_threshold = None
     in_place = stored == dtype
     if tail_threshold is None:
@@ -340,6 +356,28 @@ def seen_step(vocab_size: int) -> int:
 
 TAIL_HEAD = 1 << 22  # elements of a weight below which looking for its tail takes as long as it saves
 TAIL_CPU_TOKENS, TAIL_GPU_TOKENS = 512, 1024  # of a block with a tail; a GPU takes as many as whole vocabularies in a tile
+
+FLAT_TOKENS = 512  # from so many on a few of them are looked at first (flat.py), which takes 1 % of their time
+FEW_TOKENS = 16  # that are looked at; a multiple of 8, so that rows of their tile start aligned
+
+
+def few_bytes(vocab_size: int, dtype: torch.dtype) -> int:
+    """What looking at a few tokens holds: E of all rows, and each one's share in float32."""
+    return FEW_TOKENS * vocab_size * (dtype.itemsize + 4 + 1)
+
+
+def tail_width(needs: Needs, dtype: torch.dtype, device: torch.device) -> int:
+    """Hidden states narrower than this have no tail told apart: looking at a tile would take longer than its GEMMs.
+
+    In bfloat16 on a CPU with AMX (two cores of a Xeon, peaked logits, 512 tokens, V 49152): at a width of 576 a tail takes
+    1.07 (list_hold) and 1.2 (frozen_head) times as long as none, at 1024 0.78 and 1.23, at 2048 0.71 and 0.94.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return 0
+    return TAIL_AMX_WIDTH if needs.parameters else 2 * TAIL_AMX_WIDTH
+
+
+TAIL_AMX_WIDTH = 1024
 
 
 def tail_tokens(num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -8,8 +8,9 @@ gradient could be far off where those of tokens cancel, so theirs is exactly 0.
 
 A row's probability is taken relative to the sum so far, which never exceeds the whole: no row above the threshold is left
 out, and a tile is looked at while it is in the cache. A tile stays whole, and exact, where gathering would not pay or where
-the merged share of the block would grow too large for a mean row. How many rows a tile keeps only its values tell: on a
-GPU the host waits for that number, once a tile, and a tile there is the whole vocabulary of a block of tokens.
+the merged share of the block would grow too large for a mean row. Flat logits do not come here at all (flat.py). How many
+rows a tile keeps only its values tell: on a GPU the host waits for that number, once a tile, and a tile there is the whole
+vocabulary of a block of tokens.
 """
 
 from __future__ import annotations
@@ -119,6 +120,12 @@ class TailShares:
 
     def __exit__(self, *_) -> None:
         _open.set(tuple(one for one in _open.get() if one is not self))
+
+
+def all_rows_count(tokens: int, rows: int, held_bytes: int) -> None:
+    """Tells whoever counts of a call without a tail: its logits are flat (flat.py)."""
+    for shares in _open.get():
+        shares.add(TailShares(tokens, held_bytes, kept=tokens * rows, seen=tokens * rows))
 
 
 _open: ContextVar[tuple[TailShares, ...]] = ContextVar("larpo_kernels.tail_shares", default=())

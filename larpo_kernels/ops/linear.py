@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..linear import schedules, walk
-from ..linear.tail import Tail
+from ..linear import flat, schedules, walk
+from ..linear.tail import Tail, all_rows_count
 from ..linear.vocab_shard import ELSEWHERE
-from .operator import Differentiable, EagerOnly, Operator, Step
+from .operator import Differentiable, EagerOnly, Operator, Step, looked_at
 from .small_linear import small_linear_step
 
 
@@ -268,6 +268,17 @@ def counted_tokens(labels: Tensor, ignore_index: int | None) -> Tensor | None:
     return (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
 
 
+def _is_flat(threshold, head, hidden, labels, keep, checked, ignore_index, backend) -> bool:
+    """Whether a few of the tokens that count show no tail; not asked where somebody looks at operators."""
+    if looked_at((hidden, head.weight, head.bias, labels)):
+        return False
+    at = torch.tensor(flat.places(labels.numel() if keep is None else keep.shape[0]), device=labels.device)
+    at = at if keep is None else keep[at]
+    few = _Walked(labels.reshape(-1)[at], None, checked, ignore_index, head.weight.shape[0], head.group)
+    hidden = few.take(hidden.detach().reshape(-1, hidden.shape[-1])[at])
+    return flat.mostly_below(head, hidden, few.labels, threshold, backend)
+
+
 def linear_step(
     hidden, weight, bias, labels, keep, checked, plan, *, ignore_index, logit_scale, softcap, backend, stats=False,
     group="",
@@ -277,18 +288,24 @@ def linear_step(
     group: name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (shards.VocabShard).
     """
     compute = schedules.dtype_of_tiles(hidden, weight, sharded=bool(group))
+    stored, tokens = schedules.stored_dtype(compute, hidden.dtype), labels.numel() if keep is None else keep.shape[0]
+    if plan.if_flat and _is_flat(
+        plan.tail_threshold, walk.Head(weight, bias, float(logit_scale), softcap, compute, group), hidden, labels, keep,
+        checked, ignore_index, backend,
+    ):  # fmt: skip
+        plan = plan.if_flat
+        all_rows_count(tokens, weight.shape[0], plan.held_rows * schedules.walked_tokens(tokens) * stored.itemsize)
     if plan.one_tile:
         return small_linear_step(
             hidden, weight, bias, labels, keep, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap,
             compute=compute, stats=stats, backend=backend,
         )  # fmt: skip
-    stored, one_pass = schedules.stored_dtype(compute, hidden.dtype), plan.schedule == "frozen_head"
+    one_pass = plan.schedule == "frozen_head"
     args = (
         hidden, weight, bias, labels, keep, checked, ignore_index, float(logit_scale), softcap, compute, stored,
         plan.held_rows, one_pass, stats, backend, group,
     )  # fmt: skip
     if plan.tail_threshold is None:
         return _linear_logps, args
-    tokens = labels.numel() if keep is None else keep.shape[0]
     most_held = plan.held_rows * schedules.walked_tokens(tokens) * stored.itemsize
     return _with_tail, (*args, Tail(plan.tail_threshold, tokens, plan.tail_tile, stored, most_held, one_pass))

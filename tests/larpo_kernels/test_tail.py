@@ -7,7 +7,7 @@ import torch
 
 import larpo_kernels as lk
 from larpo_kernels.backends.pytorch import states as plain
-from larpo_kernels.linear import schedules
+from larpo_kernels.linear import schedules, walk
 from tests.helpers.batches import IGNORE
 from tests.helpers.costs import costs
 from tests.helpers.linear_heads import make_head, ours, plan_of, run, scheduled, true, use_small_tiles
@@ -19,6 +19,7 @@ VOCABULARY, TOKENS = 250, 40
 @pytest.fixture(autouse=True)
 def heads_of_any_size(monkeypatch):
     monkeypatch.setattr(schedules, "TAIL_HEAD", 0)
+    monkeypatch.setattr(schedules, "TAIL_AMX_WIDTH", 0)
 
 
 def peaked(spread=1.5, vocabulary=VOCABULARY, tokens=TOKENS, hidden_size=64, **options):
@@ -116,6 +117,34 @@ def test_where_no_row_stands_out_all_is_exact(schedule, backend, device, monkeyp
         torch.testing.assert_close(tail[1][name], exact[1][name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
+def test_flat_logits_are_walked_as_without_a_threshold(schedule, backend, device, monkeypatch):
+    monkeypatch.setattr(schedules, "FLAT_TOKENS", 30)
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    flat, trained = make_head(VOCABULARY, 64, (TOKENS,), device=device, bias=True), peaked(device=device, bias=True)
+    wanted, how = scheduled(schedule, flat)
+    with lk.TailShares() as shares:
+        run(ours(trained, backend, tail_threshold=THRESHOLD, **how), trained, wanted)
+    assert shares.rows < 0.8 and shares.merged > 0
+    monkeypatch.setattr(walk, "TailBlock", None)  # cannot be walked with a tail now
+    with lk.TailShares() as shares:
+        exact, tail = (run(ours(flat, backend, tail_threshold=t, **how), flat, wanted)[1] for t in (None, 2**-5))
+    assert (shares.tokens, shares.rows, shares.merged) == ((flat.labels != IGNORE).sum(), 1, 0)
+    assert all(torch.equal(tail[name], exact[name]) for name in wanted)
+    plan = plan_of(flat, wanted, tail_threshold=2**-5, **how)
+    assert plan.if_flat.tail_threshold is None and plan.extra_bytes >= plan.if_flat.extra_bytes
+    assert "of all rows where logits are flat" in str(plan)
+
+
+def test_narrow_bfloat16_heads_are_exact_where_a_cpu_multiplies_them_quickly(monkeypatch):
+    monkeypatch.setattr(schedules, "TAIL_AMX_WIDTH", 64)
+    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    for width, frozen, trained in ((32, None, None), (64, None, THRESHOLD), (128, THRESHOLD, THRESHOLD)):
+        head = make_head(VOCABULARY, width, (TOKENS,), dtype=torch.bfloat16)
+        found = [plan_of(head, wanted, tail_threshold=THRESHOLD).tail_threshold for wanted in (("hidden",), ("weight",))]
+        assert found == [frozen, trained]
+
+
 def test_a_token_that_is_not_a_number_spoils_what_it_spoils_without_a_threshold(backend, device, monkeypatch):
     use_small_tiles(monkeypatch, tokens=20, rows=100)
     head = peaked(device=device)
@@ -191,6 +220,7 @@ def test_a_second_derivative_is_refused(device):
 def test_memory_is_at_most_what_the_plan_says(schedule, monkeypatch):
     monkeypatch.setattr(schedules, "CPU_TILE_BYTES", 1 << 17)
     monkeypatch.setattr(schedules, "TAIL_CPU_TOKENS", 64)
+    monkeypatch.setattr(schedules, "FLAT_TOKENS", 64)
     monkeypatch.setattr(plain, "STEP", 32)
     head = peaked(vocabulary=1500, tokens=150, hidden_size=160)
     wanted, how = scheduled(schedule, head)

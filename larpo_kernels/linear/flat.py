@@ -1,0 +1,37 @@
+"""Whether the logits of a call are flat, seen from a few of its tokens before any other is walked.
+
+A model that was hardly trained gives every row of the vocabulary next to nothing. Then no row may be merged, and a walk that
+looks for rows to merge is slower than one that does not: its blocks of tokens are smaller, so that d weight is added up over
+more of them, and it looks in vain.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import walk
+from .schedules import FEW_TOKENS
+from .vocab_shard import add_up
+
+FLAT = 0.5  # of the probability of those tokens; four kinds of text left at most 0.2 below 1e-3, initial logits 0.98
+
+
+def places(count: int) -> list[int]:
+    """Of the tokens to look at, among `count` that count: evenly spaced, first and last among them."""
+    return [i * (count - 1) // (FEW_TOKENS - 1) for i in range(FEW_TOKENS)]
+
+
+def mostly_below(head: walk.Head, hidden: Tensor, labels: Tensor, threshold: float, backend: str) -> bool:
+    """Whether these tokens have most of their probability in rows that have at most the threshold of their token.
+
+    hidden [n, H] and labels [n] of a few tokens. Ranks that share the vocabulary get one answer. A GPU is waited for.
+    """
+    rows = head.weight.shape[0]
+    with torch.no_grad():
+        kept = walk.forward(
+            head, hidden, labels, held_rows=rows, held_dtype=head.dtype, one_pass=False, stats=False, backend=backend
+        )
+        share = kept.held / kept.total  # negative at the targets, which always count
+        below = add_up(share.masked_fill_((share < 0) | (share > threshold), 0).sum(0), head.group)
+        return bool(below.mean() > FLAT)
