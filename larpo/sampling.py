@@ -135,7 +135,7 @@ class TransformersSampler:
             batch_size: completions generated at a time; prompts are sorted by length, so that batches pad little.
             eos_token_ids: tokens that end a completion; None for those that `larpo.data.endings` finds, () for none.
             stop: strings that end a completion, too.
-            min_new_tokens: no completion ends before this many tokens; above 0, completions are not samples of the policy itself.
+            min_new_tokens: no completion ends before so many tokens; above 0, completions are not samples of the policy itself.
             progress: shows a bar.
         """
         if batch_size < 1:
@@ -306,7 +306,7 @@ class VLLMSampler:
             top_p: sample from the likeliest tokens that together have this probability only; 1.0 for all.
             eos_token_ids: tokens that end a completion; None for those that `larpo.data.endings` finds, () for none.
             stop: strings that end a completion, too.
-            min_new_tokens: no completion ends before this many tokens; above 0, completions are not samples of the policy itself.
+            min_new_tokens: no completion ends before so many tokens; above 0, completions are not samples of the policy itself.
             progress: shows a bar.
             engine: keywords of `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization, max_model_len, ...
 

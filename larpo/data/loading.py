@@ -56,7 +56,7 @@ def load_lists(
         how: settings of `larpo.data.reading.Reading`, such as `columns`, `form`, `score` or `bad_rows`.
 
     Returns:
-        A Dataset with the columns `prompt`, `completions` and `scores` (higher is better), or with streaming an IterableDataset.
+        A Dataset of `prompt`, `completions` and `scores` (higher is better), or with streaming an IterableDataset.
 
     Raises:
         TypeError: a setting that is none of these.
