@@ -6,13 +6,18 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: bench test align lint docs clean
+.PHONY: bench test test-slow test-all align lint docs clean
 
 bench: $(READY)
 	$(PY) benchmarks/run.py
 
 test: $(READY)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 -m "not slow"
+
+test-slow: $(READY)
+	$(PY) -m pytest -n 2 -m slow
+
+test-all: test test-slow
 
 align: $(READY)
 	$(PY) -m larpo.align.demo
