@@ -2,7 +2,7 @@
 arXiv 2502.03699).
 
 Pure functions from lists to lists, each named after its idea. None changes its input, and a function that removes or
-adds candidates says how many, as the second value it returns.
+adds candidates returns their number as its second value.
 
 | idea | function |
 |---|---|
@@ -46,7 +46,7 @@ RANDOM = "random prompt"
 class Candidate:
     """One completion of a prompt."""
 
-    completion: Text
+    completion: Text  # a string, or messages
     score: float | None = None  # the reward, finite, higher is better; None: not scored, or no reward could
     source: str = ""  # the iteration or the kind of negative that it comes from
     completion_ids: tuple[int, ...] | None = None  # the exact tokens, as sampled
@@ -170,9 +170,10 @@ def _key(text: Text) -> str:
 
 
 def deduplicate(lists: Sequence[PromptList]) -> tuple[list[PromptList], int]:
-    """Keep the first of candidates that are the same: same tokens where both have tokens, else same text.
+    """Keep the first of candidates that are the same: same tokens if both have tokens, else same text.
 
-    Returns the lists and the number of candidates removed.
+    Returns:
+        The lists, and the number of candidates removed.
     """
     kept = [replace(one, candidates=_distinct(one.candidates)) for one in lists]
     return kept, _count(lists) - _count(kept)
@@ -197,10 +198,14 @@ def _distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 
 
 def rank(lists: Sequence[PromptList], unscored: Literal["drop", "last"] = "drop") -> tuple[list[PromptList], int]:
-    """Order every list by falling score, equal scores as they were: the reranker's step.
+    """Sort every list by score, best first: the reranker's step. Equal scores keep their order.
 
-    unscored: a candidate whose score is None is dropped, or kept behind the others.
-    Returns the lists and the number of candidates without a score.
+    Args:
+        lists: prompts with candidates in any order.
+        unscored: "drop" removes candidates whose score is None, "last" keeps them behind the others.
+
+    Returns:
+        The lists, and the number of candidates without a score.
     """
     if unscored not in ("drop", "last"):
         raise ValueError(f"unscored must be 'drop' or 'last', got {unscored!r}")
@@ -214,10 +219,16 @@ def rank(lists: Sequence[PromptList], unscored: Literal["drop", "last"] = "drop"
 
 
 def top_bottom_indices(scores: Sequence[float], top: int, bottom: int | None) -> list[int]:
-    """Positions of the `top` best and the `bottom` worst, best first; equal scores rank as they stand.
+    """Positions of the `top` best and the `bottom` worst, best first. Equal scores keep their order.
 
-    None takes all the others: `top_bottom_indices(scores, 1, None)` is one against the rest, the whole list ranked.
-    No position comes twice: a list shorter than top + bottom is returned whole.
+    Args:
+        scores: of the candidates of one list, higher is better.
+        top: how many of the best.
+        bottom: how many of the worst; None for all the others: `top_bottom_indices(scores, 1, None)` is the best against the
+            rest, that is, the whole list ranked.
+
+    Returns:
+        Positions in `scores`, none twice: of a list shorter than top + bottom, all of them.
 
     >>> top_bottom_indices([0.1, 0.9, 0.5, 0.7, 0.3], top=1, bottom=2)
     [1, 4, 0]
@@ -233,10 +244,12 @@ def top_bottom_indices(scores: Sequence[float], top: int, bottom: int | None) ->
 
 
 def top_bottom(lists: Sequence[PromptList], top: int, bottom: int | None) -> list[PromptList]:
-    """The best and worst of every list as one ranked list, the paper's subsets (see `PAPER_SUBSETS`).
+    """The `top` best and the `bottom` worst of every list as one ranked list: the paper's subsets (see `PAPER_SUBSETS`).
 
-    Contrastive 1 against 3 is (1, 3), LambdaRank and ListMLE train on (2, 2), one against all others is (1, None).
-    Every candidate must have a score.
+    The paper trains contrastive on (1, 3), LambdaRank and ListMLE on (2, 2); (1, None) is the best against all others.
+
+    Raises:
+        ValueError: a candidate has no score, or top and bottom are both 0.
     """
     return [
         replace(one, candidates=tuple(one.candidates[i] for i in top_bottom_indices(_scores(one), top, bottom)))
@@ -245,15 +258,15 @@ def top_bottom(lists: Sequence[PromptList], top: int, bottom: int | None) -> lis
 
 
 class Informative(NamedTuple):
-    """`drop_uninformative`'s answer; every list is in exactly one of the three."""
+    """What `drop_uninformative` returns; every list is in exactly one of the three."""
 
-    kept: list[PromptList]
+    kept: list[PromptList]  # the lists to train on
     tied: list[PromptList]  # all scores are equal
     short: list[PromptList]  # fewer than two candidates have a score
 
 
 def drop_uninformative(lists: Sequence[PromptList]) -> Informative:
-    """Part the lists that have an order to learn from those that have none."""
+    """Separate the lists that have an order to learn from those that have none."""
     parts = Informative([], [], [])
     for one in lists:
         scores = [c.score for c in one.candidates if c.score is not None]
@@ -266,12 +279,20 @@ def drop_uninformative(lists: Sequence[PromptList]) -> Informative:
 
 
 def hard_negatives(lists: Sequence[PromptList], top: int = 1, negatives: int = 3, low_reward: float = 0.5) -> list[PromptList]:
-    """The `top` best, and of the low-reward candidates those that the policy finds most likely (LarPO's hard negatives).
+    """The best candidates, and those of low reward that the policy finds most likely (LarPO's hard negatives).
 
-    Low-reward are the worst `low_reward` (a fraction, rounded up) of the list; likely is `logp` per token, so that
-    short candidates have no advantage. Where these are too few, fewer are taken. The result is ranked.
+    Args:
+        lists: prompts with scored candidates.
+        top: how many of the best.
+        negatives: how many of low reward. They are taken by `logp` per token, so that short candidates have no advantage;
+            fewer if there are not so many.
+        low_reward: which share of a list, rounded up, counts as of low reward.
 
-    Raises ValueError where a candidate has no score, or one of the low-reward ones no logp or tokens.
+    Returns:
+        Ranked lists.
+
+    Raises:
+        ValueError: a candidate has no score, or one of low reward no logp or tokens.
     """
     if top < 0 or negatives < 1 or not 0 < low_reward <= 1:
         raise ValueError(
@@ -296,9 +317,12 @@ def _logp_per_token(one: PromptList, i: int) -> float:
 
 
 def random_negatives(lists: Sequence[PromptList], n: int = 1, *, seed: int) -> tuple[list[PromptList], int]:
-    """Add n candidates of other prompts, drawn at random: the easiest negatives. See `_with_negatives` for their score.
+    """Add n candidates of other prompts, drawn at random: the easiest negatives.
 
-    Returns the lists and the number of candidates added: fewer than n a list where other prompts have too few that differ.
+    Their score is not a reward: all get the score of the list's worst candidate less 1.
+
+    Returns:
+        The lists, and the number of candidates added, which is below n per list if other prompts have too few that differ.
     """
     draw = random.Random(seed)
     keys = [_key(one.prompt) for one in lists]
@@ -315,8 +339,11 @@ def random_negatives(lists: Sequence[PromptList], n: int = 1, *, seed: int) -> t
 def negatives_of_related_prompt(lists: Sequence[PromptList], n: int = 1) -> tuple[list[PromptList], int]:
     """Add the n best candidates of the most similar other prompt: good text that answers another question.
 
-    Harder than `random_negatives`; for both, add these first, so that they rank above the random ones.
-    Returns the lists and the number of candidates added: none where no other prompt shares a word.
+    These negatives are harder than `random_negatives`. To use both, add these first, so that they rank above the random ones.
+    Their score is not a reward: all get the score of the list's worst candidate less 1.
+
+    Returns:
+        The lists, and the number of candidates added, which is 0 for a prompt that shares no word with another one.
     """
     ranked, _ = rank(lists, unscored="last")
     nearest = related_prompts([one.prompt for one in lists])
@@ -394,9 +421,10 @@ def memorise(old: Sequence[PromptList], new: Sequence[PromptList]) -> tuple[list
 
     The candidates of a prompt become one pool: deduplicated (the earlier one stays, with its source), re-ranked,
     unscored ones last. `ref_logp` and `logp` are dropped: they must be recomputed under the current reference and policy.
-    Prompts that only one side has are kept. Choose the subset afterwards (`top_bottom`): the best may be an old one.
+    Prompts that only one side has are kept. Choose the subset afterwards (`top_bottom`), because the best may be an old one.
 
-    Returns the lists, in order of first appearance, and the number of duplicates removed.
+    Returns:
+        The lists, in order of first appearance, and the number of duplicates removed.
     """
     pools: dict[str, list[PromptList]] = {}
     for one in (*old, *new):

@@ -26,13 +26,16 @@ class Estimate(NamedTuple):
 
 
 def expected_best(rewards: np.ndarray, ns: Sequence[int]) -> np.ndarray:
-    """The expected maximum of n of a prompt's k rewards, drawn without replacement: [prompts, len(ns)] float64.
+    """The expected maximum of n of a prompt's k rewards, drawn without replacement.
 
     Exact, from order statistics: the j-th smallest is the maximum of comb(j - 1, n - 1) of the comb(k, n) subsets.
 
     Args:
         rewards: [prompts, k], finite.
         ns: each in 1..k.
+
+    Returns:
+        [prompts, len(ns)] float64.
 
     >>> expected_best([[0.0, 3.0, 6.0]], ns=[1, 2, 3])
     array([[3., 5., 6.]])
@@ -47,20 +50,30 @@ def expected_best(rewards: np.ndarray, ns: Sequence[int]) -> np.ndarray:
 
 
 def best_of_n(rewards: np.ndarray, ns: Sequence[int]) -> np.ndarray:
-    """The reward of best-of-n, averaged over prompts: [len(ns)]. Unbiased for independent completions.
+    """The reward of best-of-n, averaged over prompts. Unbiased for independent completions.
 
-    rewards: [prompts, k]; ns: each in 1..k. See `expected_best`.
+    Args:
+        rewards: [prompts, k], finite.
+        ns: each in 1..k.
+
+    Returns:
+        [len(ns)] float64.
     """
     return expected_best(rewards, ns).mean(axis=0)
 
 
 def recall_at_n(correct: np.ndarray, ns: Sequence[int]) -> np.ndarray:
-    """The share of prompts that at least one of n completions solves, Recall@N or pass@n: [len(ns)].
+    """The share of prompts that at least one of n completions solves: Recall@N or pass@n.
 
     The unbiased estimator 1 - comb(k - c, n) / comb(k, n) for c right ones of k (Chen et al. 2021, arXiv 2107.03374,
     eq. 1), which is the expected maximum of n zeros and ones.
 
-    correct: [prompts, k] bool; ns: each in 1..k.
+    Args:
+        correct: [prompts, k] bool, or 0 and 1.
+        ns: each in 1..k.
+
+    Returns:
+        [len(ns)] float64.
 
     >>> recall_at_n([[True, False, False, False], [False, False, False, False]], ns=[1, 2, 4])
     array([0.125, 0.25 , 0.5  ])
@@ -77,7 +90,9 @@ def recall_at_n(correct: np.ndarray, ns: Sequence[int]) -> np.ndarray:
 def mean_reward(rewards: Sequence[Sequence[float]], confidence: float = 0.95) -> Estimate:
     """The mean over prompts of each prompt's mean reward; normal interval over prompts (clustered by prompt).
 
-    rewards: [prompts, k], or ragged: a sequence of rewards per prompt, none empty.
+    Args:
+        rewards: [prompts, k], or ragged: a sequence of rewards per prompt, none empty.
+        confidence: of the interval, between 0 and 1.
     """
     for i, of_prompt in enumerate(rewards):
         if len(of_prompt) == 0:
@@ -91,7 +106,10 @@ def win_rate(rewards_a: np.ndarray, rewards_b: np.ndarray, confidence: float = 0
     With several completions per prompt, every one of a meets every one of b. The interval is Wilson's score interval
     with prompts as trials: right for one completion per prompt, wide for more, and sensible at rates of 0 and 1.
 
-    rewards_a, rewards_b: [prompts] or [prompts, k_a] and [prompts, k_b].
+    Args:
+        rewards_a: [prompts] or [prompts, k_a].
+        rewards_b: [prompts] or [prompts, k_b], of the same prompts.
+        confidence: of the interval, between 0 and 1.
     """
     a, b = (_matrix(name, _rows(values)) for name, values in (("rewards_a", rewards_a), ("rewards_b", rewards_b)))
     if len(a) != len(b):
@@ -113,8 +131,11 @@ def kl_estimate(logps_policy: np.ndarray, logps_ref: np.ndarray, confidence: flo
     It is the mean of log pi(y|x) - log pi_ref(y|x): unbiased and of either sign (k1 of Schulman, "Approximating KL divergence",
     2020; k3 is useless for whole completions once policies differ: one that the reference likes by 20 nats more adds e^20).
 
-    logps_policy, logps_ref: [completions] or [prompts, k], sums of token log-probabilities, nats. In the second form the
-        interval's unit is the prompt.
+    Args:
+        logps_policy: [completions] or [prompts, k], sums of token log-probabilities under the policy, nats. In the second form
+            the interval is over prompts.
+        logps_ref: the same under the reference.
+        confidence: of the interval, between 0 and 1.
     """
     policy, reference = _finite("logps_policy", logps_policy), _finite("logps_ref", logps_ref)
     if policy.shape != reference.shape or policy.ndim not in (1, 2) or not policy.size:

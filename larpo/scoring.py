@@ -125,7 +125,7 @@ def score_lists(
             folder once the result is written.
 
     Returns:
-        A Dataset with a list of floats per row in each new column of log-likelihoods: sums over a candidate's tokens, in nats.
+        A Dataset whose new columns have a list of floats per row. Log-likelihoods are sums over a candidate's tokens, in nats.
             Without a reference, ref_logps that the data has are kept, and must be of the same tokens.
 
     Raises:

@@ -376,9 +376,13 @@ def _plain(value: Any) -> Any:
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> AlignConfig:
     """An AlignConfig from a YAML file, from settings that win over it, or from both.
 
-    overrides: by field name; a setting of `training`, `peft` and the other groups also as "training.learning_rate".
+    Args:
+        path: a YAML file, or None.
+        overrides: settings by name; one of `training`, `peft` or another group also as "training.learning_rate".
 
-    Raises FileNotFoundError and ValueError as `larpo.runs.settings.read_settings` does.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown or a bad setting, with the line of the file and what is wrong.
     """
     (config,) = read_settings([AlignConfig], path, overrides or {})
     return config

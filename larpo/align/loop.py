@@ -35,13 +35,13 @@ class Result(NamedTuple):
 
 
 def run(config: AlignConfig, *, progress: bool = True) -> Result:
-    """Runs the loop, or what is left of it: stages that are done are not done again, one that was begun goes on.
+    """Runs the loop, or the rest of it: stages that are done are not repeated, and one that was begun continues.
 
-    Processes that `accelerate launch` or `torchrun` started share every stage; each returns the result, the first one writes.
+    Processes that `accelerate launch` or `torchrun` started share every stage. Each returns the result; the first writes it.
 
     Args:
-        config: the run. In a folder that holds a run, the same one (more iterations are welcome).
-        progress: bars, and a line per stage.
+        config: the settings of the run. A run that its folder holds already must be the same one, but for more iterations.
+        progress: shows bars, and a line for each stage.
 
     Raises:
         ValueError: a bad setting; a folder that holds another run, naming every difference, where another run is at work, or

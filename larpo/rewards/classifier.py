@@ -97,14 +97,18 @@ def sequence_classifier(
     Args:
         model_or_name: the model, or what `AutoModelForSequenceClassification.from_pretrained` takes, with `load` as
             its keywords (dtype, device_map, revision, ...). It runs where it is, without gradients, in eval mode.
-        tokenizer: None loads the one of the same name. Prompts that are messages go through its chat template.
+        tokenizer: the model's; None loads the one of the same name. Prompts that are messages go through its chat template.
         label: index or name of the logit that is the reward; may be left out for a model with one label.
         batch_size: texts per forward; texts are sorted by length first.
-        max_length: tokens; a longer text loses its beginning. None never truncates.
+        max_length: most tokens of a text; a longer one loses its beginning. None never truncates.
         progress: shows a bar.
 
-    Raises ValueError for an unknown label, or a tokenizer that can't pad. A model whose config has no pad token
-    is given the tokenizer's: decoder models need it to find a padded text's last token.
+    Returns:
+        A reward, which is called as `Reward` says. A model whose config has no pad token gets the tokenizer's, because
+            decoder models need it to find the last token of a padded text.
+
+    Raises:
+        ValueError: an unknown label, or a tokenizer that can't pad.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

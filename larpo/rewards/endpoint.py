@@ -26,20 +26,22 @@ class Endpoint:
 
     Args:
         url: the whole address: http://localhost:8000/classify.
-        api: what it speaks.
-            json           {"prompts": [...], "completions": [...], and a list for each other column} -> {"scores": [...]}, a
-                           number or null (no opinion) for each completion
-            vllm_classify  /classify of vLLM, /v1/classify of SGLang; the logit, where the server knows `use_activation`
-            tei_predict    /predict of text-embeddings-inference; the logit (`raw_scores`)
-        model: the server's name of the model, where it wants one.
+        api: the format of requests and answers. "json" posts {"prompts": [...], "completions": [...]} and a list for each other
+            column, and expects {"scores": [...]}, a number or null (no opinion) for each completion. "vllm_classify" is
+            /classify of vLLM or /v1/classify of SGLang, and asks for the logit if the server knows `use_activation`.
+            "tei_predict" is /predict of text-embeddings-inference, and asks for the logit (`raw_scores`).
+        model: the server's name of the model, if it needs one.
         label: which of a classifier's labels is the reward: an index (vllm_classify) or a name (tei_predict); may be left out
             for a model with one label.
         api_key_env: name of the environment variable that holds the key, sent as "Authorization: Bearer ...".
         timeout: seconds until a request without an answer is given up, and made again.
         extra_body: added to every request.
 
-    To the classifiers, prompt and completion are one text, one after the other. Messages go to vLLM as messages, one completion
-    a request, for its chat template; text-embeddings-inference has none.
+    Classifiers get prompt and completion as one text. vLLM gets messages as messages, one completion per request, for its chat
+    template; text-embeddings-inference has no chat template.
+
+    Raises:
+        ValueError: an address, api, label or timeout that cannot be, or a secret in one of them.
     """
 
     url: str

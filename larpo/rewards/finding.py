@@ -17,9 +17,12 @@ HOW = ("batch_size", "max_in_flight", "retries", "remember", "timeout", "api_key
 
 
 def from_name(name: str) -> Reward:
-    """A built-in reward ("imdb_sentiment") or the user's own as "package.module:function".
+    """A built-in reward ("imdb_sentiment") or your own as "package.module:function".
 
-    A class is instantiated without arguments, so a reward may load its model there.
+    A class is instantiated without arguments, so it may load a model when it is made.
+
+    Raises:
+        ValueError: no such name, or something that cannot be called.
 
     >>> import math
     >>> from_name("math:hypot") is math.hypot

@@ -38,6 +38,13 @@ class Later(Exception):
 
 
 class Reward(Protocol):
+    """What scores completions: a function, or an object that is called. It may be a coroutine function.
+
+    It is called with keywords: `prompts` and `completions` (strings, or lists of messages), and the other columns of the data,
+    each a list with one value per completion. It returns one value per completion, higher is better: a finite number, or None
+    for no opinion.
+    """
+
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> Sequence[float | None]: ...
 
 
@@ -48,21 +55,24 @@ def name_of(reward: Reward) -> str:
 
 @dataclass(kw_only=True)
 class Judge:
-    """A reward, and how it is asked. Any reward is one with the defaults: a function is asked once for all completions that are
-    there, a coroutine function once for each, 8 at a time.
+    """A reward, and how it is called. Without a Judge around it, a function is called once with all completions, and a
+    coroutine function once for each completion, 8 at a time.
 
     Args:
-        reward: a function, a coroutine function, or an object that is called.
-        batch_size: completions of a call, at most.
-        groupwise: a call has all completions of one prompt, and no others: what it says of one may depend on the others.
-        max_in_flight: calls at a time, at most. A function that is no coroutine is called in as many threads.
-        timeout: seconds after which a call of a coroutine function is given up, and made again if retries are left. None: it is
-            waited for, however long it takes.
-        retries: further tries where it raises, 1, 2, 4, ... seconds later (a minute at most). A function that is no coroutine
-            is called in a thread then.
-        remember: keep what it says, so that it is asked once for a prompt and completion (see `identity_of`). By default where
-            there is more than one call.
-        version: makes another judge of it, which is asked again: what the code does not show, such as a model's name.
+        reward: a function, a coroutine function, or an object that is called (see `Reward`).
+        batch_size: most completions of one call.
+        groupwise: each call has all completions of one prompt, and no others, so that their values may depend on each other.
+        max_in_flight: most calls at a time. An ordinary function is then called in as many threads.
+        timeout: seconds after which a call of a coroutine function is given up, and repeated if retries are left. None: wait
+            for however long it takes.
+        retries: further tries if a call raises, 1, 2, 4, ... seconds later (a minute at most). An ordinary function is then
+            called in a thread.
+        remember: keep the values on disk, so that the same prompt and completion are judged once (see `identity_of`). By
+            default, if there is more than one call.
+        version: what the code does not show, such as a model's name. Another version is another judge, which is asked again.
+
+    Raises:
+        ValueError: a setting out of range, or two that exclude each other.
     """
 
     reward: Reward
