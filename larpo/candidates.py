@@ -248,6 +248,11 @@ def top_bottom(lists: Sequence[PromptList], top: int, bottom: int | None) -> lis
 
     The paper trains contrastive on (1, 3), LambdaRank and ListMLE on (2, 2); (1, None) is the best against all others.
 
+    Args:
+        lists: prompts with scored candidates.
+        top: how many of the best.
+        bottom: how many of the worst; None for all the others.
+
     Raises:
         ValueError: a candidate has no score, or top and bottom are both 0.
     """
@@ -320,6 +325,11 @@ def random_negatives(lists: Sequence[PromptList], n: int = 1, *, seed: int) -> t
     """Add n candidates of other prompts, drawn at random: the easiest negatives.
 
     Their score is not a reward: all get the score of the list's worst candidate less 1.
+
+    Args:
+        lists: prompts with candidates.
+        n: how many for each list.
+        seed: of the draw.
 
     Returns:
         The lists, and the number of candidates added, which is below n per list if other prompts have too few that differ.

@@ -20,18 +20,24 @@ PER_CANDIDATE = ("relevance", "num_tokens", "ref_logps")
 class ListCollator:
     """Collates tokenised rows ({"prompt_ids", "completion_ids", "scores"[, "completion_mask", "ref_logps"]}) of a Dataset.
 
-    Returns a dict of
+    Args:
+        pad_token_id: fills rows up; it is masked.
+        layout: "padded", one row per candidate; "packed", one row of all candidates, for variable-length attention; "shared",
+            one row per list in which the prompt stands once.
+        slice_size: candidates that are run at a time; None for all.
+        pad_to_multiple_of: rounds the length of rows up to a multiple of this.
+        max_completion_tokens: with layout "shared", most tokens of completions in one row; a longer list takes several rows.
+
+    A batch is a dict of
+
         list_sizes  [L] int64      candidates per list
         relevance   [S] float64    rewards, lists one after the other
         num_tokens  [S] int64      tokens of each candidate that count
-        ref_logps   [S] float32    where the data has them: sums over tokens, nats
-        weight      [L] float32    where the data has them: what each list's loss is multiplied by
-        row_number  [L] int64      where the data has it: the list's row, for messages
+        ref_logps   [S] float32    if the data has them: sums over tokens, nats
+        weight      [L] float32    if the data has them: each list's loss is multiplied by it
+        row_number  [L] int64      if the data has it: the list's row, for messages
         num_input_tokens  int      tokens that the backbone runs
-        rows        list of dicts  the candidates' tokens (row_layouts.py), slice_size candidates in each (None: all in one)
-
-    layout: "padded", one row per candidate; "packed", one row of all, for variable-length attention; "shared", one row
-    per list in which the prompt stands once, or several with at most max_completion_tokens behind it in each.
+        rows        list of dicts  the candidates' tokens (row_layouts.py), slice_size candidates in each
     """
 
     pad_token_id: int = 0

@@ -100,9 +100,24 @@ def tokenize_lists(
     append_eos: bool = True,
     num_proc: int | None = None,
 ) -> tuple[Dataset, TokenizationReport]:
-    """`tokenize_row` on every row of `larpo.data.as_lists`, with a count of what was cut; warns if anything was.
+    """Tokens of every list, as `tokenize_row` makes them, and a count of what was cut; warns if anything was.
 
-    num_proc: processes, as in `Dataset.map`. Columns that `tokenize_row` does not return are left out.
+    Args:
+        dataset: as `larpo.as_lists` makes it.
+        tokenizer: of transformers, or a processor that holds one. Messages need its chat template.
+        max_length: most tokens of prompt and completion together; None for no limit.
+        max_prompt_length: most tokens of the prompt, below max_length; None for no limit; not given: half of max_length,
+            512 at most.
+        truncation: which end of a long prompt is kept: keep_end or keep_start.
+        append_eos: end completions that are plain strings with EOS.
+        num_proc: processes, as in `Dataset.map`.
+
+    Returns:
+        A Dataset with the columns that `tokenize_row` returns, and the report of what was cut, empty or equal.
+
+    Raises:
+        TypeError: lists that are not a Dataset.
+        ValueError: a bad row, option or tokenizer.
     """
     import datasets
 
