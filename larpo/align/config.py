@@ -52,7 +52,7 @@ class AlignConfig:
     source's name nor rows. A token of the hub that config.yaml has masked is taken from the environment, HF_TOKEN.
     """
 
-    output_dir: str = _arg(text="The run folder; a run that was killed goes on from what is in it.")
+    output_dir: str = _arg(text="The run folder; a run that was killed continues from what is in it.")
     model: str = _arg(text="Name or folder of a causal LM, or smollm2 (SmolLM2-135M-Instruct out of a Python package).")
     prompts: Any = _arg(
         text="A file (.txt: one per line; .json, .jsonl, .parquet: field `prompt`, other fields go to the reward), a dataset "
@@ -65,10 +65,8 @@ class AlignConfig:
 
     # --- the loop
     iterations: int = _arg(3, "Iterations of the loop (paper: 3).")
-    prompts_per_iteration: int | None = _arg(
-        None, "So many prompts an iteration, the next ones of a shuffled order (None: all)."
-    )
-    prompts_split: str = _arg("train", "Split of a dataset on the hub.")
+    prompts_per_iteration: int | None = _arg(None, "Prompts of an iteration, the next ones of a shuffled order (None: all).")
+    prompts_split: str = _arg("train", "Split of `prompts`, if they are a dataset on the hub.")
     report_to: str | list[str] = _arg(
         "none", "Tools that the counts of each stage go to: tensorboard, trackio, wandb, ... (see TrainingArguments)."
     )
@@ -88,7 +86,7 @@ class AlignConfig:
         "eos_token and the one that closes a turn in the chat template).",
     )
     stop: str | list[str] | None = _arg(
-        None, "A text, or several, that end a completion where they are written; rewards don't read them."
+        None, "A text, or several, that also end a completion. It is trained on, and rewards do not see it."
     )
     top_k: int = _arg(0, "Sample from the top_k likeliest tokens only (0: all).")
     top_p: float = _arg(1.0, "Sample from the likeliest tokens that hold this probability only.")
@@ -96,21 +94,23 @@ class AlignConfig:
     sample_batch_size: int = _arg(64, "Completions generated at a time.")
     chunk_size: int | None = _arg(
         None,
-        "Prompts that one process samples or scores before their results are kept: what it does again if it is killed (None: "
-        "as many as fill a batch of sample_batch_size; with another sampler 64). Completions depend on it.",
+        "Prompts that one process samples or scores before it writes the results: what is repeated if it is killed (None: as "
+        "many as fill a batch of sample_batch_size; 64 with another sampler). Completions depend on it.",
     )
     sampler: str = _arg(
         "transformers", "What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API)."
     )
     sampler_options: dict[str, Any] = _arg(
-        text="Keywords of vllm.LLM; of a server base_url, model, reload_command and what else larpo.serving.settings has.",
+        text="Keywords of vllm.LLM; for a server the settings of larpo.serving.settings: base_url, model, reload_command, ...",
         factory=dict,
     )
     compared_prompts: int = _arg(
         32,
-        "Prompts per iteration of whose completions the log-likelihoods of vllm, or a server, are compared with the trainer's.",
+        "Prompts per iteration on whose completions log-likelihoods of vllm or a server are compared with the trainer's.",
     )
-    logps_tolerance: float = _arg(0.05, "How far these may be apart without a warning: nats per token, on average.")
+    logps_tolerance: float = _arg(
+        0.05, "Mean difference between the sampler's and the trainer's log-likelihoods, nats per token, that is warned of."
+    )
 
     # --- rerank
     reward_weights: list[float] | None = _arg(None, "A weight per reward (None: 1 each).")
@@ -120,18 +120,20 @@ class AlignConfig:
     )
     truncated: Any = _arg(
         "keep",
-        "A completion that is trained on and has no end: keep, exclude (no reward is asked of it), or a number that its score "
-        "is lowered by.",
+        "What to do with a completion that was cut at max_new_tokens: keep it, exclude it (no reward is asked), or a number to "
+        "subtract from its score.",
     )
-    on_reward_error: str = _arg("raise", "A reward that fails: raise, or skip (the completions of that chunk have no score).")
+    on_reward_error: str = _arg(
+        "raise", "What to do if a reward fails: raise, or skip (the completions of that chunk get no score)."
+    )
 
     # --- lists
     refill: bool = _arg(
         False,
-        "Sample further prompts in place of those whose candidates all have one score, until an iteration has "
+        "Sample further prompts in place of those whose candidates all have the same score, until an iteration has "
         "prompts_per_iteration lists with an order.",
     )
-    refill_most: int = _arg(3, "Rounds of that at most, each of as many prompts as lists are missing.")
+    refill_most: int = _arg(3, "Most rounds of refill, each of as many prompts as there are lists missing.")
     memory: str = _arg("all", "Candidates of earlier iterations that enter the lists: none, previous or all (paper: all).")
     subset: Any = _arg(
         "paper",
@@ -149,14 +151,16 @@ class AlignConfig:
 
     # --- train
     training: dict[str, Any] = _arg(text="Settings of LarPOConfig: objective, beta, learning_rate, ...", factory=dict)
-    trained_layers: int | None = _arg(None, "Train the last so many decoder layers, and nothing else (None: everything).")
+    trained_layers: int | None = _arg(None, "Train only this many of the last decoder layers (None: everything).")
     peft: dict[str, Any] | None = _arg(None, "Settings of peft.LoraConfig: trains an adapter.")
     model_init_kwargs: dict[str, Any] = _arg(text="Arguments of from_pretrained: dtype, attn_implementation.", factory=dict)
-    keep_models: str = _arg("all", "Policies that stay in the run folder: all, or last.")
+    keep_models: str = _arg("all", "Which policies stay in the run folder: all, or last.")
 
     # --- evaluate
-    eval_prompts: Any = _arg(32, "Held-out prompts: a number of `prompts` to hold out, or as `prompts`.")
-    eval_prompts_split: str = _arg("test", "Split of a dataset on the hub.")
+    eval_prompts: Any = _arg(
+        32, "Held-out prompts: how many of `prompts` to hold out, or prompts of their own, given like `prompts`."
+    )
+    eval_prompts_split: str = _arg("test", "Split of `eval_prompts`, if they are a dataset on the hub.")
     eval_k: int = _arg(4, "Completions per held-out prompt, and the largest N of best-of-N and Recall@N.")
     eval_temperatures: list[float] = _arg(
         text="Temperatures of best-of-N and Recall@N; 1.0 is among them, where reward and KL are measured.",

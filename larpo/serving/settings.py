@@ -21,36 +21,36 @@ def _arg(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """The sampler_options of `sampler: server`. Raises ValueError for what is out of range, naming the setting."""
+    """The sampler_options of `sampler: server`. Raises ValueError for a value out of range, naming the setting."""
 
     base_url: str = field(metadata={"help": "Address of the API, up to /v1: http://localhost:8000/v1."})
     model: str = _arg(
         CHECKPOINT,
-        "The server's name of the model. {checkpoint} in it stands for the policy's folder: for servers that load what is "
-        "asked for, such as `transformers serve`.",
+        "The server's name of the model. {checkpoint} in it stands for the policy's folder, for servers that load the model "
+        "that a request names, such as `transformers serve`.",
     )
     initial_model: str | None = _arg(
         None,
-        "Its name of the model that the run starts from, of which it need not be told: for a server in which policies are "
-        "adapters on it (None: as for all others).",
+        "The server's name of the model that the run starts from, if policies are adapters on it (None: as for every other "
+        "policy).",
     )
     api_key_env: str | None = _arg(None, "Name of the environment variable that holds the key (None: no key).")
     max_in_flight: int = _arg(32, "Most requests at a time.")
     timeout: float = _arg(600.0, "Seconds until a request without an answer is given up, and tried again.")
-    retries: int = _arg(
-        5, "Tries after the first of a request that is not answered or meets an error of the server, at growing distance."
-    )
+    retries: int = _arg(5, "Further tries of a request that gets no answer or an error of the server, at growing intervals.")
     extra_body: Mapping[str, Any] = field(
-        default_factory=dict, metadata={"help": "Added to every request: what this server knows beside the API."}
+        default_factory=dict, metadata={"help": "Added to every request, for options of the server beyond the API."}
     )
     reload_command: str | None = _arg(
         None,
-        "A command, run by the shell before the first completions of a policy, that has the server take its weights: "
-        "{checkpoint} stands for their folder, {iteration} for that after which they are (0: the initial model).",
+        "A shell command that makes the server load a policy's weights; it runs before the policy's first completions. "
+        "{checkpoint} stands for their folder, {iteration} for the iteration that made them (0: the initial model).",
     )
-    reload_timeout: float = _arg(1800.0, "Seconds that the command, and the server after it, may take to answer again.")
+    reload_timeout: float = _arg(
+        1800.0, "Seconds that reload_command may take, and after it the server until it answers again."
+    )
     allow_stale_weights: bool = _arg(
-        False, "Sample from a server that nobody tells of new weights: it is written down, with a warning."
+        False, "Sample from a server that gets no new weights; a warning says so, and its completions are marked as stale."
     )
 
     def __post_init__(self):
