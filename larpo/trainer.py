@@ -89,7 +89,7 @@ class LarPOTrainer(Trainer):
     made of these outside, together with the reference's.
     """
 
-    loss_is_scaled_for_ga = False  # it is the mean over this batch's lists, whoever overrides compute_loss or list_loss
+    loss_is_scaled_for_ga = False  # the loss is the mean over this batch's lists, also in subclasses
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The chat template: messages to the text that a policy reads, the same wherever it is sampled, trained on or scored.
 
-A prompt ends where the assistant begins; one that ends in a message of the assistant is an answer that was begun: the turn
-stays open, and a completion goes on in it. The columns `tools` (a list of JSON schemas, or JSON text of one) and
+A prompt ends where the assistant begins. Where its last message is the assistant's, that message is the start of the answer:
+the turn stays open, and a completion continues it. The columns `tools` (a list of JSON schemas, or JSON text of one) and
 `chat_template_kwargs` (a dict, or JSON text of one) of a row go to the template, as with TRL.
 """
 
@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 def template_keywords(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row gives `apply_chat_template` beside the messages; usually nothing.
 
-    Raises ValueError where `tools` or `chat_template_kwargs` hold something else than is said above.
+    Raises ValueError where `tools` or `chat_template_kwargs` hold something else.
 
     >>> template_keywords({"prompt": "Hi", "tools": [], "chat_template_kwargs": {"enable_thinking": False, "date": None}})
     {'enable_thinking': False}
@@ -77,8 +77,8 @@ def whole_text(tokenizer: Any, prompt: Sequence[Message], answer: str | Sequence
 
 
 def conversation(prompt: Sequence[Message], answer: str | Sequence[Message]) -> tuple[list[Message], int]:
-    """The messages of a prompt with a completion, and the place of the first one of the completion's: an answer that the
-    prompt began and the completion goes on with is one message."""
+    """The messages of a prompt with a completion, and the index of the completion's first. An answer that the prompt starts and
+    the completion continues is one message."""
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     if not (_is_begun(prompt[-1]) and answer[0]["role"] == "assistant"):
         return [*prompt, *answer], len(prompt)

@@ -12,7 +12,7 @@ Truncation = Literal["keep_end", "keep_start"]
 
 
 class _Default(int):
-    """A number that nobody gave: unlike the same number given, it makes room for another setting."""
+    """The default of a setting, told apart from the same number given by a user: it gives way to another setting."""
 
 
 PROMPT_LENGTH = _Default(512)  # max_prompt_length where it is not given; see prompt_limit

@@ -96,8 +96,8 @@ def as_lists(
 ) -> Dataset | IterableDataset:
     """Candidate lists in the form of this module, from a Dataset or a list of dicts; every row is checked.
 
-    The form is told by the columns: docs/data.md has a table of those that are known. Other columns are kept. Of an
-    IterableDataset it is one again, whose rows are checked when they come.
+    The columns decide which form it is: docs/data.md has a table of those that are known. Other columns are kept. An
+    IterableDataset stays one, and its rows are checked when they are read.
 
     Args:
         scored: False takes {prompt, completions} without scores too, and leaves them so.

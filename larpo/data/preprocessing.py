@@ -1,4 +1,4 @@
-"""What a training run makes of the lists it is given: converted, cut to the subset asked for, tokenised."""
+"""From lists as a user has them to what training reads: converted, cut to list_top and list_bottom, tokenised."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STREAMED = 1000  # lists of a stream that are described, if nothing is said
+STREAMED = 1000  # lists of a stream that are described where no limit is given
 SUBSET = ("list_top", "list_bottom")
 PER_CANDIDATE = (
     "completions",
@@ -53,9 +53,9 @@ def is_tokenised(dataset: Any) -> bool:
 def training_lists(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, name: str = "train") -> Dataset:
     """Tokenised rows of anything that `as_lists` converts, by the settings of `args`; `name` is for messages.
 
-    What the data is made of is logged (INFO), with one candidate in which what counts is marked.
+    Logs (INFO) what the data consists of, with one candidate in which the tokens that count are marked.
 
-    Raises ValueError where no list teaches anything, as well as for what `as_lists` and `tokenize_lists` refuse.
+    Raises ValueError where no list has anything to learn from, and as `as_lists` and `tokenize_lists` do.
     """
     return prepare(dataset, tokenizer, args, name).lists
 
@@ -171,7 +171,7 @@ def _tokenised(read: Read, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig
 
 
 def _for_training(data: Tokenised, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, name: str) -> Dataset:
-    """With the columns that training reads. Raises ValueError for what cannot be trained on."""
+    """The tokens with the columns that training reads. Raises ValueError for data that cannot be trained on."""
     lists, tokenised, report = data.lists, data.tokens, data.report
     _refuse_equal(report, name, args)
     tokenised = tokenised.add_column("row_number", range(len(tokenised)))
@@ -249,6 +249,6 @@ def _lengths(tokenised: Dataset) -> list[int]:
 
 
 def subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:
-    """What a row has for each candidate, of its best and its worst ones."""
+    """The columns that have a value for each candidate, with the best and the worst candidates only."""
     keep = top_bottom_indices(row["scores"], top, bottom)
     return {name: [row[name][i] for i in keep] for name in PER_CANDIDATE if row.get(name) is not None}

@@ -1,4 +1,4 @@
-"""From a row of any form to a row of lists: a function of the row alone, and what becomes of rows that make none."""
+"""From a row of any form to a row of lists, and what is done with rows that make none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OF_THE_LIST = ("weight", "tools", "chat_template_kwargs", "prompt_ids", IMPLICIT
 
 
 class Gap(BadRow):
-    """A row without what its data set is known to lack in places: it is left out and counted, whatever `bad_rows` says."""
+    """A row with a gap that its data set is known to have in places: it is left out and counted, whatever `bad_rows` says."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class LeftOut:
 
 
 class Reader:
-    """Reads the rows of data with these columns, one at a time and each for itself, so that it serves a stream too.
+    """Reads the rows of data with these columns. What a row becomes depends on that row alone, so streams can be read too.
 
     What is left out is counted in `left_out`. Where `group_by` is not None, rows that are equal in that column are to be merged
     (`merged`); of a stream these can only be rows that follow each other.
@@ -99,7 +99,7 @@ class Reader:
         return self.form.native and self.group_by is None and self.chat is None and self.reading.bad_rows == "raise"
 
     def try_read(self, row: Mapping[str, Any], where: str) -> Row | None:
-        """The row as a list, or None where it makes none and is counted; raises BadRow where it is to be said."""
+        """The row as a list; for a row that makes none BadRow or, where bad rows are dropped, None: it is counted."""
         try:
             return self.read(row, where)
         except BadRow as error:

@@ -1,6 +1,6 @@
-"""What stored log-likelihoods are of: the tokens of each candidate, and what they were scored with.
+"""Which tokens stored log-likelihoods belong to, and what they were scored with.
 
-`larpo.score_lists` writes both beside ref_logps, as columns: they go through JSON, parquet, pandas and every operation of
+`larpo.score_lists` writes both as columns beside ref_logps. Columns survive JSON, parquet, pandas and every operation of
 datasets, which metadata of a file or a schema do not, and rows of several files can be joined.
 
     num_tokens    for each candidate, how many tokens its log-likelihood is a sum over
@@ -8,7 +8,7 @@ datasets, which metadata of a file or a schema do not, and rows of several files
     scored_with   JSON text: the models' names and hashes of their weights, dtype, hashes of tokenizer and chat template, the
                   limits, and versions
 
-Tokens decide whether ref_logps may be trained with. What made them differ is told from scored_with.
+Training accepts ref_logps only where the tokens agree; scored_with tells why they do not.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def scored_with(
 def weights(model: nn.Module) -> str | None:
     """A hash of all parameters and buffers of a model, in the dtype in which it holds them; None where they are elsewhere.
 
-    The name of a folder says little: a run that goes on writes other weights into it.
+    A folder's name is not enough: a run that is resumed writes other weights into it.
     """
     import torch
     import xxhash  # as datasets has it; sha256 of a large model takes minutes on some machines

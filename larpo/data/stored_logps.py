@@ -59,7 +59,7 @@ class StoredLogps:
     def missing(
         self, where: str, found: np.ndarray, tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], also: str = ""
     ) -> ValueError:
-        """What to say of a row of which `found` are the log-likelihoods, where some are NaN."""
+        """The error for a row some of whose log-likelihoods, `found`, are NaN: its tokens are in no file."""
         first, changes = int(np.isnan(found).argmax()), changes_since(self.record, tokenizer, limits)
         return ValueError(
             f"{where}: ref_logps={str(self.path)!r} has no log-likelihood of completions[{first}] with the tokens that it and "
@@ -109,7 +109,7 @@ def _read(place: Path, state: tuple[tuple[Path, int, int], ...]) -> StoredLogps:
 
 
 def reference_of(path: str) -> str:
-    """Of which model the log-likelihoods are, in a few words: what a run that is trained with them is told apart by."""
+    """The model that the log-likelihoods are of, in a few words; a run that trains with others is another run."""
     return _named(read_logps(path).record)
 
 

@@ -35,7 +35,7 @@ def stream_files(paths: Sequence[Path], reading: Reading, scored: bool) -> Itera
 def stream_rows(dataset: IterableDataset, name: str, reading: Reading, scored: bool) -> IterableDataset:
     """The lists that the rows of an IterableDataset make.
 
-    Raises ValueError for rows that are to be grouped: who reads them here does not see where one ends.
+    Raises ValueError for rows that are to be grouped: batches of them are converted here, and a group may span two.
     """
     dataset = dataset.with_format(None)
     reader, columns = _reader(iter(dataset), name, reading, scored)
@@ -80,7 +80,7 @@ def _try_merge(reader: Reader, group: list[tuple[Row, str]]) -> Row | None:
 
 
 def _try_read(reader: Reader, row: Any, where: str) -> Row | None:
-    """The row as a list, or None; what is left out is said when it is the first, the tenth, the hundredth row ..."""
+    """The row as a list, or None. What was left out so far is logged at the first, the tenth, the hundredth such row ..."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: holds {type(row).__name__}; expected an object with named fields")
     before = reader.left_out.rows.total()
@@ -92,7 +92,7 @@ def _try_read(reader: Reader, row: Any, where: str) -> Row | None:
 
 
 def _reader(rows: Iterable[Any], name: str, reading: Reading, scored: bool) -> tuple[Reader, list[str]]:
-    """What reads these rows, told by the first of them, and the columns that these have."""
+    """The reader of these rows, chosen by the columns of the first of them, and these columns."""
     first = list(itertools.islice(rows, FIRST))
     if not first:
         raise ValueError(f"{name}: holds no rows")

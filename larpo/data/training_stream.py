@@ -1,4 +1,4 @@
-"""A stream of lists as training takes it: tokenised when they come, again and again, and each rank's own only."""
+"""A stream of lists for training: tokenised as they are read, repeated without end, each rank its own."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NEEDS_ALL = {  # setting: why a stream can't have it
 
 
 class ListStream(IterableDataset):
-    """The tokenised lists of a stream, which begins anew at its end: how long it is nobody knows before.
+    """The tokenised lists of a stream, which starts again at its end: its length is not known in advance.
 
-    accelerate's IterableDatasetShard gives each rank every so many batches, counting the lists that come. In the place of a
-    list that is another rank's stands None, and is thrown away: each rank reads all lists and tokenises its own. Where training
-    goes on from a checkpoint, the first list stands in for those that transformers skips (`skip`).
+    accelerate's IterableDatasetShard deals batches out to ranks in turn by counting the lists that come. So each rank reads all
+    lists but tokenises only its own, and yields None, which is thrown away, for those of others. When training resumes from a
+    checkpoint, the first list is yielded for each of those that transformers skips (`skip`).
 
     prepared: the first lists, tokenised as data that is loaded whole; first: their tokens.
     """

@@ -74,14 +74,12 @@ class Policy:
     @torch.compiler.disable
     def _head(self, lm: nn.Module, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
         post = lm_heads.post_processing(lm.config)
+        # Rows hold only tokens that count, so there is no ignore_index: the device need not be asked how many are ignored.
+        options = {"logit_scale": post.logit_scale, "softcap": post.softcap, "ignore_index": None, **self.options}
 
         def logps(hidden: Tensor) -> Tensor:
             hidden, weight, bias = lm_heads.head_inputs(lm, hidden)
-            return lk.linear_sequence_logps(
-                hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, logit_scale=post.logit_scale, softcap=post.softcap,
-                ignore_index=None,  # rows hold only tokens that count: nobody has to ask the device how many
-                **self.options,
-            )  # fmt: skip
+            return lk.linear_sequence_logps(hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, **options)
 
         return lm_heads.within_head(lm, logps, hidden)
 

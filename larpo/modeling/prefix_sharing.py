@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 # Causal decoders whose position comes from position_ids alone and whose layers take the mask they are handed.
-# tests/test_prefix_families.py compares each with separate rows.
+# tests/larpo/modeling/test_prefix_families.py compares each with separate rows.
 FAMILIES = frozenset(
-    (
-        "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2",
-        "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "internlm3", "llama", "ministral3", "mistral",
-        "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
-        "qwen3_moe", "smollm3", "stablelm", "starcoder2",
-    )
-)  # fmt: skip
+    {"cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2"}
+    | {"gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "internlm3", "llama", "ministral3", "mistral", "mixtral"}
+    | {"nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
+    | {"stablelm", "starcoder2"}
+)
 
 # Completion tokens to put in one row where attention computes what the mask hides (SDPA, eager): beyond, on a CPU, that
 # costs more than the prompt saves. None for sparse attention.
@@ -37,8 +35,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 def supports_prefix_sharing(config) -> str | None:
     """None if a model of this config can run prefix-shared rows, else the reason why not.
 
-    Known families only: some models ignore a 4-D mask or change it without a word. `check_prefix_sharing` on the first
-    batch covers what a config does not tell.
+    Known families only: some models silently ignore a 4-D mask or change it. `check_prefix_sharing` on the first batch covers
+    what a config does not tell.
     """
     text = config.get_text_config()
     if text.model_type not in FAMILIES:
@@ -115,7 +113,7 @@ def _windows(config) -> dict[str, int | None]:
 
 
 def _visible(segment: Tensor, position: Tensor, key_segment: Tensor, key_position: Tensor, window: int | None) -> Tensor:
-    """Whether a query sees a key, both told by segment and position. Broadcasts."""
+    """Whether a query sees a key, given segment and position of both. Broadcasts."""
     back = position - key_position
     seen = ((key_segment == segment) | (key_segment == 0)) & (back >= 0)
     return seen if window is None else seen & (back < window)

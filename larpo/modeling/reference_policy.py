@@ -1,4 +1,4 @@
-"""Where the reference policy's log-likelihoods come from: nowhere, the data, the policy without its adapter, or a model."""
+"""Where the reference's log-likelihoods come from: nowhere, the data, the policy without its adapter, or a model of its own."""
 
 from __future__ import annotations
 
@@ -114,18 +114,18 @@ class ReferencePolicy:
     # --- set-up ---------------------------------------------------------------------------------------------
 
     def prepare(self, accelerator: Accelerator, device: torch.device) -> None:
-        """Takes the model to where it runs, as accelerate takes the policy there."""
+        """Moves the model to its device, wrapped as accelerate wraps the policy."""
         if self.model is not None:
             self.model = _prepared(self.model, accelerator, device)
 
     def following(self, policy: nn.Module, args: LarPOConfig) -> SyncReference | None:
-        """The callback that moves it, with sync_ref_model."""
+        """The callback that moves the reference towards the policy, with sync_ref_model."""
         if not args.sync_ref_model:
             return None
         return SyncReference(policy, self.model, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
 
     def release(self) -> None:
-        """Frees the model where the data has ref_logps by now."""
+        """Log-probs are precomputed: frees the reference model, if there is one."""
         if self.way is Way.MODEL:
             self.way, self.model = Way.STORED, None
 
@@ -158,10 +158,10 @@ class ReferencePolicy:
     def compare_with_stored(
         self, dataset: Dataset, name: str, policy: nn.Module, *, collator: ListCollator, accelerator: Accelerator, device: Any
     ) -> None:
-        """Says where ref_logps that came with the data are far from what the policy that was handed over finds itself.
+        """Warns where ref_logps that came with the data are far from those of the policy that was handed over, on a few lists.
 
-        By default that policy is the reference. Another one may be meant: it is logged where the data names it, and else warned
-        of. A few lists are looked at; where parameters are sharded, none.
+        By default that policy is the reference. Where the data names another one, that is only logged. With sharded parameters
+        nothing is compared.
         """
         if "ref_logps" not in dataset.column_names or self.way is Way.NONE or is_sharded(accelerator):
             return

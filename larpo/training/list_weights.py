@@ -25,7 +25,8 @@ Batch = dict[str, Any]
 
 
 def lists_of_window(batches: Sequence[Batch], accelerator: Accelerator) -> int | Tensor:
-    """Lists of these batches on all ranks; a tensor [] on the device where it took a collective, so that nobody waits."""
+    """Lists of these batches on all ranks; with several ranks a tensor [] that stays on the device, so that the CPU does not
+    wait for it."""
     lists = sum(len(batch["list_sizes"]) for batch in batches)
     if accelerator.num_processes == 1:
         return lists
@@ -33,12 +34,12 @@ def lists_of_window(batches: Sequence[Batch], accelerator: Accelerator) -> int |
 
 
 def batches_of_window(lists: int | Tensor, batch: Batch, accelerator: Accelerator) -> float | Tensor:
-    """By what the mean loss of this batch is to be divided, in a window of so many lists on all ranks."""
+    """The number to divide this batch's mean loss by, in an accumulation window of so many lists on all ranks."""
     return lists / (max(1, len(batch["list_sizes"])) * accelerator.num_processes)  # the loss of no list is 0
 
 
 def without_repeats(batch: Batch, accelerator: Accelerator) -> Batch:
-    """The batch that a prepared data loader has just given, with the lists that only fill it up not counted."""
+    """The batch that a prepared data loader has just given, without the lists that only fill it up."""
     state = accelerator.gradient_state
     if not state.end_of_dataloader:
         return batch

@@ -5,23 +5,23 @@ b its best candidate of n_b counted tokens, and d_i = g_i + margin (r_b - r_i),
 
     loss = (1 - label_smoothing) F(d) + label_smoothing F'(d) + sft_weight (-log pi(y_b | x) / n_b)
 
-- `ties`: what F makes of equal rewards, see `larpo_kernels.objectives`. By default it is the mean over the orders in which tied
-  candidates can stand (Efron's form of it for ListMLE): a tie says nothing of an order, so the order of a file is noise, and
-  the mean is what ranking ties at random comes to without the noise of a draw. "skip" leaves such lists out, which also
-  loses what they do say: that the tied best are better than the rest.
-- `margin`: a candidate must be ahead of another by margin (r_i - r_j) for what it cost to lead by nothing. In each pair of
+- `ties`: what F does with equal rewards, see `larpo_kernels.objectives`. By default it is the mean over the orders in which
+  tied candidates can stand (Efron's form of it for ListMLE). The order of tied candidates in a file is noise; ranking them at
+  random has this mean as its expectation. "skip" leaves such lists out, and with them the fact that the tied best are better
+  than the rest.
+- `margin`: a lead of margin (r_i - r_j) costs what a lead of 0 costs without a margin. In each pair of
   Pairwise and LambdaRank the difference of scores becomes g_i - g_j - margin (r_i - r_j) (Llama 2, arXiv 2307.09288, eq. 2;
   ODPO, arXiv 2402.10571); in each softmax of Contrastive and ListMLE a candidate's score is raised by how much worse than the
   best it is (the softmax margin of Gimpel and Smith 2010).
 - `label_smoothing`, eps: the share of judgements taken to be noise. Pairwise, LambdaRank: F' is F of the pairs turned round,
   (1 - eps) l(d) + eps l(-d) (cDPO; Mitchell 2023, "A note on DPO with noisy preferences"). Contrastive, ListNet: the target
   becomes (1 - eps) p_i + eps / m (Szegedy et al., arXiv 1512.00567, section 7), so F' = logsumexp(d) - mean(d).
-- `sft_weight`: the best answer's likelihood itself, which a ranking alone can let fall (RPO, arXiv 2404.19733, eq. 1; TRL's
+- `sft_weight`: keeps the best answer likely, which a ranking alone may lower (RPO, arXiv 2404.19733, eq. 1; TRL's
   `rpo_alpha`). Of several best candidates it is the mean, with ties="order" the first, with ties="skip" none.
 
 A column `weight` in the data multiplies the loss of each list, divided by the column's mean: a batch of n lists has the loss
-sum w_l loss_l / n, whose mean over the data is the weighted mean. (Divided by the weights of its own lists, a batch of one
-list would not know its weight.)
+sum w_l loss_l / n, whose mean over the data is the weighted mean. (Were a batch divided by the weights of its own lists, the
+weight of a list that is a batch of its own would cancel.)
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class ListLoss:
         """F': pairs turned round, or the cross entropy with a uniform target."""
         if self.objective.name not in UNIFORM:
             return self._ranking(-scores, self.objective, inputs["relevance"], inputs)
-        everybody_best = lk.Contrastive(ties="mean")
-        uniform = self._ranking(scores, everybody_best, torch.zeros_like(inputs["relevance"]), inputs)
+        all_best = lk.Contrastive(ties="mean")  # with equal relevance: every candidate is the best
+        uniform = self._ranking(scores, all_best, torch.zeros_like(inputs["relevance"]), inputs)
         return uniform * lists.sum(torch.ones_like(scores), lists.best())  # 0 for a list that is skipped
 
     def _ranking(self, scores: Tensor, objective: Objective, relevance: Tensor, inputs: dict[str, Any]) -> Tensor:

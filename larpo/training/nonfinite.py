@@ -1,9 +1,9 @@
 """A loss or weights that are not finite: found before an update is made of them, and before they are written.
 
-A loss that is NaN or infinite makes every weight NaN in one update, from where nothing comes back. So each batch is looked at
-between its forward and its backward, on all ranks together. That costs one flag a batch that the CPU waits for (and ranks
-exchange), in place of the one that transformers' logging_nan_inf_filter waits for. Gradients are not looked at: under fp16 a
-loss scaler meets infinite ones and leaves such updates out itself.
+A loss that is NaN or infinite makes every weight NaN in one update, and nothing restores them. So each batch is checked
+between its forward and its backward, on all ranks together. The CPU waits for one flag a batch (which ranks exchange), instead
+of the one that transformers' logging_nan_inf_filter waits for. Gradients are not checked: under fp16 the loss scaler meets
+infinite ones and skips such updates itself.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class NonFiniteError(FloatingPointError):
 
 
 class SkippedBatch(Exception):
-    """This batch adds nothing to its update: on no rank is there to be a backward."""
+    """This batch adds nothing to its update: no rank may run its backward."""
 
 
 class FiniteLoss:
-    """Looks at every batch of training; see the module."""
+    """Checks every batch of training; see the module."""
 
     def __init__(self, accelerator: Accelerator, on_nonfinite: str):
         self.accelerator, self.on_nonfinite = accelerator, on_nonfinite
@@ -48,7 +48,7 @@ class FiniteLoss:
     ) -> None:
         """Raises NonFiniteError, or SkippedBatch where that was asked for, if anything in `found` is NaN or infinite.
 
-        found: the loss [] and whatever it was made of [S], by name; `scores` are only looked at to say where it comes from.
+        found: the loss [] and what it was computed from [S], by name; `scores` only serve to say where it comes from.
         """
         found = {name: x.detach() for name, x in found.items() if x is not None}
         finite = torch.cat([x.reshape(-1) for name, x in found.items() if name != "scores"]).isfinite().all()
@@ -57,23 +57,22 @@ class FiniteLoss:
         if finite:  # waits for the forward
             self.in_a_row = 0
             return
-        said = _where(inputs, found)
-        bad = nonfinite_parameters(model)
+        where, bad = _where(inputs, found), nonfinite_parameters(model)
         if self.accelerator.num_processes > 1:
-            everybodys = gather_object([(said, bad)])
-            said = "; ".join(dict.fromkeys(one for one, _ in everybodys if one))
-            bad = list(dict.fromkeys(name for _, names in everybodys for name in names))
+            of_ranks = gather_object([(where, bad)])
+            where = "; ".join(dict.fromkeys(one for one, _ in of_ranks if one))
+            bad = list(dict.fromkeys(name for _, names in of_ranks for name in names))
         if self.on_nonfinite == "skip" and may_skip and not bad and self.in_a_row < IN_A_ROW:
             self.skipped += 1
             self.in_a_row += 1
             if self.accelerator.is_main_process:
-                warnings.warn(f"step {step}: a batch is left out, {said}", stacklevel=2)
+                warnings.warn(f"step {step}: a batch is left out, {where}", stacklevel=2)
             raise SkippedBatch
-        raise NonFiniteError(f"training stops at step {step}: {said}. {_advice(found, bad)}")
+        raise NonFiniteError(f"training stops at step {step}: {where}. {_advice(found, bad)}")
 
 
 def finish_update_without(model: nn.Module, accelerator: Accelerator) -> None:
-    """In place of the backward of a batch that is left out: if it was the update's last, it would have exchanged gradients."""
+    """Replaces the backward of a batch that is left out: the last backward of an update would have exchanged gradients."""
     if accelerator.num_processes == 1 or not accelerator.sync_gradients:
         return
     for p in model.parameters():

@@ -1,8 +1,8 @@
 """Batches of whole lists with at most so many tokens, padding counted.
 
-What a batch costs is what the model runs: rows of tokens as wide as the longest of them. Lists of similar width stand next to
-each other, so that little of it is padding. Which lists share a batch is settled by their shapes; lists of one shape change
-places from epoch to epoch, and batches their order. So every epoch has as many batches, which the number of updates depends on.
+A batch costs what the model runs: rows of tokens as wide as the longest of them. Lists of similar width are put together, so
+that little of a batch is padding. Shapes alone decide how many lists of which shape a batch has; from epoch to epoch lists of
+one shape change places, and batches their order. So every epoch has equally many batches, and the number of updates is known.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Shapes:
-    """What each list is to the model: rows of a width, of which so many tokens are its own. Arrays [L]."""
+    """How much of a batch each list takes: its rows, their width, and its tokens in them. Arrays [L]."""
 
     rows: np.ndarray
     widths: np.ndarray
     tokens: np.ndarray
 
     def padded(self, lists: Sequence[int]) -> int:
-        """Tokens of these lists in one batch, with what fills their rows."""
+        """Tokens of these lists in one batch, padding included."""
         return int(self.rows[lists].sum() * self.widths[lists].max())
 
     def padding(self, batches: Iterable[Sequence[int]]) -> float:
-        """Which share of the tokens of these batches is padding."""
+        """The share of padding among the tokens of these batches."""
         padded, own = np.sum([(self.padded(batch), self.tokens[batch].sum()) for batch in batches], axis=0)
         return float(1 - own / padded)
 
@@ -142,8 +142,8 @@ class TokenBatchSampler(Sampler[list[int]]):
         return [*borders, len(order)]
 
     def log_padding(self, plain: int) -> None:
-        """Logs what is padding in these batches and in batches of `plain` lists in the order of the data; warns of lists that
-        are larger than a batch may be."""
+        """Logs how much of these batches is padding, against batches of `plain` lists in the order of the data; warns of lists
+        that are larger than a batch may be."""
         order = self._order(0)
         batches = [order[a:b] for a, b in pairwise(self.borders)]
         before = np.split(np.arange(len(order)), range(plain, len(order), plain))

@@ -18,7 +18,9 @@ from larpo.modeling.adapter_start import compare, handed_over
 from larpo.modeling.loading import load_causal_lm
 from larpo.modeling.reference_policy import Way
 from tests.helpers import tiny
-from tests.larpo.test_trainer import eager_logps, lora, own_precision, trainer  # noqa: F401
+from tests.helpers.trainers import eager_logps, lora, trainer
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 @pytest.fixture(scope="module")

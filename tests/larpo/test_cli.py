@@ -231,7 +231,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, f
 def test_score_writes_log_likelihoods_and_implicit_rewards(tmp_path, folder, monkeypatch, capsys, suffix):
     import datasets
 
-    from tests.larpo.test_trainer import eager_logps, moved
+    from tests.helpers.trainers import eager_logps, moved
 
     moved(tiny.causal_lm()).save_pretrained(tmp_path / "policy")
     tiny.tokenizer().save_pretrained(tmp_path / "policy")
@@ -269,7 +269,7 @@ def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
 
 def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
     peft = pytest.importorskip("peft")
-    from tests.larpo.test_trainer import eager_logps
+    from tests.helpers.trainers import eager_logps
 
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
     base = tiny.causal_lm()
@@ -285,7 +285,7 @@ def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
 def test_an_adapter_is_trained_on_top_of_the_one_in_a_folder_and_read_back(tmp_path, folder):
     peft = pytest.importorskip("peft")
     from larpo.modeling.loading import load_causal_lm
-    from tests.larpo.test_trainer import eager_logps
+    from tests.helpers.trainers import eager_logps
 
     base = tiny.causal_lm()
     base.name_or_path = str(folder / "model")

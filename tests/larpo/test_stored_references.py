@@ -15,7 +15,9 @@ from larpo.data.scored_tokens import token_hashes
 from larpo.scoring import score_lists
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
-from tests.larpo.test_trainer import config, moved, own_precision, trainer  # noqa: F401
+from tests.helpers.trainers import config, moved, trainer
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 TEMPLATE = (
     "{% for m in messages %}{{ ' one' if m['role'] == 'assistant' else 'the ' }}{{ m['content'] }}"

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from ..validation import BadRow, bad_field, check_text
 
 MISSING = ("", "N/A", "n/a", "None", "nan", "NaN")  # texts that stand for no number where a data set is published with gaps
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-         "observation": "tool", "function_call": "assistant", "function": "tool"}  # fmt: skip
+ASSISTANT = dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant")
+ROLES = {"human": "user", **ASSISTANT, "observation": "tool", "function": "tool"}
 
 # Text that is messages, as a .csv file has them: an object that begins with who speaks.
 MESSAGES = re.compile(

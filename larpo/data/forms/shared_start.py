@@ -67,8 +67,8 @@ def without_prompt(prompt: Any, conversations: list[list], name: str, where: str
     if isinstance(prompt, str):
         prompts = [_up_to_user(prompt, messages) for messages in conversations]
         if all(prompts):
-            if any(not _starts(prompts[0], messages) or len(other) != len(prompts[0])
-                   for other, messages in zip(prompts, conversations, strict=True)):  # fmt: skip
+            pairs = zip(prompts, conversations, strict=True)
+            if any(not _starts(prompts[0], messages) or len(other) != len(prompts[0]) for other, messages in pairs):
                 bad_field(name, conversations, "the same messages before the answer in every candidate", where)
             if all(len(messages) > len(prompts[0]) for messages in conversations):
                 messages, _ = split_messages(conversations, [name, name], where)  # a dialogue whose last turn alone differs

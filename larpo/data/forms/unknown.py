@@ -1,4 +1,4 @@
-"""What is said of columns of no known form: the nearest one, and the `columns` that are likeliest to read the data."""
+"""The error for columns of no known form: it names the nearest form, and the `columns` that are likeliest to read the data."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from typing import Any
 from .form import Form
 from .published import FORMS
 
-# Names under which data sets have prompts, answers and their scores.
-QUESTIONS = ("question", "instruction", "query", "input", "context", "history", "problem", "user", "title", "post", "messages",
-             "conversations", "conversation", "text", "request")  # fmt: skip
-ANSWERS = ("answers", "completions", "responses", "generations", "candidates", "outputs", "choices", "options", "answer",
-           "response", "completion", "output", "generation")  # fmt: skip
-TEXTS = ("text", "answer", "response", "completion", "content", "output", "body", "generation")
-SCORES = ("score", "scores", "reward", "rewards", "rating", "ratings", "votes", "pm_score", "label", "preference")
-RANKS = ("rank", "ranks", "ranking")
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Names under which data sets have prompts, answers and their scores, the likeliest first.
+QUESTIONS = _names(
+    "question instruction query input context history problem user title post messages conversations conversation text request"
+)
+ANSWERS = _names(
+    "answers completions responses generations candidates outputs choices options answer response completion output generation"
+)
+TEXTS = _names("text answer response completion content output body generation")
+SCORES = _names("score scores reward rewards rating ratings votes pm_score label preference")
+RANKS = _names("rank ranks ranking")
 
 
 def unknown(columns: Collection[str], row: Mapping[str, Any] | None = None) -> str:

@@ -12,7 +12,9 @@ from larpo.config import LarPOConfig
 from larpo.data.stored_logps import read_logps, reference_of
 from larpo.scoring import score_lists
 from tests.helpers import tiny
-from tests.larpo.test_trainer import config, eager_logps, moved, own_precision, trainer  # noqa: F401
+from tests.helpers.trainers import eager_logps, moved, trainer
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 ROWS = tiny.lists(6, m=None, seed=3)
 DATA = Dataset.from_list(ROWS)

@@ -8,7 +8,9 @@ for package in ("bitsandbytes", "transformers", "accelerate", "datasets", "peft"
 from datasets import Dataset
 
 from tests.helpers import tiny
-from tests.larpo.test_trainer import assert_same_gradients, eager_loss, gradients, own_precision, step, trainer  # noqa: F401
+from tests.helpers.trainers import assert_same_gradients, eager_loss, gradients, step, trainer
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 def in_four_bits(folder, **options):

@@ -11,7 +11,7 @@ from larpo.data.collator import ListCollator
 from larpo.modeling.policy import Policy, attach
 from larpo.modeling.router_loss import RouterLoss
 from tests.helpers import tiny
-from tests.larpo.test_trainer import step, trainer
+from tests.helpers.trainers import step, trainer
 
 EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "olmoe": "num_experts", "gpt_oss": "num_local_experts"}
 

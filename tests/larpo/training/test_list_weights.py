@@ -12,7 +12,9 @@ from datasets import Dataset
 from larpo.trainer import LarPOTrainer
 from larpo.training.list_weights import without_repeats
 from tests.helpers import tiny
-from tests.larpo.test_trainer import config, eager_loss, gradients, moved, own_precision, trainer  # noqa: F401
+from tests.helpers.trainers import config, eager_loss, gradients, moved, trainer
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 FIVE = dict(optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1, train_sampling_strategy="sequential")
 

@@ -16,7 +16,7 @@ from larpo.data.preprocessing import training_lists
 from larpo.trainer import LarPOTrainer
 from larpo.training.losses import ListLoss, mean_over_lists
 from tests.helpers import tiny
-from tests.larpo.test_trainer import config, eager_logps, step, trainer
+from tests.helpers.trainers import config, eager_logps, step, trainer
 
 BETA = 0.3
 SIZES = [3, 1, 4]

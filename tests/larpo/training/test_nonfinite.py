@@ -14,7 +14,9 @@ from larpo.trainer import LarPOTrainer
 from larpo.training import nonfinite
 from larpo.training.nonfinite import NonFiniteError, nonfinite_parameters
 from tests.helpers import tiny
-from tests.larpo.test_trainer import config, eager_loss, gradients, moved, own_precision, trainer  # noqa: F401
+from tests.helpers.trainers import config, eager_loss, gradients, moved
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 BAD = 2  # this row's loss is infinite
 

@@ -11,7 +11,9 @@ from datasets import Dataset
 from larpo.data.collator import ListCollator
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
-from tests.larpo.test_trainer import config, eager_logps, moved, own_precision  # noqa: F401
+from tests.helpers.trainers import config, eager_logps, moved
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 @pytest.fixture(scope="module")

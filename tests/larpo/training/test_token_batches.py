@@ -15,7 +15,9 @@ from larpo.data.collator import ListCollator
 from larpo.training.list_weights import without_repeats
 from larpo.training.token_batches import Shapes, TokenBatchSampler, shapes_of
 from tests.helpers import tiny
-from tests.larpo.test_trainer import eager_loss, gradients, moved, own_precision, trainer  # noqa: F401
+from tests.helpers.trainers import eager_loss, gradients, moved, trainer
+
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 def shapes(*lists):
