@@ -33,6 +33,18 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", BY_NAME)
+def test_links_to_a_section_find_it(page):
+    for target, section in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        other = page if not target else page.parent / target
+        if "://" in target or other.parent.name == "reference":  # whose sections are made of docstrings
+            continue
+        headings = re.findall(r"^#+ (.*)", other.read_text(encoding="utf-8"), re.M)
+        assert section in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], (
+            f"{target}#{section}"
+        )
+
+
+@pytest.mark.parametrize("page", BY_NAME)
 def test_files_and_commands_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"\b((?:larpo|larpo_kernels|benchmarks|tests|docs)/[\w./-]*\w)", text)
