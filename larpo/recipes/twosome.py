@@ -10,7 +10,8 @@ with 16 states, the baseline is the mean return seen from a state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .actions import NORMALISATIONS, Menu, Normalisation, action_logits
 from .harness import report
+from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .tasks import lake, toy_lm
 
 
@@ -33,9 +35,6 @@ def ppo_loss(
     log_pi = action_logits(logps, lengths).log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
     ratio = (log_pi - old_log_pi).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
-
-
-# --- the run -----------------------------------------------------------------------------------------------------
 
 
 def rollouts(env, policy: np.ndarray, steps: int, draw: np.random.Generator) -> tuple[list, list, list]:
@@ -57,94 +56,82 @@ def rollouts(env, policy: np.ndarray, steps: int, draw: np.random.Generator) -> 
     return states, actions, rewards
 
 
-def train(
-    normalisation: Normalisation, seed: int, *, updates: int, steps: int, epochs: int, learning_rate: float, discount: float
-) -> list[float]:
-    """The mean return of each update's episodes."""
-    draw = np.random.default_rng(seed)
-    env = lake.make(slippery=False)
-    tokenizer = lake.tokenizer()
-    model = toy_lm.causal_lm(tokenizer, seed=seed, hidden_size=32)
-    menu = Menu(tokenizer, [lake.describe(state) for state in range(lake.STATES)], lake.ACTIONS)
-    lengths = menu.lengths(normalisation)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    value, visits = np.zeros(lake.STATES), np.zeros(lake.STATES)
-    curve = []
-    for _ in range(updates):
-        with torch.no_grad():
-            log_pi = action_logits(menu.logps(model), lengths).log_softmax(-1)
-        states, actions, rewards = rollouts(env, log_pi.exp().double().numpy(), steps, draw)
-        curve.append(float(np.mean([sum(one) for one in rewards])))
-        at, did = np.concatenate(states).astype(int), np.concatenate(actions).astype(int)
-        returned = np.concatenate(lake.returns(rewards, discount))
-        advantages = returned - value[at]
-        np.add.at(visits, at, 1.0)
-        np.add.at(value, at, advantages / visits[at].clip(1))
-        visits *= 0.7  # the policy moves: old returns are forgotten
-        spread = advantages.std()
-        at, did = torch.from_numpy(at), torch.from_numpy(did)
-        scaled = torch.from_numpy(advantages / (spread if spread > 0 else 1.0)).float()
-        old = log_pi[at, did]
-        for _ in range(epochs):
-            loss = ppo_loss(menu.logps(model)[at], lengths, did, scaled, old)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return curve
-
-
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    updates: int = 80,
-    steps: int = 256,
-    epochs: int = 4,
-    learning_rate: float = 3e-3,
-    discount: float = 0.95,
-) -> dict[str, Any]:
+@dataclass
+class Twosome(Recipe):
     """A tiny LM from scratch on FrozenLake without slipping, for each normalisation. A return is 1 at the goal, else 0."""
-    from tqdm import tqdm
 
-    runs: dict[str, list[list[float]]] = {normalisation: [] for normalisation in NORMALISATIONS}
-    with tqdm(total=len(seeds) * len(runs), desc="twosome", unit="run") as bar:
-        for seed in seeds:
-            for normalisation, curves in runs.items():
-                curves.append(
-                    train(
-                        normalisation, seed, updates=updates, steps=steps, epochs=epochs, learning_rate=learning_rate,
-                        discount=discount,
-                    )
-                )  # fmt: skip
-                bar.update()
-    table = [
-        {
-            "N": normalisation,
-            "return, first update": report.over_seeds([curve[0] for curve in curves]),
-            "return, mean over training": report.over_seeds([float(np.mean(curve)) for curve in curves]),
-            "return, last tenth": report.over_seeds([float(np.mean(curve[-max(1, updates // 10) :])) for curve in curves]),
+    name = "twosome"
+    heading = "N"
+    updates: int = 80
+    steps: int = 256
+    epochs: int = 4
+    learning_rate: float = 3e-3
+    discount: float = 0.95
+
+    def arms(self) -> dict[str, Arm]:
+        return {normalisation: partial(self.trained, normalisation=normalisation) for normalisation in NORMALISATIONS}
+
+    def trained(self, start: None, seed: int, *, normalisation: Normalisation) -> Row:
+        """The mean return of each update's episodes."""
+        draw = np.random.default_rng(seed)
+        env = lake.make(slippery=False)
+        tokenizer = lake.tokenizer()
+        model = toy_lm.causal_lm(tokenizer, seed=seed, hidden_size=32)
+        menu = Menu(tokenizer, [lake.describe(state) for state in range(lake.STATES)], lake.ACTIONS)
+        lengths = menu.lengths(normalisation)
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate)
+        baseline, curve = Baseline(), []
+        for _ in range(self.updates):
+            with torch.no_grad():
+                log_pi = action_logits(menu.logps(model), lengths).log_softmax(-1)
+            states, actions, rewards = rollouts(env, log_pi.exp().double().numpy(), self.steps, draw)
+            curve.append(float(np.mean([sum(one) for one in rewards])))
+            at, did = np.concatenate(states).astype(int), np.concatenate(actions).astype(int)
+            advantages = baseline.advantages(at, np.concatenate(lake.returns(rewards, self.discount)))
+            at, did = torch.from_numpy(at), torch.from_numpy(did)
+            old = log_pi[at, did]
+            for _ in range(self.epochs):
+                loss = ppo_loss(menu.logps(model)[at], lengths, did, advantages, old)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return {"curve": curve}
+
+    def columns(self, row: Row) -> Columns:
+        curve = row["curve"]
+        return {
+            "return, first update": curve[0],
+            "return, mean over training": float(np.mean(curve)),
+            "return, last tenth": float(np.mean(curve[-max(1, len(curve) // 10) :])),
         }
-        for normalisation, curves in runs.items()
-    ]
-    return {
-        "settings": dict(updates=updates, steps=steps, epochs=epochs, learning_rate=learning_rate, discount=discount),
-        "runs": runs,
-        "table": table,
-        "notes": ["N: none = 1, the words or the tokens of an action's text."],
-    }
+
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        return ["N: none = 1, the words or the tokens of an action's text."]
+
+    def plot(self, figure, rows: Sequence[Row]) -> None:
+        axes = figure.subplots()
+        report.curves(axes, rows, "curve", [(i + 1) * self.steps for i in range(self.updates)])
+        axes.set(xlabel="steps in the environment", ylabel="return")
+        axes.legend(title="N")
 
 
-def plot(figure, result: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    for normalisation, curves in result["runs"].items():
-        x = [(i + 1) * result["settings"]["steps"] for i in range(len(curves[0]))]
-        report.band(axes, x, curves, f"N = {'1' if normalisation == 'none' else normalisation}")
-    axes.set(xlabel="steps in the environment", ylabel="return")
-    axes.legend()
+class Baseline:
+    """The mean return seen from each state, in which older returns count less."""
+
+    def __init__(self):
+        self.value, self.visits = np.zeros(lake.STATES), np.zeros(lake.STATES)
+
+    def advantages(self, states: np.ndarray, returned: np.ndarray) -> Tensor:
+        """[B] float32: what returns are above the means so far, scaled to a standard deviation of 1; then takes them in."""
+        above = returned - self.value[states]
+        np.add.at(self.visits, states, 1.0)
+        np.add.at(self.value, states, above / self.visits[states].clip(1))
+        self.visits *= 0.7  # the policy moves
+        spread = above.std()
+        return torch.from_numpy(above / (spread if spread > 0 else 1.0)).float()
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return report.main(argv, name="twosome", doc=__doc__, run=run, plot=plot)
-
+run, main = commands(Twosome)
 
 if __name__ == "__main__":
     main()

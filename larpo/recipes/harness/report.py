@@ -1,75 +1,14 @@
-"""What every recipe does with its result: the command line, a table, a JSON file and a plot."""
+"""What recipes show: Markdown tables, and curves and bars on matplotlib's axes."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-Rows = list[dict[str, Any]]
-
-
-def main(
-    argv: Sequence[str] | None,
-    *,
-    name: str,
-    doc: str,
-    run: Callable[..., dict[str, Any]],
-    plot: Callable[[Any, dict[str, Any]], None],
-    threads: int = 1,
-) -> dict[str, Any]:
-    """The command `python -m larpo.recipes.NAME`: runs, prints the table, and with --out writes NAME.json and NAME.png.
-
-    Args:
-        argv: arguments; None for those of the process.
-        run: `run(seeds)`; its result has "table", a list of rows, and "notes", sentences printed below it.
-        plot: draws the result on a matplotlib figure that it is given.
-        threads: by default; tiny models run fastest on one.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m larpo.recipes.{name}", description=doc.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
-    parser.add_argument("--out", type=Path, help=f"folder for {name}.json and {name}.png")
-    parser.add_argument("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
-    arguments = parser.parse_args(argv)
-    import torch
-
-    torch.set_num_threads(arguments.threads)
-    start, cpu = time.perf_counter(), time.process_time()
-    try:
-        result = {"recipe": name, "seeds": arguments.seeds, **run(arguments.seeds)}
-    except ImportError as error:
-        parser.exit(2, f"{error}\n")
-    result |= seconds(start, cpu)
-    print(f"\n{markdown(result['table'])}\n")
-    for note in result["notes"]:
-        print(note)
-    print(f"{result['seconds']} s, {result['cpu_seconds']} s of them on a CPU, with {arguments.threads} thread(s)")
-    if arguments.out is not None:
-        write(result, plot, arguments.out)
-    return result
-
-
-def seconds(start: float, cpu: float) -> dict[str, float]:
-    """Passed since then; the CPU's own seconds do not grow where other programs share the machine."""
-    return {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-
-
-def write(result: dict[str, Any], plot: Callable[[Any, dict[str, Any]], None], folder: Path) -> None:
-    """folder/NAME.json and folder/NAME.png."""
-    figures = need("matplotlib.figure", "bench")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['recipe']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    figure = figures.Figure(figsize=(7, 3.6), layout="constrained")
-    plot(figure, result)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    print(f"wrote {path} and {path.with_suffix('.png')}")
+Row = dict[str, Any]  # the outcome of one arm from one seed: "arm", "seed", and what the recipe measures
 
 
 def need(module: str, extra: str) -> ModuleType:
@@ -79,6 +18,14 @@ def need(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         package = module.split(".")[0]
         raise ImportError(f"this recipe needs {package}: pip install 'larpo_kernels[{extra}]'") from error
+
+
+def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each arm, arms in the order in which they come first."""
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], []).append(row)
+    return arms
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -107,21 +54,29 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     |---|---|
     | a | 1 |
     """
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(map(str, line))} |" for line in lines)
+    head, *body = [f"| {' | '.join(map(str, cells))} |" for cells in (rows[0], *(row.values() for row in rows))]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, color: str | None = None) -> None:
-    """The mean of the seeds' curves, and all of them faintly behind it; None: the axes' next colour."""
-    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-    (line,) = axes.plot(x, mean, label=label, color=color)
-    for curve in curves:
-        axes.plot(x, curve, color=line.get_color(), alpha=0.25, linewidth=0.8)
+def curves(axes, rows: Iterable[Row], key: str, x: Sequence[float] | None = None) -> None:
+    """The mean of each arm's curves `row[key]`, and those of its seeds faintly behind it; arms without them are left out.
+
+    An arm has the same colour in every panel. x: None for the places in the curve.
+    """
+    for place, (arm, found) in enumerate(by_arm(rows).items()):
+        of_seeds = [row[key] for row in found if key in row]
+        for curve in of_seeds:
+            axes.plot(x or range(len(curve)), curve, color=f"C{place}", alpha=0.25, linewidth=0.8)
+        if of_seeds:
+            means = [statistics.fmean(values) for values in zip(*of_seeds, strict=True)]
+            axes.plot(x or range(len(means)), means, color=f"C{place}", label=arm)
 
 
-def bars(axes, values: Mapping[str, Sequence[float]]) -> None:
-    """A bar for the mean of each kind's seeds, and a dot for every seed."""
-    for place, seeds in enumerate(values.values()):
-        axes.bar(place, statistics.fmean(seeds), color="tab:blue", alpha=0.6)
-        axes.plot([place] * len(seeds), seeds, ".", color="black")
-    axes.set_xticks(range(len(values)), list(values), fontsize=8)
+def bars(axes, rows: Iterable[Row], key: str) -> None:
+    """A bar for the mean of each arm's values `row[key]`, and a dot for every seed."""
+    arms = by_arm(rows)
+    for place, found in enumerate(arms.values()):
+        values = [row[key] for row in found]
+        axes.bar(place, statistics.fmean(values), color="tab:blue", alpha=0.6)
+        axes.plot([place] * len(values), values, ".", color="black")
+    axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=8)

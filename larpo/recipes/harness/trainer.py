@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PrinterCallback
 
 from larpo.candidates import PromptList, drop_uninformative, to_rows
 from larpo.config import LarPOConfig
+from larpo.data.collator import ListCollator
+from larpo.modeling.policy import Policy, attach
+from larpo.scoring import candidate_logps, tokenize_lists
 from larpo.trainer import LarPOTrainer
-
-from ..tasks import toy_lm
 
 # (logps [S], ref_logps [S] or None, num_tokens [S], relevance [S], list_sizes [L]) -> (mean loss over lists, scores [S])
 Loss = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -55,14 +61,12 @@ def train(
     All of them stay in the batches. Where no list has an order there is nothing to learn, and the model stays as it is.
     options: further keywords of the trainer.
     """
-    from transformers import PrinterCallback
-
     kept, tied, short = drop_uninformative(lists)
     counts = {"lists": len(lists), "tied": len(tied), "too short": len(short)}
     counts["empty completions"] = sum(not c.completion for one in lists for c in one.candidates)
     if not kept:
-        return counts  # nothing to learn from: the optimiser would divide noise by noise
-    with toy_lm.quiet(), tempfile.TemporaryDirectory() as folder:
+        return counts  # the optimiser would divide noise by noise
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         arguments = LarPOConfig(
             output_dir=folder,
             max_steps=steps,
@@ -84,12 +88,13 @@ def train(
     return counts
 
 
-def said(counts: Mapping[str, int]) -> str:
+def counted(trainings: Iterable[Mapping[str, int]]) -> str:
     """What `train` counted, summed over trainings, as a sentence.
 
-    >>> said({"lists": 40, "tied": 1, "too short": 0, "empty completions": 2})
+    >>> counted([{"lists": 40, "tied": 1, "too short": 0, "empty completions": 2}])
     'Of 40 lists trained on, 1 tied in all scores and 0 had no two candidates; 2 completions were empty. None was dropped.'
     """
+    counts = sum(map(Counter, trainings), Counter())
     return (
         f"Of {counts['lists']} lists trained on, {counts['tied']} tied in all scores and {counts['too short']} had no two "
         f"candidates; {counts['empty completions']} completions were empty. None was dropped."
@@ -99,11 +104,7 @@ def said(counts: Mapping[str, int]) -> str:
 @torch.no_grad()
 def logps_of(model, tokenizer, lists: Sequence[PromptList]) -> tuple[Tensor, Tensor]:
     """Log-likelihoods [S] and tokens [S] of all candidates, lists one after the other."""
-    from larpo.data.collator import ListCollator
-    from larpo.modeling.policy import Policy, attach
-    from larpo.scoring import candidate_logps, tokenize_lists
-
-    with toy_lm.quiet():
+    with quiet():
         tokens, _ = tokenize_lists(Dataset.from_list(to_rows(lists)), tokenizer)
     attach(model, Policy(model))
     found = candidate_logps(
@@ -111,3 +112,18 @@ def logps_of(model, tokenizer, lists: Sequence[PromptList]) -> tuple[Tensor, Ten
     )
     lengths = [len(ids) for row in tokens["completion_ids"] for ids in row]
     return torch.tensor([x for i in range(len(tokens)) for x in found[i]]), torch.tensor(lengths)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of data sets, as a recipe has its own, and without the warning of empty completions, which a
+    policy may sample: recipes count them."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*completions? empty", category=UserWarning)
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -8,12 +8,9 @@ They cannot pass but through the bay, so one of them has to let the other by.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import PreTrainedTokenizerFast
 
 from . import toy_lm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 CELLS = ("one", "two", "three", "four", "five", "bay")
 BAY, DOOR = 5, 2

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ..harness import report
 from . import toy_lm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # In gymnasium's order (left, down, right, up). Lengths differ on purpose: 1, 4, 3 and 2 words; 1, 5, 3 and 3 tokens.
 ACTIONS = ("retreat", "step carefully downwards now", "walk along right", "climb upwards")
@@ -61,14 +59,8 @@ def returns(episodes: Sequence[Sequence[float]], discount: float) -> list[np.nda
     >>> returns([[0.0, 0.0, 1.0]], 0.5)
     [array([0.25, 0.5 , 1.  ])]
     """
-    found = []
-    for rewards in episodes:
-        total, sums = 0.0, []
-        for reward in reversed(rewards):
-            total = reward + discount * total
-            sums.append(total)
-        found.append(np.array(sums[::-1]))
-    return found
+    sums = ([*accumulate(reversed(rewards), lambda total, reward: reward + discount * total)] for rewards in episodes)
+    return [np.array(one[::-1]) for one in sums]
 
 
 def _kind(row: int, column: int) -> str:

@@ -13,15 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from larpo.candidates import Candidate, PromptList
-from larpo.modeling.row_layouts import TokenizedCandidate
 
 from . import toy_lm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TOPICS = {
     "animals": ("dog", "cat", "cow", "owl", "yak", "emu"),
@@ -65,14 +62,8 @@ def said(prompt: str, draw: random.Random) -> str:
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 300) -> PreTrainedModel:
     """A tiny LM fitted to the speaker's text."""
     draw = random.Random(seed)
-    model = toy_lm.causal_lm(tokenizer, seed=seed)
     texts = [(prompt, said(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
-    spoken = [
-        TokenizedCandidate(toy_lm.prompt_ids(tokenizer, prompt), toy_lm.completion_ids(tokenizer, text, end=True))
-        for prompt, text in texts
-    ]
-    toy_lm.fit(model, spoken, steps=steps, seed=seed)
-    return model
+    return toy_lm.fitted(tokenizer, texts, seed=seed, steps=steps)
 
 
 def lists(tokenizer: PreTrainedTokenizerFast, n: int, m: int, *, seed: int) -> list[PromptList]:

@@ -15,15 +15,11 @@ are the speaker's own, so the worthy ones are as rare there as in first answers.
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
-from larpo.modeling.row_layouts import TokenizedCandidate
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from . import naming, toy_lm
 from .naming import MOST_WORDS, PROMPTS, TOPICS, WORDS, WORTH
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MARKS = BEST, GOOD, OFF, AGAIN, LONG = "best", "good", "off", "again", "long"
 UNSAID, NOTHING = "?", "nothing"  # no mark; no words
@@ -84,21 +80,10 @@ def _word(prompt: str, draw: random.Random) -> str:
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 600) -> PreTrainedModel:
     """A tiny LM fitted to what the speaker says first, and to what the speaker makes of feedback and of "?"."""
     draw = random.Random(seed)
-    model = toy_lm.causal_lm(tokenizer, seed=seed)
     texts = [(prompt, naming.said(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
     for prompt in PROMPTS:
         for i in range(1000):
             answer = naming.said(prompt, draw) if i % 2 else " ".join(draw.choices(WORDS, k=draw.randint(0, MOST_WORDS + 1)))
             blank = i % 3 == 0
             texts.append((ask(prompt, answer, blank=blank), rewritten(prompt, answer, draw, blank=blank)))
-    toy_lm.fit(
-        model,
-        [
-            TokenizedCandidate(toy_lm.prompt_ids(tokenizer, prompt), toy_lm.completion_ids(tokenizer, text, end=True))
-            for prompt, text in texts
-        ],
-        steps=steps,
-        learning_rate=6e-3,
-        seed=seed,
-    )
-    return model
+    return toy_lm.fitted(tokenizer, texts, seed=seed, steps=steps, learning_rate=6e-3)

@@ -8,17 +8,15 @@ likelihood that language models rank passages by.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from larpo.modeling import row_layouts
 
 from .questions import Question, exact_match
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Rows = dict[str, Any]
 

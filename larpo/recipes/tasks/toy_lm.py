@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from larpo.modeling import row_layouts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from larpo.modeling.policy import Policy, attach
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
@@ -25,7 +21,6 @@ def tokenizer(words: Iterable[str], endings: Iterable[str] = ()) -> PreTrainedTo
     ['<s>', 'go', 'down', '##wards']
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     tokens = [PAD, BEGIN, END, "<unk>", *dict.fromkeys(words), *(f"##{ending}" for ending in dict.fromkeys(endings))]
     pieces = Tokenizer(models.WordPiece(vocab={token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
@@ -47,10 +42,6 @@ def completion_ids(tokenizer: PreTrainedTokenizerFast, text: str, *, end: bool) 
 
 def causal_lm(tokenizer: PreTrainedTokenizerFast, *, seed: int, hidden_size: int = 48, layers: int = 2) -> PreTrainedModel:
     """A random Llama of this size, with the forward model(rows=batch) of `larpo.modeling.policy`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from larpo.modeling.policy import Policy, attach
-
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -68,43 +59,35 @@ def causal_lm(tokenizer: PreTrainedTokenizerFast, *, seed: int, hidden_size: int
     return attach(model, Policy(model))
 
 
-def fit(
-    model: PreTrainedModel,
-    candidates: Sequence[row_layouts.TokenizedCandidate],
+def fitted(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[tuple[str, str]],
     *,
+    seed: int,
     steps: int,
+    end: bool = True,
+    hidden_size: int = 48,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
-    seed: int,
-) -> float:
-    """Maximum likelihood of the completions behind their prompts, drawn with replacement; the last batch's loss, nats."""
+) -> PreTrainedModel:
+    """A tiny LM that has learned to say completions behind prompts: pairs of both, drawn with replacement.
+
+    end: whether a completion ends with </s>.
+    """
+    spoken = [
+        row_layouts.TokenizedCandidate(prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion, end=end))
+        for prompt, completion in texts
+    ]
+    model = causal_lm(tokenizer, seed=seed, hidden_size=hidden_size)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
     model.train()
     for _ in range(steps):
-        drawn = torch.randint(len(candidates), (batch_size,), generator=generator).tolist()
-        loss = -model(rows=row_layouts.padded_rows([candidates[i] for i in drawn], model.config.pad_token_id)).mean()
+        drawn = torch.randint(len(spoken), (batch_size,), generator=generator).tolist()
+        loss = -model(rows=row_layouts.padded_rows([spoken[i] for i in drawn], tokenizer.pad_token_id)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    model.eval()
-    return loss.item()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of data sets, since a recipe has one of its own, and no warning of empty completions: a policy may
-    sample them, and recipes count them."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*completions? empty", category=UserWarning)
-            yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    return model.eval()

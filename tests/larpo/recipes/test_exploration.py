@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+for package in ("transformers", "accelerate", "datasets"):
+    pytest.importorskip(package)
 from larpo.recipes.copo import PseudoCounts, bag_of_tokens, completions_of, copo
 from larpo.recipes.selm import selm
 
@@ -66,7 +68,9 @@ def test_copo_takes_off_bonus_times_log_likelihood_and_leaves_the_bonus_alone(ce
 
 
 def test_one_hot_features_count_exactly():
-    one_hot = lambda completions: torch.eye(4, dtype=torch.float64)[[int(c[0]) for c in completions]]  # noqa: E731
+    def one_hot(completions):
+        return torch.eye(4, dtype=torch.float64)[[int(c[0]) for c in completions]]
+
     counts = PseudoCounts(one_hot, ridge=0.5)
     counts.add([torch.tensor([0])] * 3 + [torch.tensor([1])])
     counts.add([torch.tensor([0])])

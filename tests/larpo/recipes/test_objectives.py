@@ -7,6 +7,9 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import larpo_kernels as lk
+
+for package in ("transformers", "accelerate", "datasets"):
+    pytest.importorskip(package)
 from larpo.recipes import objectives
 from larpo.recipes.harness import lists as lists_of
 

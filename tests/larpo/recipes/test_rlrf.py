@@ -1,6 +1,5 @@
 """RLRF: refinements as candidates with exact tokens, trained on behind the original prompt; feedback on the naming task."""
 
-import json
 import random
 from dataclasses import replace
 
@@ -18,14 +17,6 @@ from larpo.recipes.refinements import ORIGINAL, REFINEMENT, refine
 from larpo.recipes.tasks import naming, naming_feedback, toy_lm
 from larpo.sampling import Sampled, TransformersSampler
 from tests.helpers import tiny
-
-
-@pytest.fixture(autouse=True)
-def own_precision(monkeypatch):
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def ids(text):
@@ -90,9 +81,9 @@ def test_only_the_promising_are_refined_and_lists_without_candidates_stay():
 def test_a_score_or_a_source_that_is_there_stays_and_a_refinement_without_reward_is_last_and_counted():
     one = replace(answers("p", "a", "b"), candidates=(Candidate("a", 0.5, "iteration 1"), Candidate("b", -9.0, "iteration 2")))
     found = refine(Says("ax", "bb"), [one], ask, length, seed=0)
-    assert [(c.completion, c.score, c.source) for c in found.lists[0].candidates] == [
-        ("bb", 2, REFINEMENT), ("a", 0.5, "iteration 1"), ("b", -9, "iteration 2"), ("ax", None, REFINEMENT),
-    ]  # fmt: skip
+    first, last = ("bb", 2, REFINEMENT), ("ax", None, REFINEMENT)
+    order = [first, ("a", 0.5, "iteration 1"), ("b", -9, "iteration 2"), last]
+    assert [(c.completion, c.score, c.source) for c in found.lists[0].candidates] == order
     assert found.gains == [11]
     assert found.counts["unscored"] == 1
     assert all(c.completion_ids is None for c in found.lists[0].candidates)  # as their originals
@@ -122,9 +113,7 @@ def test_what_cannot_be_refined_is_refused():
         refine(Says(), lists, ask, length, k=0, seed=0)
     with pytest.raises(ValueError, match=r"got k=1 and promising=0"):
         refine(Says(), lists, ask, length, promising=0, seed=0)
-    with pytest.raises(
-        ValueError, match=r"candidate 1 of prompt 'p' has no score"
-    ):  # one of them has no reward to be promising by
+    with pytest.raises(ValueError, match=r"candidate 1 of prompt 'p' has no score"):  # no reward to be promising by
         refine(Says(), lists, ask, length, promising=1, seed=0)
 
 
@@ -271,7 +260,11 @@ def test_first_answers_are_measured_and_the_candidates_of_a_source_are_counted()
     best = PromptList("name animals", (Candidate("yak emu dog", 1.0), Candidate("red", 0.0)))
     taken = []
     options = dict(rounds=1, k=3, seed=0, prompts=["name animals"])
-    train = lambda lists, seed: taken.append(lists) or {"lists": 1}  # noqa: E731
+
+    def train(lists, seed):
+        taken.append(lists)
+        return {"lists": 1}
+
     found = online.explore(model, naming.tokenizer(), train, source=lambda *_: ([best], {"gain": 0.5}), **options)
     assert taken == [[best]]
     assert found["worthy"] == [1, 1]
@@ -281,18 +274,6 @@ def test_first_answers_are_measured_and_the_candidates_of_a_source_are_counted()
     assert {name: found[name] for name in ("reward", "distinct")} == {name: without[name] for name in ("reward", "distinct")}
 
 
-def test_recipe_runs_counts_refinements_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    whole = rlrf.run
-    monkeypatch.setattr(rlrf, "run", lambda seeds: whole(seeds, rounds=1, k=4, steps=1, fit_steps=5))
-    result = rlrf.main(["--seeds", "0", "--out", str(tmp_path)])
-    written = json.loads((tmp_path / "rlrf.json").read_text())
-    assert list(written["runs"]) == list(rlrf.ARMS)
-    assert (tmp_path / "rlrf.png").stat().st_size > 1000
-    assert "Of 60 refinements trained on, " in capsys.readouterr().out  # 3 arms, 10 prompts, 2 each
-    assert [row["gain of a refinement, last round"] == "" for row in result["table"]] == [True, False, False, False]
-
-
 def test_a_number_of_completions_that_has_no_half_is_refused():
     with pytest.raises(ValueError, match="k must be even and at least 2, got 3"):
-        rlrf.run([0], k=3)
+        rlrf.Rlrf(k=3)

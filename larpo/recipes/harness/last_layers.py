@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from larpo.modeling.policy import Policy, attach
 from larpo.modeling.row_layouts import backbone_inputs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Rows = dict[str, Any]
 
