@@ -74,9 +74,12 @@ def fitted(
 
     end: whether a completion ends with </s>.
     """
+    prompts, completions = zip(*texts, strict=True)
     spoken = [
-        row_layouts.TokenizedCandidate(prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion, end=end))
-        for prompt, completion in texts
+        row_layouts.TokenizedCandidate(prompt, completion + [tokenizer.eos_token_id] * end)
+        for prompt, completion in zip(
+            tokenizer(list(prompts)).input_ids, tokenizer(list(completions), add_special_tokens=False).input_ids, strict=True
+        )
     ]
     model = causal_lm(tokenizer, seed=seed, hidden_size=hidden_size)
     generator = torch.Generator().manual_seed(seed)
