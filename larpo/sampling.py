@@ -6,6 +6,7 @@ A `Sampler` is a callable; two are here, `TransformersSampler` and `VLLMSampler`
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,12 +212,14 @@ class TransformersSampler:
             inputs[row, width - len(one) :] = torch.tensor(one)
             mask[row, width - len(one) :] = 1
         model = self.model
+        inputs, mask = inputs.to(model.device), mask.to(model.device)
         at_strings = _StringEnds(self, width)
         ids_and_new = model.generate(
-            input_ids=inputs.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=inputs,
+            attention_mask=mask,
             generation_config=model.generation_config,  # given, or old settings in model.config would be an error
             stopping_criteria=[at_strings] if self.ending.strings else None,
+            **prompts_once(model, ids, inputs, mask),
         )
         return [(new, at_strings.ends.get(row)) for row, new in enumerate(ids_and_new[:, width:].tolist())]
 
@@ -231,6 +234,32 @@ class TransformersSampler:
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def prompts_once(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], inputs: Any, mask: Any) -> dict[str, Any]:
+    """Arguments for `generate` by which a prompt that stands in several rows is computed once: a cache of all its tokens but
+    the last, copied to each of these rows. None where no prompt does, or the model's cache is of another kind.
+
+    inputs, mask: [rows, width], padded on the left.
+    """
+    import torch
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
+    rows, width = sorted(first.values()), inputs.shape[1] - 1
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    takes, cache = inspect.signature(base.forward).parameters, DynamicCache(config=model.config)
+    whole = "past_key_values" in takes and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if len(rows) == len(prompts) or width == 0 or not whole:
+        return {}
+    known = mask[rows, :-1]
+    own = {"position_ids": (known.cumsum(-1) - 1).clamp(min=0), "logits_to_keep": 1}
+    own = {name: value for name, value in own.items() if name in takes}
+    model(input_ids=inputs[rows, :-1], attention_mask=known, past_key_values=cache, use_cache=True, **own)
+    if cache.get_seq_length() != width:
+        return {}
+    cache.batch_select_indices(torch.tensor([rows.index(first[prompt]) for prompt in prompts], device=inputs.device))
+    return {"past_key_values": cache}
 
 
 class _StringEnds:

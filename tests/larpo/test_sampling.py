@@ -249,6 +249,30 @@ def test_top_k_and_top_p_cut_off_what_is_unlikely():
         assert {completion.token_ids[0] for completion in one} == set(likely[: cut.get("top_k", 1)])
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_prompt_of_several_completions_is_computed_once_and_gives_the_same_ones(monkeypatch, adapter):
+    model, tokens = tiny_model(spread=0.3), []
+    model.model.register_forward_pre_hook(lambda _, args, given: tokens.append(given["input_ids"].numel()), with_kwargs=True)
+    if adapter:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    shared = sampler(1, model)(PROMPTS, 5, 1.0, seed=0)
+    assert tokens == [4 * 3, 4 * 5]  # four prompts padded to four tokens, without their last; then that one in every row
+    tokens.clear()
+    monkeypatch.setattr("larpo.sampling.prompts_once", lambda *arguments: {})
+    assert sampler(1, model)(PROMPTS, 5, 1.0, seed=0) == shared and tokens == [4 * 4 * 5]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "mamba"])
+def test_models_with_other_caches_or_positions_give_the_same_completions_from_prompts_computed_once(monkeypatch, model_type):
+    from tests.helpers import tiny
+
+    model = tiny.causal_lm(model_type, spread=2.0, **({"sliding_window": 3} if model_type == "mistral" else {}))
+    shared = sampler(4, model)(PROMPTS, 3, 1.0, seed=0)
+    monkeypatch.setattr("larpo.sampling.prompts_once", lambda *arguments: {})
+    assert sampler(4, model)(PROMPTS, 3, 1.0, seed=0) == shared
+
+
 # --- what sampling leaves untouched
 
 
