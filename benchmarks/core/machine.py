@@ -31,7 +31,10 @@ def cpu() -> dict:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    field = lambda name: (re.search(rf"^{name}\s*:\s*(.+)$", text, re.M) or [None, ""])[1]  # noqa: E731
+
+    def field(name: str) -> str:
+        return (re.search(rf"^{name}\s*:\s*(.+)$", text, re.M) or [None, ""])[1]
+
     flags = set((field("flags") or field("Features")).split())
     return {
         "model": field("model name") or platform.processor() or platform.machine(),

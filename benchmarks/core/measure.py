@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -111,7 +112,8 @@ def measure(
         _peaks(entries, problem, settings, progress)
     for entry in entries:
         entry.provider.finish(entry.problem)
-    torch._dynamo.reset()  # the next problem has other shapes
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()  # the next problem has other shapes
     return {**problem.describe(), "rows": [entry.row for entry in entries]}
 
 
@@ -236,7 +238,7 @@ def _check(entries: list[Entry], settings: Settings, progress) -> None:
         if settings.late and _importance(entry) > 2:
             entry.row.update(status="not run", message=LATE)
             continue
-        allowed = entry.truth.limits(eager, entry.provider.computes)
+        allowed = entry.truth.limits(eager, entry.provider.computes, rounds_tokens=entry.provider.rounds_tokens)
         entry.check(allowed if entry.provider.name != "eager" else dict.fromkeys(allowed, math.inf))
         if entry.provider.name == "eager":
             eager = {name: error for name, error in entry.row["errors"].items() if error is not None}

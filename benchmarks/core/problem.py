@@ -26,6 +26,18 @@ MODES = {
     "pairs": "a training step on lists of two candidates",
     "lists": "a training step on longer lists",
 }
+WANTED = {  # mode -> inputs that want a gradient
+    "train": ("logits",),
+    "trainable": ("hidden", "weight"),
+    "frozen": ("hidden",),
+    "score": (),
+}
+SCHEDULES = {  # of our head -> mode, GEMMs of tokens x hidden x vocabulary
+    "score_only": ("score", 1),
+    "frozen_head": ("frozen", 2),
+    "list_hold": ("trainable", 3),
+    "recompute": ("trainable", 4),
+}
 
 
 class _Catch(torch.autograd.Function):
@@ -86,9 +98,8 @@ class Problem:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The inputs that want a gradient in this mode."""
-        modes = {"train": ("logits",), "trainable": ("hidden", "weight"), "frozen": ("hidden",), "score": ()}
-        return modes[self.mode]
+        """The inputs that want a gradient."""
+        return WANTED[self.mode]
 
     def fresh(self, *, copy: bool = False) -> Problem:
         """The same numbers, wanting gradients anew; copy=True for a provider that overwrites its input."""

@@ -87,8 +87,19 @@ class Truth:
             found[f"d_{name}"] = float("nan") if gradient is None else compare(name, computes, gradient.detach())
         return found
 
-    def limits(self, eager: dict[str, float], computes: str) -> dict[str, float]:
-        return limits(eager, self, computes)
+    def limits(self, eager: dict[str, float], computes: str, *, rounds_tokens: bool = False) -> dict[str, float]:
+        """Errors above which a provider is wrong, not merely rounded: four times eager's in the same dtype, and an epsilon.
+
+        rounds_tokens: for one that returns its log-probs of tokens in the dtype of the inputs. That costs half a unit in the
+        last place of each, which adds up over a candidate as errors do that do not know of each other.
+        """
+        eps = torch.finfo(self.problem.dtype).eps
+        logps = 4 * eager.get("logps", 0.0) + 1e-6 * float(self.logps.square().mean().sqrt())
+        if rounds_tokens:
+            logps += eps / 2 * float(self.token_logps.square().sum(-1).mean().sqrt())
+        loss = {"sum of logps": len(self.logps) * logps}.get(computes, 2 * BETA * logps + 1e-6)
+        gradients = {name: 4 * eager.get(name, 0.0) + max(eps, 1e-5) for name in ("d_logits", "d_hidden", "d_weight")}
+        return {"logps": logps, "loss": loss, **gradients}
 
     def _logits_error(self, name, computes, gradient) -> float:
         """Rows in blocks, the true gradient formed anew for each; ignored rows must be exactly zero."""
@@ -172,20 +183,3 @@ def _dlogits(z, lse, labels, upstream):
     g = z.sub_(lse[:, None]).exp_().neg_()
     g[torch.arange(len(g), device=g.device), labels] += 1
     return g.mul_(upstream[:, None])
-
-
-def limits(eager: dict[str, float], truth: Truth, computes: str) -> dict[str, float]:
-    """Errors above which a provider is wrong, not merely rounded: four times eager's and what the dtype loses.
-
-    This lets through a provider that rounds its log-probs to bfloat16, and none that forgets a term.
-    """
-    eps = torch.finfo(truth.problem.dtype).eps
-    size = float(truth.logps.square().mean().sqrt())
-    logps = 4 * eager.get("logps", 0.0) + max(eps, 1e-6) * size
-    loss = {"sum of logps": len(truth.logps) * logps}.get(computes, 2 * BETA * logps + 1e-6)
-    gradients = ("d_logits", "d_hidden", "d_weight")
-    return {
-        "logps": logps,
-        "loss": loss,
-        **{name: 4 * eager.get(name, 0.0) + max(8 * eps, 1e-5) for name in gradients},
-    }

@@ -5,74 +5,87 @@ A CPU without native bfloat16 multiplies faster in float32: both are measured, t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from benchmarks.core.problem import IGNORE, Problem
 from benchmarks.providers.registry import Output, provider
 from larpo_kernels.linear.schedules import tile_shape
 
 
-def _scored_only(dtype):
+def _scored_only(dtype: torch.dtype | None) -> Callable[[Problem], Problem]:
     """The scored tokens as one candidate, operands in `dtype` (None: as they are)."""
 
     def prepare(problem: Problem) -> Problem:
         keep = problem.labels != IGNORE
-        cast = lambda x: x.to(dtype or x.dtype)  # noqa: E731
-        return replace(
-            problem,
-            labels=problem.labels[keep][None],
-            hidden=cast(problem.hidden[keep])[None],
-            weight=cast(problem.weight),
-        )
+        hidden, weight = problem.hidden[keep][None], problem.weight
+        if dtype is not None:
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        return replace(problem, labels=problem.labels[keep][None], hidden=hidden, weight=weight)
 
     return prepare
 
 
-def _gemms(count: int, with_weight: bool):
-    """1: logits. 2: and d hidden. 3: and d weight, or the logits again. 4: all of them. On our own tiles."""
-    logits_products = count - 1 - with_weight if count > 1 else 1
+def products(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The products of the head, each as one GEMM."""
+    tile = weight.new_empty(len(weight), len(hidden)).normal_()
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    return {
+        "logits": lambda: torch.mm(weight, hidden.t(), out=tile),
+        "d hidden": lambda: torch.mm(tile.t(), weight, out=d_hidden),
+        "d weight": lambda: torch.mm(tile, hidden, out=d_weight),
+    }
+
+
+def _tiled(logits_products: int, d_hidden: bool, d_weight: bool, **use: bool):
+    """The products on the tiles of the schedule that has as many; use: what `tile_shape` knows of that schedule."""
 
     def forward(problem: Problem) -> Output:
-        hidden, weight = problem.hidden[0].detach(), problem.weight.detach()  # [N, H], [V, H]
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.empty_like(weight) if with_weight else None
-        tokens, rows = tile_shape(*hidden.shape, len(weight), hidden.dtype, hidden.device)
-        scratch = hidden.new_empty(min(rows, len(weight)), min(tokens, len(hidden)))
-        for t in range(0, len(hidden), tokens):
-            h, d_h = hidden[t : t + tokens], d_hidden[t : t + tokens]
-            for a in range(0, len(weight), rows):
-                w = weight[a : a + rows]
-                tile = scratch[: len(w), : len(h)]
+        h, w = problem.hidden[0].detach(), problem.weight.detach()  # [N, H], [V, H]
+        of_hidden, of_weight = torch.zeros_like(h), torch.empty_like(w)
+        tokens, rows = tile_shape(*h.shape, len(w), h.dtype, h.device, casts=h.dtype != w.dtype, **use)
+        scratch = h.new_empty(min(rows, len(w)), min(tokens, len(h)))
+        for t in range(0, len(h), tokens):
+            block = h[t : t + tokens]
+            for a in range(0, len(w), rows):
+                slab = w[a : a + rows]
+                tile = scratch[: len(slab), : len(block)]
                 for _ in range(logits_products):
-                    torch.mm(w, h.T, out=tile)
-                if count > 1:
-                    d_h.addmm_(tile.T, w)
-                if d_weight is not None:
-                    torch.addmm(d_weight[a : a + rows], tile, h, beta=int(t > 0), out=d_weight[a : a + rows])
+                    torch.mm(slab, block.T, out=tile)
+                if d_hidden:
+                    of_hidden[t : t + tokens].addmm_(tile.T, slab)
+                if d_weight:
+                    torch.addmm(of_weight[a : a + rows], tile, block, beta=int(t > 0), out=of_weight[a : a + rows])
         return Output(None)
 
     return forward
 
 
-for _mode, _counts in {"score": (1,), "frozen": (2, 3), "trainable": (3, 4)}.items():
-    for _count in _counts:
-        _run = _gemms(_count, _mode == "trainable")
-        _options = {"modes": (_mode,), "gemms": {_mode: _count}, "floor": True}
-        provider(f"{_count} GEMMs only", "linear", prepare=_scored_only(None), **_options)(_run)
-        provider(
-            f"{_count} GEMMs only, float32",
-            "linear",
-            prepare=_scored_only(torch.float32),
-            devices=("cpu",),
-            dtypes=(torch.bfloat16, torch.float16),
-            **_options,
-        )(_run)
+FLOORS = {  # (mode, GEMMs): on the tiles of score_only, frozen_head, recompute with a frozen head, list_hold, recompute
+    ("score", 1): _tiled(1, False, False),
+    ("frozen", 2): _tiled(1, True, False, one_pass=True),
+    ("frozen", 3): _tiled(2, True, False),
+    ("trainable", 3): _tiled(1, True, True, in_place=True),
+    ("trainable", 4): _tiled(2, True, True),
+}
+for (_mode, _count), _run in FLOORS.items():
+    _options = {"modes": (_mode,), "gemms": {_mode: _count}, "floor": True}
+    provider(f"{_count} GEMMs only", "linear", prepare=_scored_only(None), **_options)(_run)
+    provider(
+        f"{_count} GEMMs only, float32",
+        "linear",
+        prepare=_scored_only(torch.float32),
+        devices=("cpu",),
+        dtypes=(torch.bfloat16, torch.float16),
+        **_options,
+    )(_run)
 
 
 @provider("moving the same bytes", "logits", floor=True, overwrites_input=True)
-def copy(problem):
+def copy(problem: Problem) -> Output:
     """As many bytes as one read of the logits (score) or two reads and one write (train)."""
     rows = problem.rows.detach()
     half = len(rows) // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import larpo_kernels as lk
-from benchmarks.core.problem import BETA, OBJECTIVE, Problem
+from benchmarks.core.problem import BETA, OBJECTIVE, SCHEDULES, Problem
 from benchmarks.providers.registry import Output, provider
 
 
@@ -48,49 +48,24 @@ def _ours_from_hidden(schedule: str, backend: str, tail_threshold: float | None 
     return forward
 
 
-SCHEDULE_GEMMS = {  # schedule -> mode -> GEMMs
-    "score_only": {"score": 1},
-    "frozen_head": {"frozen": 2},
-    "list_hold": {"trainable": 3},
-    "recompute": {"trainable": 4},
-}
-
+TAIL = 2**-12
 for _backend, _devices in (("torch", ("cpu", "cuda")), ("triton", ("cuda",))):
-    _needs = "triton" if _backend == "triton" else None
-    provider(f"ours ({_backend})", "logits", devices=_devices, needs=_needs)(_ours_from_logits(_backend, False))
-    provider(
-        f"ours ({_backend}), in place",
-        "logits",
-        devices=_devices,
-        needs=_needs,
-        modes=("train",),
-        overwrites_input=True,
-    )(_ours_from_logits(_backend, True))
-    for _schedule, _gemms in SCHEDULE_GEMMS.items():
+    _where = {"devices": _devices, "needs": "triton" if _backend == "triton" else None}
+    provider(f"ours ({_backend})", "logits", **_where)(_ours_from_logits(_backend, False))
+    provider(f"ours ({_backend}), in place", "logits", modes=("train",), overwrites_input=True, **_where)(
+        _ours_from_logits(_backend, True)
+    )
+    for _schedule, (_mode, _gemms) in SCHEDULES.items():
+        provider(f"ours {_schedule} ({_backend})", "linear", modes=(_mode,), gemms={_mode: _gemms}, **_where)(
+            _ours_from_hidden(_schedule, _backend)
+        )
+    # what is called where nobody names a schedule
+    provider(f"ours auto ({_backend})", "linear", modes=("trainable",), gemms={"trainable": 3}, small=True, **_where)(
+        _ours_from_hidden("auto", _backend)
+    )
+    for _schedule in ("frozen_head", "list_hold"):
+        _mode, _gemms = SCHEDULES[_schedule]  # GEMMs that an exact gradient takes
+        _tail = {"merges": 0.03}  # ten times the error that SmolLM2 has
         provider(
-            f"ours {_schedule} ({_backend})",
-            "linear",
-            devices=_devices,
-            needs=_needs,
-            modes=tuple(_gemms),
-            gemms=_gemms,
-        )(_ours_from_hidden(_schedule, _backend))
-    provider(  # what is called where nobody names a schedule
-        f"ours auto ({_backend})",
-        "linear",
-        devices=_devices,
-        needs=_needs,
-        modes=("trainable",),
-        gemms={"trainable": 3},
-        small=True,
-    )(_ours_from_hidden("auto", _backend))
-    for _schedule, _mode in (("frozen_head", "frozen"), ("list_hold", "trainable")):
-        provider(
-            f"ours {_schedule}, tail 2^-12 ({_backend})",
-            "linear",
-            devices=_devices,
-            needs=_needs,
-            modes=(_mode,),
-            gemms={_mode: SCHEDULE_GEMMS[_schedule][_mode]},  # that an exact gradient takes
-            merges=0.03,  # ten times what SmolLM2 has
-        )(_ours_from_hidden(_schedule, _backend, 2**-12))
+            f"ours {_schedule}, tail 2^-12 ({_backend})", "linear", modes=(_mode,), gemms={_mode: _gemms}, **_tail, **_where
+        )(_ours_from_hidden(_schedule, _backend, TAIL))

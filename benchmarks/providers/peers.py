@@ -27,6 +27,7 @@ CHUNK_GRADIENT_GEMMS = {"frozen": 2, "trainable": 3}  # gradient formed chunk by
     computes="token logps",
     modes=("train",),
     overwrites_input=True,
+    rounds_tokens=True,
 )
 def liger_cross_entropy(problem):
     from liger_kernel.transformers.functional import liger_cross_entropy as loss
@@ -86,9 +87,10 @@ def trl_fused_head(problem):
     from trl.kernels import ChunkedLogProbFunction
 
     note = _import_what_trl_needs_for_backward()
-    call = lambda h, y: ChunkedLogProbFunction.apply(  # noqa: E731
-        h, problem.weight, None, y, 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ()
-    )[0]
+
+    def call(hidden, labels):
+        return ChunkedLogProbFunction.apply(hidden, problem.weight, None, labels, 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ())[0]
+
     if problem.device.type == "cuda":
         hidden, labels, back = scored(problem)
         return list_loss(back(call(hidden, labels)), problem)._replace(note=note)

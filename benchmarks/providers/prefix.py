@@ -89,10 +89,9 @@ class ModelStep:
         torch.manual_seed(seed)
         with torch.device(device):  # numbers are drawn where they are used: a CPU takes many seconds
             model = LlamaForCausalLM(config).to(dtype).eval()
-        draw = torch.Generator().manual_seed(seed)
-        tokens = lambda n: torch.randint(config.vocab_size, (n,), generator=draw).tolist()  # noqa: E731
-        prompt = tokens(shape.prompt)
-        candidates = [TokenizedCandidate(prompt, tokens(shape.completion)) for _ in range(shape.m)]
+        draw, lengths = torch.Generator().manual_seed(seed), [shape.prompt, *[shape.completion] * shape.m]
+        prompt, *completions = (torch.randint(config.vocab_size, (n,), generator=draw).tolist() for n in lengths)
+        candidates = [TokenizedCandidate(prompt, completion) for completion in completions]
         return cls(case, seed, dtype, torch.device(device), model, candidates)
 
     def logps(self) -> torch.Tensor:
@@ -170,7 +169,7 @@ class SeparateRows:
         right = sum(g.double().square().sum() for g in self.gradients.values())
         return {"logps": float((logps - self.logps).abs().max()), "d_weights": float((wrong / right).sqrt())}
 
-    def limits(self, eager: dict[str, float], computes: str) -> dict[str, float]:
+    def limits(self, eager: dict[str, float], computes: str, **rounding) -> dict[str, float]:
         tokens, dtype = Shape.named(self.problem.case).completion, self.problem.dtype
         return {"logps": TOLERANCE[dtype] * tokens**0.5, "d_weights": GRADIENT_TOLERANCE[dtype]}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -26,10 +28,6 @@ def cross_entropy_logps(logits, labels):
 FORMULATIONS = {"log_softmax": log_softmax_logps, "cross_entropy": cross_entropy_logps}
 
 
-def from_hidden(formulation):
-    return lambda hidden, weight, labels: formulation(F.linear(hidden, weight), labels)
-
-
 @provider("eager", "logits")
 def eager_from_logits(problem):
     return list_loss(log_softmax_logps(problem.rows, problem.labels.flatten()), problem)
@@ -37,40 +35,47 @@ def eager_from_logits(problem):
 
 @provider("eager", "linear", gemms=PLAIN_GEMMS)
 def eager_from_hidden(problem):
-    token_logps = from_hidden(log_softmax_logps)(problem.rows, problem.weight, problem.labels.flatten())
-    return list_loss(token_logps, problem)
+    logits = F.linear(problem.rows, problem.weight)
+    return list_loss(log_softmax_logps(logits, problem.labels.flatten()), problem)
 
 
-def _compiled_from_logits(formulation):
-    compiled = torch.compile(formulation, dynamic=False)
-    return lambda problem: list_loss(compiled(problem.rows, problem.labels.flatten()), problem)
+@cache
+def _compiled(formulation: str, head: bool):
+    """Made when it is first called: torch.compile takes seconds to import, which every process that measures would wait for."""
+    logps = FORMULATIONS[formulation]
+    return torch.compile((lambda x, w, labels: logps(F.linear(x, w), labels)) if head else logps, dynamic=False)
 
 
-def _compiled_from_hidden(formulation):
-    compiled = torch.compile(from_hidden(formulation), dynamic=False)
-    return lambda problem: list_loss(compiled(problem.rows, problem.weight, problem.labels.flatten()), problem)
+def _compiled_from_logits(formulation: str):
+    return lambda problem: list_loss(_compiled(formulation, False)(problem.rows, problem.labels.flatten()), problem)
 
 
-def _compiled_scored_only(formulation):
-    compiled = torch.compile(from_hidden(formulation), dynamic=False)
-
+def _compiled_from_hidden(formulation: str):
     def forward(problem):
-        hidden, labels, back = scored(problem)
-        return list_loss(back(compiled(hidden, problem.weight, labels)), problem)
+        token_logps = _compiled(formulation, True)(problem.rows, problem.weight, problem.labels.flatten())
+        return list_loss(token_logps, problem)
 
     return forward
 
 
-_compiled = {"group": "torch.compile", "leaves_memory": True}
-for _name, _formulation in FORMULATIONS.items():
-    provider(f"torch.compile {_name}", "logits", **_compiled)(_compiled_from_logits(_formulation))
-    provider(f"torch.compile {_name}", "linear", gemms=PLAIN_GEMMS, **_compiled)(_compiled_from_hidden(_formulation))
-provider("torch.compile cross_entropy, scored tokens only", "linear", gemms=PLAIN_GEMMS, **_compiled)(
-    _compiled_scored_only(cross_entropy_logps)
+def _compiled_scored_only(formulation: str):
+    def forward(problem):
+        hidden, labels, back = scored(problem)
+        return list_loss(back(_compiled(formulation, True)(hidden, problem.weight, labels)), problem)
+
+    return forward
+
+
+_options = {"group": "torch.compile", "leaves_memory": True}
+for _name in FORMULATIONS:
+    provider(f"torch.compile {_name}", "logits", **_options)(_compiled_from_logits(_name))
+    provider(f"torch.compile {_name}", "linear", gemms=PLAIN_GEMMS, **_options)(_compiled_from_hidden(_name))
+provider("torch.compile cross_entropy, scored tokens only", "linear", gemms=PLAIN_GEMMS, **_options)(
+    _compiled_scored_only("cross_entropy")
 )
 
 
-@provider("log_softmax a row", "logits")
+@provider("log_softmax a row", "logits", rounds_tokens=True)
 def row_by_row(problem):
     """As trainers do to save memory: a candidate at a time, in the dtype of the logits."""
     keep = problem.labels != IGNORE
@@ -85,6 +90,7 @@ def row_by_row(problem):
     computes="token logps",
     gemms={"score": 1, "frozen": 3, "trainable": 4},
     needs="torch.nn.modules.linear_cross_entropy",
+    rounds_tokens=True,
 )
 def torch_linear_cross_entropy(problem):
     """PyTorch's own chunked head (2.13 and later): reduction="none" forms the logits again in backward."""

@@ -43,6 +43,7 @@ class Provider:
     floor: bool = False  # no provider, but what the machine could do at best
     small: bool = False  # measured in the suite of small calls only
     pairs_only: bool = False
+    rounds_tokens: bool = False  # returns log-probs of tokens in the dtype of the inputs
     merges: float = 0.0  # the error of gradients that is asked for, beside rounding
     prepare: Callable[[Problem], Problem] = lambda problem: problem  # once, before all measuring
     finish: Callable[[Problem], None] = lambda problem: None  # once, after it

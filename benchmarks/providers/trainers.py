@@ -239,7 +239,7 @@ class InFloat64:
         true = F.softplus(others - best) if computes == "DPO pairs" else self.scores.logsumexp(-1, keepdim=True) - best
         return {"loss": float((value - true.mean()).abs()), "logps": float((logps - self.logps).abs().max())}
 
-    def limits(self, eager: dict[str, float], computes: str) -> dict[str, float]:
+    def limits(self, eager: dict[str, float], computes: str, **rounding) -> dict[str, float]:
         return {name: limit * torch.finfo(self.problem.dtype).eps for name, limit in LIMITS.items()}
 
 
@@ -305,8 +305,7 @@ def _mean_over_pairs(step: TrainerStep) -> Output:
 _step = {"leaves_memory": True, "finish": TrainerStep.finish}
 _pairs = {"computes": "DPO pairs", **_step}
 provider("ours (LarPOTrainer)", "trainer", prepare=_larpo(objective="lambdarank"), **_pairs)(_mean_over_pairs)
-provider(
-    "ours (LarPOTrainer, share_prefix)", "trainer", prepare=_larpo(objective="lambdarank", share_prefix=True), **_pairs
-)(_mean_over_pairs)  # fmt: skip
+_shared = _larpo(objective="lambdarank", share_prefix=True)
+provider("ours (LarPOTrainer, share_prefix)", "trainer", prepare=_shared, **_pairs)(_mean_over_pairs)
 provider("ours (LarPOTrainer, contrastive)", "trainer", modes=("lists",), prepare=_larpo(), **_step)(_one_step)
 provider("trl DPOTrainer", "trainer", needs="trl", prepare=_trl, **_pairs)(_one_step)

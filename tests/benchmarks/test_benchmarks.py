@@ -15,7 +15,7 @@ pytest.importorskip("typer")
 from benchmarks import report
 from benchmarks.core import measure, suites
 from benchmarks.core.problem import BETA, IGNORE, OBJECTIVE, Problem
-from benchmarks.core.truth import Truth, limits
+from benchmarks.core.truth import Truth
 from benchmarks.providers import pytorch, registry
 from benchmarks.providers.prefix import Shape
 from benchmarks.providers.registry import Output, Provider
@@ -196,7 +196,7 @@ def test_gradients_compared_on_samples_see_the_same_error(monkeypatch):
 
 def test_the_limits_follow_the_dtype():
     loose, tight = (
-        limits({}, Truth(problem("logits", "train", dtype)), "list loss")["d_logits"]
+        Truth(problem("logits", "train", dtype)).limits({}, "list loss")["d_logits"]
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert tight < 1e-4 < loose < 0.1
@@ -465,3 +465,29 @@ def test_a_slow_first_run_with_its_imports_is_no_sample_and_one_run_says_so():
     (only,) = measure.measure(p, [replace(eager, forward=forward)], Truth(p), replace(SETTINGS, guard_s=0.1))["rows"]
     assert len(runs) == 2 and len(only["seconds"]) == 1 and 0.2 <= only["seconds"][0] < 1
     assert "(1 run)" in report.markdown_table(made_table(only))
+
+
+def test_log_probs_of_tokens_that_were_rounded_are_wrong_unless_that_is_said():
+    given = problem("logits", "train", torch.bfloat16)
+    forward = _eager_variant(lambda logps, p: logps.bfloat16().float())
+    found = [Provider(name, "logits", forward, ("train",), rounds_tokens=name == "said") for name in ("said", "unsaid")]
+    rows = measure.measure(given, found, Truth(given), SETTINGS)["rows"]
+    assert [row["status"] for row in rows] == ["ok", "WRONG"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "count", "use"),
+    [("score", 1, {}), ("frozen", 2, {"one_pass": True}), ("trainable", 3, {"in_place": True}), ("trainable", 4, {})],
+)
+def test_a_floor_walks_the_tiles_of_its_schedule(monkeypatch, mode, count, use):
+    asked = []
+
+    def tile_shape(tokens, width, vocabulary, dtype, device, *, casts, **use):
+        asked.append((casts, use))
+        return 7, 8
+
+    monkeypatch.setattr("benchmarks.providers.floors.tile_shape", tile_shape)
+    given = problem("linear", mode)
+    (floor,) = registry.select("linear", mode, [f"{count} GEMMs only"])
+    measure.run_once(floor, floor.prepare(given))
+    assert asked == [(False, use)]
