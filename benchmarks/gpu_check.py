@@ -22,11 +22,10 @@ if __package__ in (None, ""):  # run as a file
 
 from benchmarks.gpu import BEGIN, device, plan
 from benchmarks.gpu.steps import ROOT, run, wait_to_go, write_rows
-from benchmarks.reporting.by_shape import by_shape
-from benchmarks.reporting.tables import aligned, cells, shown
+from benchmarks.reporting.gpu_run import draw, drawn, merged, summary
+from benchmarks.reporting.tables import aligned
 
 NO_GPU = "gpu_check needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
-MOST_CHARACTERS = 9_500  # of what is printed last: some terminals keep no more
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -47,181 +46,6 @@ def record(results, folder: Path, header: dict, say=print) -> list[dict]:
 
 def _write(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def merged(done: list[dict]) -> list[dict]:
-    """One table a case, side and mode, of the rows that several steps measured."""
-    found = {}
-    for table in (row["table"] for result in done for row in result["rows"] if "table" in row):
-        key = tuple(table[name] for name in ("case", "side", "mode", "dtype"))
-        if key in found:
-            known = {row["provider"] for row in found[key]["rows"]}
-            rows = [*found[key]["rows"], *(row for row in table["rows"] if row["provider"] not in known)]
-            found[key] = {**found[key], "rows": rows}
-        else:
-            found[key] = table
-    return list(found.values())
-
-
-def summary(done: list[dict], most: int = MOST_CHARACTERS) -> str:
-    """Tables of what was measured, the most important ones and a line for each step last; cut at the top if too long."""
-    found = {result["step"]: [row for row in result["rows"] if row.get("ok", True)] for result in done}
-    drawn = [_drawn(table, rows) for step, table in TABLES.items() if (rows := found.get(step))]
-    if tables := merged(done):
-        drawn.append(_drawn(_cases, tables))
-    text = "\n\n".join([*drawn, _steps(done)])
-    return text if len(text) <= most else f"...{text[-most:]}"
-
-
-def _drawn(table, rows: list[dict]) -> str:
-    try:
-        return table(rows)
-    except Exception as error:  # minutes of a GPU lie behind the other tables
-        return f"{table.__name__.strip('_')}: could not be drawn, {type(error).__name__}: {error}"
-
-
-def _steps(done: list[dict]) -> str:
-    """Steps that are fine and were made for others alone are left out."""
-    shown = [r for r in done if r["status"] != "ok" or not r["step"].startswith("ahead")]
-    table = aligned([["step", "status", "time"], *([r["step"], r["status"], f"{r['seconds']:.0f} s"] for r in shown)])
-    said = ["", *map(_says, shown)]
-    return "\n".join(f"{line}  {text}".rstrip() for line, text in zip(table.splitlines(), said, strict=True))
-
-
-def _says(result: dict) -> str:
-    rows, said = result["rows"], [result["message"][:120]] if result["message"] else []
-    checks = [row for row in rows if "ok" in row]
-    if result["step"] == "tests" and rows:
-        said.append(", ".join(f"{rows[-1][what]} {what}" for what in ("passed", "skipped", "failed") if what in rows[-1]))
-    elif result["step"] == "tune" and rows:
-        said.append("; ".join(", ".join(f"{name} {value}" for name, value in row["chosen"].items()) for row in rows))
-    elif tables := [row["table"] for row in rows if "table" in row]:
-        said += [f"{r['provider']}: {r['status']} {r['message'][:120]}" for t in tables for r in t["rows"] if _worth_saying(r)]
-        said.append(f"{len(tables)} tables")
-    elif checks:
-        said.append(f"{sum(row['ok'] for row in checks)} of {len(checks)} checks")
-    elif rows:
-        said.append(f"{len(rows)} measured")
-    return "; ".join(said)
-
-
-def _worth_saying(row: dict) -> bool:
-    return bool(row["message"]) and (row["status"] != "not run" or "not installed" in row["message"])
-
-
-def _cases(tables: list[dict]) -> str:
-    """A line a provider, the fastest first."""
-    names = ["time", "eager = 1", "of GEMMs", "peak", "logps", "gradient"]
-    found, prefixes = [], [table for table in tables if table["side"] == "prefix"]
-    for table in (table for table in tables if table["side"] != "prefix"):
-        found.append([f"{table['side']}, {table['mode']}: {table['case']}", *[""] * len(names)])
-        for row in (row for row in shown(table) if row["status"] != "not run"):
-            text = cells(table, row)
-            worst = max((e for name, e in row["errors"].items() if name.startswith("d_") and e is not None), default=None)
-            line = [text["time"], text["time, eager = 1"], text["GEMMs alone / time"], text["peak"], text["logps"]]
-            found.append([f"  {text['provider']}"[:44], *line, "" if worst is None else f"{worst:.1e}"])
-    drawn = [aligned([["case and provider", *names], *found])] if found else []
-    if prefixes:
-        drawn.insert(0, "A prompt run once\n" + aligned(by_shape(prefixes)))
-    return "\n\n".join(drawn)
-
-
-def _profile(rows: list[dict]) -> str:
-    found = [(r["what"], k) for r in rows for k in r["kernels"][:5]]
-    lines = [[f"{what}: {k['kernel'][:44]}", f"{k['ms']:.2f} ms", f"{k['launches']} x"] for what, k in found]
-    return "Where the time goes\n" + aligned([["kernel", "time", "launches"], *lines])
-
-
-def _head(rows: list[dict]) -> str:
-    names = ["ms", "TFLOP/s", "GEMMs TFLOP/s", "time / GEMMs alone", "host ms", "peak GB"]
-    lines = [
-        [
-            f"{_head_name(r)}, {r['launch']}",
-            f"{r['seconds'] * 1e3:.2f}",
-            _short(r["TFLOP/s"]),
-            _short(r["GEMMs TFLOP/s"]),
-            f"{r['time / GEMMs alone']:.3f}",
-            f"{r['on the host'] * 1e3:.2f}",
-            f"{r['peak bytes'] / 1e9:.2f}",
-        ]
-        for r in rows
-    ]
-    return "Head, forward and backward, bfloat16\n" + aligned([["tokens x H x V, schedule", *names], *lines])
-
-
-def _rows(rows: list[dict]) -> str:
-    names = ["forward GB/s", "of copy", "backward GB/s", "of copy", "copy GB/s", "host us"]
-    lines = [
-        [
-            f"{r['T']} x {r['V']} {r['dtype']}, {r['launch']}",
-            _short(r["forward GB/s"]),
-            f"{r['forward of copy']:.2f}",
-            _short(r["backward GB/s"]),
-            f"{r['backward of copy']:.2f}",
-            _short(r["copy GB/s"]),
-            f"{(r['forward on the host'] + r['backward on the host']) * 1e6:.0f}",
-        ]
-        for r in rows
-    ]
-    return "From logits: bandwidth, and its share of what copying as many bytes reaches\n" + aligned(
-        [["logits", *names], *lines]
-    )
-
-
-TABLES = {"profile": _profile, "rows": _rows, "head": _head}  # in the order they are printed
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
-
-
-def _head_name(row: dict) -> str:
-    return f"{row['T']}{' - ' + str(row['ignored']) if row['ignored'] else ''} x {row['H']} x {row['V']}, {row['schedule']}"
-
-
-# --- plots ---------------------------------------------------------------------------------------------------------
-
-
-def draw(done: list[dict], folder: Path) -> list[Path]:
-    """Bandwidth of the rows and rate of the head, if they were measured and matplotlib is there."""
-    rows = {r["step"]: [row for row in r["rows"] if row.get("ok", True)] for r in done}
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return []
-    files = []
-    if bf16 := [r for r in _best_launch(rows.get("rows", [])) if r["dtype"] == "bfloat16"]:
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-        for axis, which in zip(axes, ("forward", "backward"), strict=True):
-            for v in sorted({r["V"] for r in bf16}):
-                line = sorted((r["T"], 100 * r[f"{which} of copy"]) for r in bf16 if r["V"] == v)
-                axis.plot(*zip(*line, strict=True), "o-", label=f"V {v}")
-            axis.set(xscale="log", title=which, xlabel="tokens", ylabel="% of measured copy bandwidth", ylim=(0, 110))
-            axis.grid(alpha=0.3)
-        axes[1].legend()
-        files.append(_save(figure, folder / "rows.png"))
-    if head := [r for r in _best_launch(rows.get("head", [])) if not r["ignored"]]:
-        figure, axis = plt.subplots(figsize=(9, 1 + len(head) / 3))
-        names = [_head_name(r) for r in head][::-1]
-        axis.barh(names, [r["GEMMs TFLOP/s"] for r in head][::-1], color="lightgrey", label="its GEMMs alone")
-        axis.barh(names, [r["TFLOP/s"] for r in head][::-1], height=0.5, color="tab:blue", label="ours")
-        axis.set(xlabel="TFLOP/s")
-        axis.legend()
-        files.append(_save(figure, folder / "head.png"))
-    return files
-
-
-def _save(figure, path: Path) -> Path:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    return path
-
-
-def _best_launch(rows: list[dict]) -> list[dict]:
-    """Those of the tuned launches where there are any."""
-    return [r for r in rows if r["launch"] == rows[-1]["launch"]]
 
 
 # --- command -------------------------------------------------------------------------------------------------------
@@ -301,7 +125,7 @@ def check(asked, start=None, begin: float = BEGIN) -> int:
         launch.unlink(missing_ok=True)  # an earlier run's
     header, spent = described(asked), time.monotonic() - begin
     done = record(run(steps, 60 * asked.minutes - plan.LAST_S - spent, rows, log, start), asked.out, header)
-    print(_drawn(lambda found: "plots: " + " ".join(path.name for path in draw(found, asked.out)), done))
+    print(drawn(lambda found: "plots: " + " ".join(path.name for path in draw(found, asked.out)), done))
     (asked.out / "table.txt").write_text(summary(done, most=10**9) + "\n")
     print(f"\n{device.card()}, commit {header['git']['commit']}, {time.monotonic() - begin:.0f} s; wrote {asked.out}\n")
     print(summary(done), flush=True)

@@ -27,8 +27,8 @@ from rich.table import Table
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.reporting.by_shape import by_shape, first_calls
-from benchmarks.reporting.tables import cells, columns, duration, heading, machine_line, remarks, shown, size
+from benchmarks.reporting.by_shape import by_shape, first_calls, schedules
+from benchmarks.reporting.tables import cells, columns, heading, machine_line, remarks, shown
 
 UNMEASURED = "not yet measured"
 MARKER = re.compile(r"(<!-- (bench|short):(\S+) -->\n).*?(<!-- /\2:\3 -->)", re.S)
@@ -74,26 +74,12 @@ def short_table(table: dict) -> str:
     return _lines([names, *([_cell(row, cells(table, row), name) for name in names] for row in rows)])
 
 
-def head_table(results: list[dict]) -> str:
-    """Each schedule, forward and backward, against its GEMMs alone."""
-    names = ["tokens x H x V", "schedule", "time", "its GEMMs alone", "time / GEMMs alone", "TFLOP/s", "peak"]
+def head_tables(results: list[dict]) -> str:
     blocks = []
     for result in results:
         rows = [row for step in result.get("steps", ()) if step["step"] == "head" for row in step["rows"]]
-        body = [
-            [
-                f"{r['T']}{' - ' + str(r['ignored']) if r['ignored'] else ''} x {r['H']} x {r['V']}",
-                f"`{r['schedule']}`",
-                duration(r["seconds"]),
-                duration(r["GEMMs alone"]),
-                f"{r['time / GEMMs alone']:.3f}",
-                f"{r['TFLOP/s']:.0f}",
-                size(r["peak bytes"]),
-            ]
-            for r in rows
-        ]
-        if body:
-            blocks.append(f"{_lines([names, *body])}\n\n{machine_line(result)}\n")
+        if rows:
+            blocks.append(f"{_lines(schedules(rows))}\n\n{machine_line(result)}\n")
     return "\n".join(blocks)
 
 
@@ -144,7 +130,7 @@ def matching(name: str, results: list[dict]) -> list[tuple[dict, dict]]:
 
 def markdown(name: str, results: list[dict], short: bool = False) -> str:
     if name == "cuda/head":
-        return head_table(results) or UNMEASURED + "\n"
+        return head_tables(results) or UNMEASURED + "\n"
     pairs = matching(name, results)
     if not pairs:
         return unmeasured_table(name) + "\n"

@@ -27,14 +27,34 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 BASE: dict[str, Any] = {
-    "prompts": "imdb", "reward": "imdb_sentiment", "iterations": 3, "prompts_per_iteration": 32, "k": 8, "max_new_tokens": 16,
-    "memory": "none", "subset": "all", "eval_prompts": 48, "eval_k": 8, "solved_above": 1.0, "sample_batch_size": 256,
-    "chunk_size": 64, "model_init_kwargs": {"dtype": "float32"}, "keep_models": "last",
+    "prompts": "imdb",
+    "reward": "imdb_sentiment",
+    "iterations": 3,
+    "prompts_per_iteration": 32,
+    "k": 8,
+    "max_new_tokens": 16,
+    "memory": "none",
+    "subset": "all",
+    "eval_prompts": 48,
+    "eval_k": 8,
+    "solved_above": 1.0,
+    "sample_batch_size": 256,
+    "chunk_size": 64,
+    "model_init_kwargs": {"dtype": "float32"},
+    "keep_models": "last",
     "training": {
-        "objective": "contrastive", "beta": 0.1, "learning_rate": 3e-4, "lr_scheduler_type": "constant", "warmup_steps": 0,
-        "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 4, "save_strategy": "no", "use_cpu": True,
+        "objective": "contrastive",
+        "beta": 0.1,
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "use_cpu": True,
     },
-}  # fmt: skip
+}
 
 ARMS: dict[str, dict[str, Any]] = {
     "contrastive, k = 8": {},
@@ -87,10 +107,15 @@ def run_one(arm: str, seed: int, runs: Path) -> dict[str, Any]:
     if arm == CURVES:
         return {"arm": arm, "seed": seed, "recall_at_n": first["recall_at_n"], "best_of_n": first["best_of_n"]}
     return {
-        "arm": arm, "seed": seed, "start": first["reward"]["mean"], "reward": last["reward"]["mean"], "kl": last["kl"]["mean"],
-        "win_rate": last["win_rate"]["mean"], "distinct": last["distinct"],
+        "arm": arm,
+        "seed": seed,
+        "start": first["reward"]["mean"],
+        "reward": last["reward"]["mean"],
+        "kl": last["kl"]["mean"],
+        "win_rate": last["win_rate"]["mean"],
+        "distinct": last["distinct"],
         "steps": sum(m["train"]["steps"] for m in result.metrics[1:]),
-    }  # fmt: skip
+    }
 
 
 def main(

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from contextlib import contextmanager
@@ -261,8 +262,11 @@ def ranked(candidates: list[dict], seconds: list[dict[str, float]]) -> list[dict
     """By the geometric mean over problems of the time against the first candidate's; nothing measured: no order."""
     if not seconds or not seconds[0]:
         return []
-    ratio = lambda times: geometric_mean([times[name] / seconds[0][name] for name in times])  # noqa: E731
-    found = [{"values": v, "seconds": s, "ratio": ratio(s)} for v, s in zip(candidates, seconds, strict=True)]
+    ratios = [geometric_mean([times[name] / seconds[0][name] for name in times]) for times in seconds]
+    found = [
+        {"values": values, "seconds": times, "ratio": ratio}
+        for values, times, ratio in zip(candidates, seconds, ratios, strict=True)
+    ]
     return sorted(found, key=lambda row: row["ratio"])
 
 
@@ -379,9 +383,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     end, arch, file = time.monotonic() + 60 * asked.minutes, arch_here(), asked.out / "launch.json"
     groups = tuple(group for group in GROUPS if not asked.only or group.name in asked.only)
-    ahead = list(compiled(groups, arch, time.monotonic() + 60 * asked.minutes / 3))
-    candidates = lambda name: [values for group, values in ahead if group == name]  # noqa: E731
-    for row in tuned(end - time.monotonic(), file, candidates, asked.only):
+    ahead = defaultdict(list)
+    for group, values in compiled(groups, arch, time.monotonic() + 60 * asked.minutes / 3):
+        ahead[group].append(values)
+    for row in tuned(end - time.monotonic(), file, ahead.__getitem__, asked.only):
         print(row["text"], end="\n\n", flush=True)
     found = json.loads(file.read_text())
     print(entry(arch, found["chosen"], found["origin"]))

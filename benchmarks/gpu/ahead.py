@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch._dynamo  # here, so that it is imported before the GPU is waited for
 
 from benchmarks import tune as tuning
 from benchmarks.core.measure import all_providers, run_once
@@ -36,7 +35,7 @@ def model(context) -> Iterator[dict]:
     from benchmarks.providers.prefix import ModelStep
 
     start = time.perf_counter()
-    step = ModelStep.build(shapes().model, torch.bfloat16, device.name(), 0, share=8)
+    step = ModelStep.build(shapes().model, torch.bfloat16, device.name(), 0, share=30 if device.dry() else 8)
     for provider in all_providers("prefix", "step"):
         run_once(provider, provider.prepare(step))
         step.model.zero_grad(set_to_none=True)

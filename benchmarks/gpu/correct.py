@@ -12,13 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import larpo_kernels as lk
-from benchmarks.core.problem import BETA, IGNORE
+from benchmarks.core.problem import BETA, IGNORE, SCHEDULES, WANTED
 from benchmarks.gpu import device, pytest_rows
 from benchmarks.gpu.plan import shapes
 
@@ -43,12 +44,8 @@ TESTS = (  # of the kernels, by importance
     "compile",
     "compile_linear",
 )
-TRAINING = {  # schedule -> which inputs require grad
-    "frozen_head": ("hidden",),
-    "list_hold": ("hidden", "weight"),
-    "recompute": ("hidden", "weight"),
-}
-SCHEDULES = {**TRAINING, "score_only": ()}
+WANTED_BY = {schedule: WANTED[mode] for schedule, (mode, _) in SCHEDULES.items()}  # which inputs require grad
+TRAINING = [schedule for schedule, wanted in WANTED_BY.items() if wanted]
 
 
 def guarded(what: str, check, **shown) -> dict:
@@ -215,8 +212,8 @@ def _rows(n: int, v: int, dtype: torch.dtype) -> dict:
 
 def _head(n: int, h: int, v: int, schedule: str) -> dict:
     torch.manual_seed(0)
-    hidden = torch.randn(n, h, device=device.name()).bfloat16().requires_grad_("hidden" in SCHEDULES[schedule])
-    weight = (torch.randn(v, h, device=device.name()) / h**0.5).bfloat16().requires_grad_("weight" in SCHEDULES[schedule])
+    hidden = torch.randn(n, h, device=device.name()).bfloat16().requires_grad_("hidden" in WANTED_BY[schedule])
+    weight = (torch.randn(v, h, device=device.name()) / h**0.5).bfloat16().requires_grad_("weight" in WANTED_BY[schedule])
     labels, upstream, at = _labels(n, v), torch.randn(n, device=device.name()), _some(n)
     logps = lk.linear_token_logps(hidden, weight, labels, schedule=schedule, backend=device.backend())
     wanted = [x for x in (hidden, weight) if x.requires_grad]
@@ -258,8 +255,8 @@ def graphs(context) -> Iterator[dict]:
             yield guarded(f"no waiting, {what}", lambda o=objective, p=packed: _without_waiting(_from_logits(o, p)))
             yield guarded(f"graph, {what}", lambda o=objective, p=packed: _replayed(_from_logits(o, p), exact=True))
     for schedule in (*TRAINING, "score_only", "auto"):
-        every_label = lambda s=schedule: _without_waiting(_from_hidden(s, ignored=False, ignore_index=None))  # noqa: E731
-        yield guarded(f"no waiting, from hidden, {schedule}", every_label)
+        every_label_counts = partial(_from_hidden, schedule, ignored=False, ignore_index=None)
+        yield guarded(f"no waiting, from hidden, {schedule}", lambda make=every_label_counts: _without_waiting(make()))
         for ignored in (False, True):
             what = f"graph, from hidden, {schedule}, {'ignored tokens' if ignored else 'all tokens count'}"
             exact = not ignored and schedule != "auto"  # which takes another schedule in a graph
@@ -300,17 +297,15 @@ def _from_logits(objective: str, packed: bool, list_sizes=4):
 
 def _from_hidden(schedule: str, ignored: bool, **options):
     s, t, h, v = shapes().graph
-    wanted = TRAINING.get(schedule, () if schedule == "score_only" else ("hidden", "weight"))
+    wanted = WANTED_BY.get(schedule, ("hidden", "weight"))  # auto: all
     hidden = torch.randn(s, t, h, device=device.name()).bfloat16().requires_grad_("hidden" in wanted)
     weight = (torch.randn(v, h, device=device.name()) / 16).bfloat16().requires_grad_("weight" in wanted)
     labels = _labels(s * t, v).view(s, t) if ignored else torch.randint(v, (s, t), device=device.name())
     changing = {"hidden": hidden, "labels": labels, "relevance": torch.randn(s, device=device.name())}
 
     def step():
-        out = lk.fused_linear_listwise_loss(
-            hidden, weight, labels, changing["relevance"], list_sizes=4, objective="listmle", schedule=schedule, beta=BETA,
-            **options,
-        )  # fmt: skip
+        relevance, given = changing["relevance"], {"list_sizes": 4, "objective": "listmle", "beta": BETA, **options}
+        out = lk.fused_linear_listwise_loss(hidden, weight, labels, relevance, schedule=schedule, **given)
         asked = [x for x in (hidden, weight) if x.requires_grad]
         return out.loss.detach(), out.logps, *(torch.autograd.grad(out.loss, asked) if asked else ())
 

@@ -121,7 +121,8 @@ TINY = Shapes(
     more_than=1000,
 )
 
-LLAMA = ("transformers.models.llama.modeling_llama", "transformers.integrations.flex_attention")
+COMPILER = ("torch._inductor.compile_fx", "transformers.integrations.flex_attention")  # a dry run compiles nothing
+LLAMA = "transformers.models.llama.modeling_llama"
 
 # name: provider, imports, sides and modes, seconds
 PEERS = (
@@ -139,23 +140,26 @@ def shapes() -> Shapes:
 
 
 def plan() -> list[Planned]:
-    sizes = shapes()
+    sizes, compiler = shapes(), () if device.dry() else COMPILER[:1]
     cases = [
-        Planned(f"{side} {mode} {name}", "against eager, torch.compile and floors", "speed.case", 15, (name, side, mode), 1.7)
+        Planned(f"{side} {mode} {name}", "ours and others", "speed.case", 15, (name, side, mode), 1.7, compiler)
         for name, side, mode in sizes.cases
     ]
     compiled = [
-        Planned(f"ahead: {one.name}", "torch.compile's code", "ahead.inductor", 35, one.arguments, 1.25, beside=True)
+        Planned(f"ahead: {one.name}", "torch.compile's code", "ahead.inductor", 35, one.arguments, 1.25, compiler, beside=True)
         for one in cases
         if "peaked" not in one.name
     ]
-    peers = [Planned(name, "a peer", "speed.peer", s, (name, modes), 1.7, imports) for name, imports, modes, s in PEERS]
-    beside = {"beside": True}
+    peers = [
+        Planned(name, "a peer", "speed.peer", s, (name, modes), 1.7, (*imports, *compiler)) for name, imports, modes, s in PEERS
+    ]
+    training = "a training step, a prompt run once or for each candidate"
+    of_model = (LLAMA, *(() if device.dry() else COMPILER))
     return [
         Planned("smoke: rows", "from logits, against float64", "correct.smoke_rows", 35, patience=1.5),
-        Planned("smoke: head", "every schedule, against float64", "correct.smoke_head", 35, patience=1.5, **beside),
-        Planned("smoke: graph", "one CUDA graph, forward and backward", "correct.smoke_graph", 35, patience=1.5, **beside),
-        Planned("ahead: launches", "the candidates' kernels, for tune", "ahead.launches", 35, **beside),
+        _beside("smoke: head", "every schedule, against float64", "correct.smoke_head", 35, patience=1.5),
+        _beside("smoke: graph", "one CUDA graph, forward and backward", "correct.smoke_graph", 35, patience=1.5),
+        _beside("ahead: launches", "the candidates' kernels, for tune", "ahead.launches", 35),
         *compiled,
         Planned("tune", "launch parameters", "speed.tune", 45),
         Planned("rows", "from logits, against copying as many bytes", "speed.rows", 25, patience=1.3),
@@ -164,13 +168,16 @@ def plan() -> list[Planned]:
         *peers,
         Planned("profile", "kernels by time", "speed.profile", 12),
         Planned("graphs", "no waiting for the device; CUDA graphs, forward and backward", "correct.graphs", 75),
-        Planned("determinism", "the same numbers in 100 runs, and in any batch", "correct.determinism", 75, **beside),
-        Planned("big", "more than 2^31 elements and more than 65,535 rows", "correct.big", 75, **beside),
-        Planned("ahead: model", "FlexAttention's code", "ahead.model", 75, imports=LLAMA, **beside),
-        Planned("tests", "the kernel tests", "correct.tests", 75, patience=10, **beside),
-        Planned("model", "a training step, a prompt run once or for each candidate", "speed.model", 45,
-                imports=LLAMA, patience=10, reserved=True),
-    ]  # fmt: skip
+        _beside("determinism", "the same numbers in 100 runs, and in any batch", "correct.determinism", 75),
+        _beside("big", "more than 2^31 elements and more than 65,535 rows", "correct.big", 75),
+        _beside("ahead: model", "FlexAttention's code", "ahead.model", 75, imports=of_model),
+        _beside("tests", "the kernel tests", "correct.tests", 75, patience=10),
+        Planned("model", training, "speed.model", 45, patience=10, imports=of_model, reserved=True),
+    ]
+
+
+def _beside(*arguments, **options) -> Planned:
+    return Planned(*arguments, beside=True, **options)
 
 
 def planned_seconds() -> float:

@@ -5,30 +5,28 @@ Each step yields rows of numbers; benchmarks/gpu_check.py runs them and prints t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
-import torch._dynamo  # here, so that it is imported before the GPU is waited for
 
 import larpo_kernels as lk
 from benchmarks import tune as tuning
 from benchmarks.core import cases
 from benchmarks.core.measure import Settings, all_providers, auto_plan, measure
-from benchmarks.core.problem import IGNORE, Problem
+from benchmarks.core.problem import IGNORE, SCHEDULES, WANTED, Problem
 from benchmarks.core.truth import Truth
 from benchmarks.gpu import device
 from benchmarks.gpu.plan import shapes
 from benchmarks.gpu.steps import read_rows
 from benchmarks.gpu.timing import Times, interleaved
+from benchmarks.providers.floors import products
 
+TINY_SHARE = 30  # of the layers and the vocabulary one in so many, in a dry run
 TUNE_LAST_S = 8  # a problem whose measuring has begun may end so late
-SCHEDULES = {  # schedule -> which inputs require grad, GEMMs
-    "score_only": ((), 1),
-    "frozen_head": (("hidden",), 2),
-    "list_hold": (("hidden", "weight"), 3),
-    "recompute": (("hidden", "weight"), 4),
-}
+EVERYBODYS = ("eager", "*GEMMs only", "moving the same bytes")
+COMPARED = {"train": "ours ({})", "frozen": "ours frozen_head ({})", "trainable": "ours list_hold ({})"}  # with others, by mode
 
 
 # --- launches ------------------------------------------------------------------------------------------------------
@@ -36,10 +34,10 @@ SCHEDULES = {  # schedule -> which inputs require grad, GEMMs
 
 def tune(context) -> Iterator[dict]:
     """Measures the candidates that the step "ahead: launches" compiled; each group's winners are on disk at once."""
-    ahead = {}
+    ahead = defaultdict(list)
     for row in read_rows(context.rows, "ahead: launches"):
-        ahead.setdefault(row["group"], []).append(row["values"])
-    yield from tuning.tuned(context.seconds - TUNE_LAST_S, context.launch, lambda group: ahead.get(group, []))
+        ahead[row["group"]].append(row["values"])
+    yield from tuning.tuned(context.seconds - TUNE_LAST_S, context.launch, ahead.__getitem__)
 
 
 def _launches(context) -> dict[str, dict[str, int]]:
@@ -140,7 +138,7 @@ def _inputs(n: int, h: int, v: int):
 
 def _step(schedule: str, hidden, weight, labels, upstream, ignore_index: int | None = None):
     """A function that runs forward and backward."""
-    wanted, _ = SCHEDULES[schedule]
+    wanted = WANTED[SCHEDULES[schedule][0]]
     x, w = hidden.detach().requires_grad_("hidden" in wanted), weight.detach().requires_grad_("weight" in wanted)
 
     def run():
@@ -155,7 +153,7 @@ def _head(n: int, ignored: int, h: int, v: int, launches: dict) -> Iterator[dict
     labels[:ignored] = IGNORE
     steps = {s: _step(s, hidden, weight, labels, upstream, IGNORE if ignored else None) for s in SCHEDULES}
     ours = {(name, s): _under(values, run) for name, values in launches.items() for s, run in steps.items()}
-    functions = {**_gemms(hidden, weight), **{f"{name} {s}": run for (name, s), run in ours.items()}}
+    functions = {**products(hidden, weight), **{f"{name} {s}": run for (name, s), run in ours.items()}}
     times: dict[str, Times] = interleaved(functions, rounds=9, budget_s=5.0)
     found = {name: median(x.device) for name, x in times.items()}
     alone = {
@@ -182,17 +180,6 @@ def _head(n: int, ignored: int, h: int, v: int, launches: dict) -> Iterator[dict
             "time / GEMMs alone": seconds / alone[schedule],
             "peak bytes": device.peak_bytes(run),
         }
-
-
-def _gemms(hidden, weight) -> dict:
-    """The products of the head, each as one GEMM."""
-    tile = weight.new_empty(len(weight), len(hidden)).normal_()
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    return {
-        "logits": lambda: torch.mm(weight, hidden.t(), out=tile),
-        "d hidden": lambda: torch.mm(tile.t(), weight, out=d_hidden),
-        "d weight": lambda: torch.mm(tile, hidden, out=d_weight),
-    }
 
 
 # --- where the time goes -------------------------------------------------------------------------------------------
@@ -222,9 +209,9 @@ def _kernels(run, most: int = 12) -> list[dict]:
     with torch.profiler.profile(activities=[activity]) as seen:
         run()
         device.synchronize()
-    time_of = lambda e: e.self_cpu_time_total if device.dry() else e.self_device_time_total  # noqa: E731
-    events = sorted(seen.key_averages(), key=lambda e: -time_of(e))[:most]
-    return [{"kernel": e.key[:90], "ms": time_of(e) / 1e3, "launches": e.count} for e in events]
+    clock = "self_cpu_time_total" if device.dry() else "self_device_time_total"
+    events = sorted(((getattr(event, clock), event) for event in seen.key_averages()), key=lambda found: -found[0])[:most]
+    return [{"kernel": event.key[:90], "ms": time / 1e3, "launches": event.count} for time, event in events]
 
 
 # --- everybody else ------------------------------------------------------------------------------------------------
@@ -232,28 +219,33 @@ def _kernels(run, most: int = 12) -> list[dict]:
 
 def case(context, name: str, side: str, mode: str) -> Iterator[dict]:
     """Ours, eager and floors, then torch.compile, as benchmarks/run.py measures them: a row is a table."""
-    ours = f"ours*({device.backend()})*"
-    first = [ours, "eager", "*GEMMs only", "moving the same bytes"]
     problem = _problem(name, side, mode)
-    yield from _tables(problem, first, () if device.dry() else ("torch.compile cross_entropy",))
+    truth = Truth(problem)
+    yield _measured(problem, [f"ours*({device.backend()})*", *EVERYBODYS], truth)
+    if not device.dry():
+        yield _measured(problem, _in_turns_with("torch.compile cross_entropy", mode), truth)
 
 
 def peer(context, name: str, sides: tuple[tuple[str, str], ...]) -> Iterator[dict]:
     for side, mode in sides:
-        yield from _tables(_problem(shapes().peer_case, side, mode), [name])
+        problem = _problem(shapes().peer_case, side, mode)
+        yield _measured(problem, _in_turns_with(name, mode), Truth(problem))
         device.release()
+
+
+def _in_turns_with(name: str, mode: str) -> list[str]:
+    """One of the others, and whom it is compared with."""
+    return [name, "eager", COMPARED[mode].format(device.backend())]
 
 
 def _problem(name: str, side: str, mode: str) -> Problem:
     return Problem.from_case(cases.build(name, torch.bfloat16, device.name(), 0), side, mode)
 
 
-def _tables(problem: Problem, *globs) -> Iterator[dict]:
-    """A table for each choice of providers; one truth."""
+def _measured(problem: Problem, names: list[str], truth: Truth) -> dict:
     settings = Settings(rounds=9, budget_s=3.0, guard_s=3.0, memory=not device.dry())
-    truth, plan = Truth(problem), auto_plan(problem)
-    for names in filter(None, globs):
-        yield _row_of(measure(problem, all_providers(problem.side, problem.mode, list(names)), truth, settings), plan)
+    found = measure(problem, all_providers(problem.side, problem.mode, names), truth, settings)
+    return _row_of(found, auto_plan(problem))
 
 
 def _row_of(table: dict, plan: str | None) -> dict:
@@ -272,6 +264,7 @@ def model(context) -> Iterator[dict]:
     """A model's training step with the prompt of a list run once (FlexAttention), against a row for every candidate."""
     from benchmarks.providers.prefix import ModelStep, SeparateRows
 
-    step = ModelStep.build(shapes().model, torch.bfloat16, device.name(), 0)
+    share = TINY_SHARE if device.dry() else None
+    step = ModelStep.build(shapes().model, torch.bfloat16, device.name(), 0, share)
     settings = Settings(rounds=5, budget_s=6, guard_s=10, memory=not device.dry())
     yield _row_of(measure(step, all_providers("prefix", "step"), SeparateRows(step), settings), None)

@@ -49,8 +49,7 @@ def run(steps: Sequence[Step], seconds: float, rows: Path, log: Path, start: Cal
     seconds: for all steps. rows: the file that steps append to; what a step wrote before it was cut is kept. What steps print
     goes to the end of `log`. start(step, output) -> a process; default: the step's command.
     """
-    end, started, running = time.monotonic() + seconds, {}, []
-    begin = lambda step: started.pop(step.name, None) or Running(step, start or popen)  # noqa: E731
+    end, started, running, start = time.monotonic() + seconds, {}, [], start or popen
     try:
         for first, batch in _batches(steps):
             later = steps[first + len(batch) :]
@@ -60,11 +59,11 @@ def run(steps: Sequence[Step], seconds: float, rows: Path, log: Path, start: Cal
                 if left < step.least_s:
                     yield _result(step, "not run", 0.0, OUT_OF_TIME, [])
                 else:
-                    running.append(begin(step))
+                    running.append(started.pop(step.name, None) or Running(step, start))
                     running[-1].go(min(left, step.limit_s))
             for step in later[:AHEAD]:
                 if running and step.waits and step.name not in started:
-                    started[step.name] = Running(step, start or popen)
+                    started[step.name] = Running(step, start)
             while running:
                 for one in [one for one in running if one.over()]:
                     running.remove(one)

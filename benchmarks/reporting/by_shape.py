@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from benchmarks.reporting.tables import best, cells, duration, exponent, floor_seconds, ratio, seconds, shown, size
+from benchmarks.reporting.tables import best, cells, duration, exponent, floor_seconds, ratio, relative, seconds, shown, size
 
 
 def by_shape(tables: list[dict]) -> list[list[str]]:
@@ -30,8 +30,8 @@ def prefix(tables: list[dict]) -> list[list[str]]:
 
 def heads(tables: list[dict]) -> list[list[str]]:
     """Each of our schedules against others on the same case: their times and peaks as multiples of ours."""
-    others = {"GEMMs alone": None, "torch.compile": "torch.compile", "eager": "eager", "TRL": "trl fused head"}
-    times = (f"{name} / ours" for name in others)
+    others = {"torch.compile": "torch.compile", "eager": "eager", "TRL": "trl fused head"}
+    times = (f"{name} / ours" for name in ("GEMMs alone", *others))
     theirs = "torch.compile's"
     names = ["beyond gradients", theirs, "eager's", "logps", theirs, "d hidden", theirs]
     found = [["case", "schedule", "time", "GFLOP/s", *times, *names]]
@@ -42,16 +42,33 @@ def heads(tables: list[dict]) -> list[list[str]]:
                 continue
             text, compiled = cells(t, row), rows.get("torch.compile")
             alone = floor_seconds(t, row["gemms"])
-            times = [seconds(rows[name]) if name in rows else None for name in others.values() if name]
+            times = [alone and alone / seconds(row)]
+            times += [relative(rows[name], row) if name in rows else None for name in others.values()]
             schedule = row["provider"].removeprefix("ours ").split()[0]
             once = " (1 run)" if row["one_run"] else ""
             found.append(
                 [t["case"], schedule, duration(seconds(row)) + once, text["GFLOP/s"]]
-                + [ratio(other and other / seconds(row)) for other in (alone, *times)]
+                + [ratio(time) for time in times]
                 + [beyond(t, x) for x in (row, compiled, rows.get("eager"))]
                 + [exponent(x, name) if x else "" for name in ("logps", "d_hidden") for x in (row, compiled)]
             )
     return found
+
+
+def schedules(rows: list[dict], *, launches: bool = False) -> list[list[str]]:
+    """Of gpu_check's step "head": each schedule, forward and backward, against its GEMMs alone."""
+    names = ["tokens x H x V", "schedule", "time", "its GEMMs alone", "time / GEMMs alone", "TFLOP/s", "peak"]
+    found = [[*names, *(["launch", "on the host"] if launches else [])]]
+    for r in rows:
+        times = [duration(r["seconds"]), duration(r["GEMMs alone"]), f"{r['time / GEMMs alone']:.3f}"]
+        line = [head_shape(r), f"`{r['schedule']}`", *times, f"{r['TFLOP/s']:.0f}", size(r["peak bytes"])]
+        found.append([*line, *([r["launch"], duration(r["on the host"])] if launches else [])])
+    return found
+
+
+def head_shape(row: dict) -> str:
+    ignored = f" - {row['ignored']}" if row["ignored"] else ""
+    return f"{row['T']}{ignored} x {row['H']} x {row['V']}"
 
 
 def small_calls(tables: list[dict]) -> list[list[str]]:

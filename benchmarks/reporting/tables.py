@@ -56,6 +56,13 @@ def baseline(table: dict) -> dict | None:
     return next((r for r in table["rows"] if r["provider"] == name and r["seconds"]), None)
 
 
+def relative(row: dict, base: dict | None) -> float | None:
+    """Its time as a multiple of that of `base`, from the rounds in which the two took turns."""
+    if not base or not row["seconds"] or not base["seconds"]:
+        return None
+    return seconds(row) / median(row.get("beside", {}).get(base["provider"], base["seconds"]))
+
+
 def bound_reached(table: dict, row: dict) -> tuple[float, float] | None:
     """Times as fast as separate rows, and what share of the tokens' bound that is."""
     rows = [r for r in table["rows"] if r["provider"] == "separate rows" and r["seconds"]]
@@ -148,7 +155,7 @@ def _time_cells(table: dict, row: dict) -> dict[str, str]:
     gflops = row["gemms"] * table["gemm_flops"] / time / 1e9 if time and row["gemms"] else None
     bandwidth = table["traffic_bytes"] / time / 1e9 if time and table["traffic_bytes"] else None
     gain = bound_reached(table, row) if table["side"] == "prefix" else None
-    against = ratio(time / seconds(base) if time and base else None)
+    against = ratio(relative(row, base))
     return {
         "time": duration(time),
         "spread": "1 run" if row["one_run"] else "" if spread(row) is None else f"± {spread(row):.0%}",

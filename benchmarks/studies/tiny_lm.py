@@ -55,11 +55,18 @@ def _build(path: Path, progress: bool) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=3 * HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
             eos_token_id=2,
         )
-    )  # fmt: skip
+    )
     stream = torch.tensor([token for line in lines for token in [*tokenizer(line).input_ids, 2]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)

@@ -44,6 +44,15 @@ SETTINGS = {
     "LoRA": {},
     "shared prompts": dict(reference_free=True, share_prefix=True),
 }
+OPTIONS = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 
 
 def party(frame: FrameType | None) -> str:
@@ -93,7 +102,10 @@ def lists(n: int, m: int = 4):
     from datasets import Dataset
 
     draw = random.Random(0)
-    text = lambda low, high: " ".join(draw.choices(WORDS, k=draw.randint(low, high)))  # noqa: E731
+
+    def text(low: int, high: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
     return Dataset.from_list(
         [
             {"prompt": text(2, 6), "completions": [text(1, 6) for _ in range(m)], "scores": [draw.random() for _ in range(m)]}
@@ -143,10 +155,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    options = dict(
-        report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_steps=asked.steps, learning_rate=1e-6,
-        logging_steps=asked.logging_steps, per_device_train_batch_size=4, lr_scheduler_type="constant",
-    )  # fmt: skip
+    options = {**OPTIONS, "max_steps": asked.steps, "logging_steps": asked.logging_steps}
     print(f"| setting | CPU time of a step | {' | '.join(KINDS)} |\n|{'---|' * (2 + len(KINDS))}")
     for name in ["transformers.Trainer", *SETTINGS]:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):

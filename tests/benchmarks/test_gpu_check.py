@@ -1,5 +1,6 @@
 """benchmarks/gpu_check.py and benchmarks/tune.py as far as they go without a GPU: cutting, recording, printing, choosing."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from benchmarks import gpu_check, limits, report, tune
 from benchmarks.gpu import device, plan, steps
 from benchmarks.gpu.plan import Planned
 from benchmarks.gpu.steps import Step
+from benchmarks.reporting import gpu_run
+from tests.benchmarks.test_benchmarks import made_table, row
 from tests.helpers import HANGS
 from tests.helpers.forked import Forked
 
@@ -47,22 +50,23 @@ def test_a_step_that_ends_keeps_its_rows(tmp_path):
     assert found["rows"] == [{"what": "a", "ok": True}, {"what": "b", "value": 2}]
 
 
-def test_a_step_past_its_own_limit_is_cut_and_keeps_what_it_wrote(tmp_path):
-    slow = "write(what='before'); time.sleep(60); write(what='after')"
+def test_a_step_past_its_own_limit_is_cut_with_all_it_started_and_keeps_what_it_wrote(tmp_path):
+    sleeps = "[sys.executable, '-c', 'import time; time.sleep(60)']"
+    slow = f"import subprocess; write(what=subprocess.Popen({sleeps}).pid); time.sleep(60); write(what='after')"
     cut, after = ran(fake("slow", slow, tmp_path, 1.0), ("next", "write(what='c')"), folder=tmp_path)
     assert cut["status"] == "cut" and cut["message"] == "after 1 s" and cut["seconds"] < 20
-    assert cut["rows"] == [{"what": "before"}]
     assert after["status"] == "ok" and after["rows"] == [{"what": "c"}]
+    (started,) = cut["rows"]
+    assert not runs(started["what"])
 
 
-def test_what_a_cut_step_started_ends_with_it(tmp_path):
-    alive = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
-    code = f"import subprocess; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    (cut,) = ran(fake("parent", code, tmp_path, 1.0), folder=tmp_path)
-    assert cut["status"] == "cut"
-    time.sleep(3)
-    assert not alive.exists()
+def runs(pid):
+    """A process that nobody has waited for yet runs no more."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def test_a_failing_step_is_shown_as_failed_and_does_not_stop_the_others(tmp_path):
@@ -174,7 +178,7 @@ def test_a_dry_run_goes_through_every_step_whatever_befalls_some(tmp_path, monke
     asked = gpu_check.parser().parse_args(["--dry-run", "--minutes", "8.5", "--out", str(tmp_path), "--commit", "abc123"])
     for one in plan.plan():
         one.load()  # once, for all that are forked
-    forked = lambda step, output: Forked(step, output, gpu_check.main)  # noqa: E731
+    forked = functools.partial(Forked, run=gpu_check.main)
     assert gpu_check.check(asked, forked, begin=time.monotonic()) == 1  # for some failed
     printed = capfd.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
@@ -198,28 +202,23 @@ def test_a_dry_run_goes_through_every_step_whatever_befalls_some(tmp_path, monke
 
 
 @NO_GPU
-def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path):
-    for command in ("gpu_check", "tune"):
-        where = ["--out", str(tmp_path / "out")]
-        done = subprocess.run([sys.executable, f"benchmarks/{command}.py", *where], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert done.stdout.count("\n") == 1 and "GPU" in done.stdout and "Traceback" not in done.stderr
-        assert not (tmp_path / "out").exists()
+def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path, capsys):
+    where = ["--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "benchmarks/gpu_check.py", *where], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert tune.main(where) == 2
+    for text in (done.stdout, capsys.readouterr().out):
+        assert text.count("\n") == 1 and "GPU" in text
+    assert not (tmp_path / "out").exists()
 
 
 def result(step, rows=(), status="ok", message=""):
     return {"step": step, "what": "", "status": status, "seconds": 12.3, "message": message, "rows": list(rows)}
 
 
-ROW = {
-    "T": 8192, "V": 32000, "dtype": "bfloat16", "launch": "tuned", "forward GB/s": 4000.0, "backward GB/s": 3900.0,
-    "copy GB/s": 4200.0, "forward of copy": 0.95, "backward of copy": 0.93, "forward on the host": 5e-5,
-    "backward on the host": 6e-5,
-}  # fmt: skip
-HEAD = {
-    "T": 4096, "ignored": 3, "H": 4096, "V": 128256, "schedule": "list_hold", "launch": "tuned", "seconds": 0.0182,
-    "TFLOP/s": 700.0, "GEMMs TFLOP/s": 790.0, "time / GEMMs alone": 1.124, "peak bytes": 2.1e9, "on the host": 5e-4,
-}  # fmt: skip
+RECORDED = json.loads((ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/results.json").read_text())
+MEASURED = {one["step"]: one["rows"] for one in RECORDED["steps"]}
+ROW, HEAD = MEASURED["rows"][0], MEASURED["head"][2]  # 8192 x 128256; list_hold
 DONE = [
     result("tests", [{"what": "so far", "passed": 50}, {"what": "kernel tests", "ok": True, "passed": 70, "skipped": 2}]),
     result("big", [{"what": "a", "ok": True}, {"what": "b", "ok": False}], "failed", "b: too large"),
@@ -244,57 +243,51 @@ def test_results_are_on_disk_after_every_step(tmp_path):
 
 
 def test_the_table_of_steps_comes_last_and_says_what_happened():
-    text = gpu_check.summary(DONE)
+    text = gpu_run.summary(DONE)
     last = text.split("\n\n")[-1].splitlines()
     assert [line.split()[0] for line in last] == ["step", *(r["step"] for r in DONE)]
     assert "70 passed, 2 skipped" in last[1] and "ok" in last[1]
     assert "failed" in last[2] and "b: too large; 1 of 2 checks" in last[2]
     assert "cut" in last[5] and "after 40 s" in last[5]
     assert "not run" in last[6]
-    assert text.index("gemm") < text.index("8192 x 32000 bfloat16, tuned") < text.index("list_hold, tuned")
-    assert "18.20" in text and "2.10" in text and "0.95" in text and "1.124" in text
-    many = gpu_check.summary([*DONE[:2], result("rows", [ROW] * 300), *DONE[3:]])
+    (rows,), (head,) = ([x for x in text.splitlines() if x.startswith(y)] for y in ("8192 x 128256", "8192 x 4096 x 128256"))
+    assert text.index("gemm") < text.index(rows) < text.index(head)
+    assert rows.split()[3:] == ["bfloat16,", "tuned", "2782", "0.92", "2863", "0.95", "3022", "633"]
+    assert head.split()[5:] == ["`list_hold`", "36.7", "ms", "34.8", "ms", "1.053", "704", "3.42", "GB", "tuned", "3.06", "ms"]
+    many = gpu_run.summary([*DONE[:2], result("rows", [ROW] * 300), *DONE[3:]])
     assert len(many) < 10_000 and len(many.split("\n\n")[-1].splitlines()) == len(last)
 
 
 def test_a_table_that_cannot_be_drawn_costs_no_other():
-    text = gpu_check.summary([result("rows", [{"T": 8}]), result("head", [HEAD])])
-    assert "rows: could not be drawn, KeyError" in text and "list_hold, tuned" in text
+    text = gpu_run.summary([result("rows", [{"T": 8}]), result("head", [HEAD])])
+    assert "rows: could not be drawn, KeyError" in text and "`list_hold`" in text
 
 
 def test_a_recorded_run_is_shown_again(tmp_path, capsys):
     gpu_check.record(DONE, tmp_path, {"schema": 1}, say=lambda line: None)
     assert gpu_check.main(["--show", str(tmp_path / "results.json")]) == 0
-    assert capsys.readouterr().out == gpu_check.summary(DONE) + "\n"
+    assert capsys.readouterr().out == gpu_run.summary(DONE) + "\n"
 
 
-def test_suites_are_recorded_as_the_report_reads_them(tmp_path):
-    table = {
-        "case": "made up", "note": "", "side": "logits", "mode": "train", "dtype": "bfloat16", "device": "cuda",
-        "candidates": 2, "lists": 1, "m": 2, "T": 4, "scored_tokens": 4, "masked": 0.0, "H": None, "V": 8,
-        "gemm_flops": 0, "traffic_bytes": 192, "gradient_bytes": 64,
-    }  # fmt: skip
-    row = {
-        "provider": "ours (triton)", "group": None, "computes": "list loss", "floor": False, "gemms": None,
-        "status": "ok", "message": "", "seconds": [1e-3] * 3, "one_run": False, "errors": {"logps": 1e-3},
-        "peak_bytes": 64, "peak_method": "test",
-    }  # fmt: skip
-    table["rows"] = [row]
-    suites = result("suites", [{"what": "logits train", "ok": True, "table": table}])
-    gpu_check.record([suites], tmp_path, {"schema": 1}, say=lambda line: None)
-    assert json.loads((tmp_path / "suites.json").read_text())["tables"] == [table]
-    (line,) = (line for line in gpu_check.summary([suites]).splitlines() if line.startswith("  ours (triton)"))
-    assert line.split()[2:4] == ["1", "ms"]
-    peer = {**row, "provider": "a peer", "seconds": [2e-3] * 3}
-    both = gpu_check.merged([suites, result("a peer", [{"what": "", "table": {**table, "rows": [peer, row]}}])])
-    assert [r["provider"] for r in both[0]["rows"]] == ["ours (triton)", "a peer"] and len(both) == 1
+def test_tables_are_recorded_as_the_report_reads_them_and_others_are_compared_in_the_rounds_they_shared(tmp_path):
+    ours, eager, peer = (row(name, [x * 1e-3] * 3) for name, x in (("ours (triton)", 1), ("eager", 4), ("a peer", 6)))
+    alone = made_table(ours, eager, device="cuda")
+    beside = made_table({**ours, "seconds": [2e-3] * 3}, {**eager, "seconds": [5e-3] * 3}, peer, device="cuda")
+    case, turns = (result(name, [{"what": "", "ok": True, "table": x}]) for name, x in (("case", alone), ("a peer", beside)))
+    gpu_check.record([case], tmp_path, {"schema": 1}, say=lambda line: None)
+    assert json.loads((tmp_path / "suites.json").read_text())["tables"] == [alone]
+    (table,) = gpu_run.merged([case, turns])
+    assert [r["provider"] for r in table["rows"]] == ["ours (triton)", "eager", "a peer"]
+    lines = {line.split("  ")[1]: line.split() for line in gpu_run.summary([case, turns]).splitlines() if line.startswith("  ")}
+    assert lines["ours (triton)"][2:5] == ["1", "ms", "0.25"]
+    assert lines["a peer"][2:6] == ["6", "ms", "1.20", "3.00"]  # 6 to 5 and to 2, not to 4 and to 1
 
 
 def test_plots_show_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
-    drawn = gpu_check.draw([result("rows", [ROW]), result("head", [{**HEAD, "ignored": 0}])], tmp_path)
+    drawn = gpu_run.draw([result("rows", [ROW]), result("head", [{**HEAD, "ignored": 0}])], tmp_path)
     assert [path.name for path in drawn] == ["rows.png", "head.png"] and all(path.stat().st_size for path in drawn)
-    assert gpu_check.draw([result("big")], tmp_path) == []
+    assert gpu_run.draw([result("big")], tmp_path) == []
 
 
 # --- the tuner -----------------------------------------------------------------------------------------------------
