@@ -18,8 +18,9 @@ from .data.collator import ListCollator
 from .data.limits import PROMPT_LENGTH, Limits, Truncation
 from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, scored_with, token_hashes
 from .data.text_tokenizer import padding_id, text_tokenizer
-from .data.tokenization import tokenize_lists
+from .data.tokenization import tokenize_lists, tokens_of_lists
 from .modeling.policy import Policy, attached
+from .modeling.sharding import most_of_all_ranks
 from .runs.parts import Parts, parts_of
 from .runs.ranks import Ranks
 
@@ -63,7 +64,7 @@ def candidate_logps(
         for rows in tqdm(batches, desc=description, unit="batch", disable=not progress):
             batch = collator([tokenised[i] for i in rows])
             rows_of_parts = batch["rows"]
-            most = _most_of_all(len(rows_of_parts), device) if collective else len(rows_of_parts)
+            most = most_of_all_ranks(len(rows_of_parts), device) if collective else len(rows_of_parts)
             parts = [model(rows=send_to_device(rows_of_parts[i % len(rows_of_parts)], device)) for i in range(most)]
             each = torch.cat(parts[: len(rows_of_parts)]).cpu().split(batch["list_sizes"].tolist())
             found |= {i: logps.tolist() for i, logps in zip(rows, each, strict=True)}
@@ -73,16 +74,8 @@ def candidate_logps(
 
 def longest_first(tokenised: Dataset) -> list[int]:
     """The rows of a tokenised data set by how many tokens all candidates of each run, with its prompt."""
-    lengths = [
-        len(p) * len(c) + sum(map(len, c)) for p, c in zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
-    ]
+    lengths = tokens_of_lists(tokenised)
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-
-def _most_of_all(n: int, device: torch.device) -> int:
-    most = torch.tensor(n, device=device)
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    return int(most)
 
 
 def score_lists(

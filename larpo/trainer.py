@@ -1,4 +1,13 @@
-"""LarPOTrainer: listwise preference optimisation on transformers.Trainer."""
+"""LarPOTrainer: listwise preference optimisation on transformers.Trainer. Its parts, in the order of the class, are in
+
+a step          training/losses.py, training/candidate_slices.py, modeling/policy.py
+what guards it  training/nonfinite.py, training/refused_settings.py, modeling/checks.py
+batches         data/preprocessing.py, data/collator.py, training/token_batches.py, training/list_weights.py
+logs            training/training_log.py, training/predictions.py
+checkpoints     training/resuming.py, runs/checkpoints.py
+the reference   modeling/reference_policy.py
+set-up          training/setup.py, modeling/layout_choice.py, modeling/adapters.py
+"""
 
 from __future__ import annotations
 
@@ -140,140 +149,6 @@ class LarPOTrainer(Trainer):
             optimizer_cls_and_kwargs=setup.with_learning_rate(optimizer_cls_and_kwargs, args),
         )
         self._set_up_run(data)
-
-    # --- set-up ---------------------------------------------------------------------------------------------
-
-    def _set_up_loss(self, model: nn.Module, args: LarPOConfig) -> None:
-        self._list_losses = args.resolved_loss()
-        self.objective = self._list_losses.objective
-        self._applies_settings = False  # known once a loss has been computed: list_loss may be overridden
-        self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), args)
-
-    def _set_up_policy(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | None,
-        optimizer: torch.optim.Optimizer | None,
-        data: setup.TrainerData,
-        args: LarPOConfig,
-    ) -> tuple[nn.Module, AdapterStart | None]:
-        """The model, with its adapter, and what that changed; from now on it accepts rows."""
-        ids, start = adapter_start.sample(data.lists.values()), None
-        if peft_config is not None:
-            model, start = adapters.with_new_adapter(model, peft_config, ids, args)
-        self._policies = AttachedPolicies(
-            self._unwrapped,
-            schedule=args.schedule,
-            memory_budget=args.memory_budget,
-            tail_threshold=args.tail_threshold,
-            backend=args.kernel_backend,
-        )
-        self._policies.add("model", model)
-        if data.train is not None:
-            refuse_foreign_optimizer(optimizer, model)
-            if adapters.has_adapter(model):
-                adapter_start.refuse_untrainable(model, ids)
-        if args.disable_dropout:
-            without_dropout(model)
-        return model, start
-
-    def _set_up_reference(
-        self,
-        model: nn.Module,
-        ref_model: nn.Module | None,
-        new_adapter: AdapterStart | None,
-        data: setup.TrainerData,
-        args: LarPOConfig,
-    ) -> None:
-        with_ref_logps = {name: "ref_logps" in one.column_names for name, one in data.lists.items()}
-        self.reference = ReferencePolicy.choose(model, ref_model, args, new_adapter=new_adapter, with_ref_logps=with_ref_logps)
-        if self.ref_model is not None:
-            self._policies.add("ref_model", self.ref_model)
-
-    def _unwrapped(self, name: str) -> nn.Module | None:
-        model = getattr(self, name)
-        return None if model is None else self.accelerator.unwrap_model(model, keep_torch_compile=False)
-
-    def _set_up_run(self, data: setup.TrainerData) -> None:
-        """What depends on the device and on how processes share the work, known once transformers.Trainer is set up."""
-        args = self.args
-        self.model_accepts_loss_kwargs = False
-        self._finite = FiniteLoss(self.accelerator, args.on_nonfinite)
-        self._slices = CandidateSlices(self.accelerator, args.candidate_micro_batch_size)
-        self._training_log, self._eval_log = TrainingLog(args.ndcg_k, args.tail_threshold), ListLog(args.ndcg_k)
-        if data.train is not None and not self._keeps_full_precision():
-            warn_half_precision(self.model, args.learning_rate)
-        if on_deepspeed(self.accelerator) and not is_sharded(self.accelerator):
-            self.model.to(args.device)  # DeepSpeed takes it there when training starts; the reference may be scored before
-        self._keep_logps_exact()
-        self.data_collator.layout = self._layout()
-        if lm_heads.causal_lm(self.model).config._attn_implementation != "flex_attention":
-            self.data_collator.max_completion_tokens = prefix_sharing.DENSE_MASK_TOKENS
-        self.reference.prepare(self.accelerator, args.device)
-        self._sync: SyncReference | None = self.reference.following(self.model, args)
-        if self._sync is not None:
-            self.add_callback(self._sync)
-        for name, one in data.lists.items():
-            self.reference.compare_with_stored(
-                one, name, self.model, collator=self.data_collator, accelerator=self.accelerator, device=args.device
-            )
-        if args.precompute_ref_log_probs:
-            self._precompute_ref_logps()
-
-    def _keeps_full_precision(self) -> bool:
-        """Whether something holds float32 weights beside those of the model, or these are not what is trained."""
-        if getattr(lm_heads.causal_lm(self.model), "is_quantized", False) or on_deepspeed(self.accelerator):
-            return True
-        return self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
-
-    def _keep_logps_exact(self) -> None:
-        """FSDP2 as accelerate sets it up rounds every output to the parameters' dtype: log-likelihoods of hundreds of nats
-        would be known to whole nats in bf16. Nothing else depends on that: activations are in that dtype already."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
-            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
-
-    def _layout(self) -> Layout:
-        """How candidates are laid out in rows, settled before any worker process gets a copy of the collator."""
-        return choose_layout(self.model, self.args.share_prefix, self._differs_when_shared)
-
-    def _differs_when_shared(self) -> str | None:
-        if is_sharded(self.accelerator):
-            return None  # parameters are not whole here: the table of known architectures has to do
-        dataset = self.train_dataset if self.train_dataset is not None else next(iter(self._eval_datasets().values()))
-        dataset = dataset.first if isinstance(dataset, ListStream) else dataset
-        if len(dataset) == 0:
-            return None
-        with self.accelerator.autocast():
-            return differs_when_shared(self.model, dataset[0], self.data_collator.pad_token_id, self._prepare_inputs)
-
-    def _eval_datasets(self) -> dict[str, Dataset]:
-        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-
-    # --- the reference --------------------------------------------------------------------------------------
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The model that is the reference; None where it is none, in the data, or the policy without its adapter."""
-        return self.reference.model
-
-    def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """Log-likelihood of each candidate under the reference: sums over tokens, [S]; None for no reference."""
-        return self.reference.logps(model, inputs, functools.partial(self._slices.logps, batch=inputs), self.accelerator)
-
-    def _precompute_ref_logps(self) -> None:
-        """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
-        if self.train_dataset is not None:
-            self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
-        if self.eval_dataset is not None:
-            filled = {name: self._with_ref_logps(one, name) for name, one in self._eval_datasets().items()}
-            self.eval_dataset = filled if isinstance(self.eval_dataset, dict) else filled["eval"]
-
-    def _with_ref_logps(self, dataset: Dataset, name: str) -> Dataset:
-        self._policies.attach()
-        return self.reference.fill(
-            dataset, name, self.model, collator=self.data_collator, args=self.args, accelerator=self.accelerator
-        )
 
     # --- a step: from a batch of lists to a loss and its gradient -------------------------------------------
 
@@ -521,3 +396,137 @@ class LarPOTrainer(Trainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             self._sync.save(folder, write=self.args.should_save)
         super()._save_checkpoint(model, trial)
+
+    # --- the reference --------------------------------------------------------------------------------------
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The model that is the reference; None where it is none, in the data, or the policy without its adapter."""
+        return self.reference.model
+
+    def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Log-likelihood of each candidate under the reference: sums over tokens, [S]; None for no reference."""
+        return self.reference.logps(model, inputs, functools.partial(self._slices.logps, batch=inputs), self.accelerator)
+
+    def _precompute_ref_logps(self) -> None:
+        """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
+        if self.train_dataset is not None:
+            self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
+        if self.eval_dataset is not None:
+            filled = {name: self._with_ref_logps(one, name) for name, one in self._eval_datasets().items()}
+            self.eval_dataset = filled if isinstance(self.eval_dataset, dict) else filled["eval"]
+
+    def _with_ref_logps(self, dataset: Dataset, name: str) -> Dataset:
+        self._policies.attach()
+        return self.reference.fill(
+            dataset, name, self.model, collator=self.data_collator, args=self.args, accelerator=self.accelerator
+        )
+
+    # --- set-up ---------------------------------------------------------------------------------------------
+
+    def _set_up_loss(self, model: nn.Module, args: LarPOConfig) -> None:
+        self._list_losses = args.resolved_loss()
+        self.objective = self._list_losses.objective
+        self._applies_settings = False  # known once a loss has been computed: list_loss may be overridden
+        self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), args)
+
+    def _set_up_policy(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None,
+        optimizer: torch.optim.Optimizer | None,
+        data: setup.TrainerData,
+        args: LarPOConfig,
+    ) -> tuple[nn.Module, AdapterStart | None]:
+        """The model, with its adapter, and what that changed; from now on it accepts rows."""
+        ids, start = adapter_start.sample(data.lists.values()), None
+        if peft_config is not None:
+            model, start = adapters.with_new_adapter(model, peft_config, ids, args)
+        self._policies = AttachedPolicies(
+            self._unwrapped,
+            schedule=args.schedule,
+            memory_budget=args.memory_budget,
+            tail_threshold=args.tail_threshold,
+            backend=args.kernel_backend,
+        )
+        self._policies.add("model", model)
+        if data.train is not None:
+            refuse_foreign_optimizer(optimizer, model)
+            if adapters.has_adapter(model):
+                adapter_start.refuse_untrainable(model, ids)
+        if args.disable_dropout:
+            without_dropout(model)
+        return model, start
+
+    def _set_up_reference(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        new_adapter: AdapterStart | None,
+        data: setup.TrainerData,
+        args: LarPOConfig,
+    ) -> None:
+        with_ref_logps = {name: "ref_logps" in one.column_names for name, one in data.lists.items()}
+        self.reference = ReferencePolicy.choose(model, ref_model, args, new_adapter=new_adapter, with_ref_logps=with_ref_logps)
+        if self.ref_model is not None:
+            self._policies.add("ref_model", self.ref_model)
+
+    def _unwrapped(self, name: str) -> nn.Module | None:
+        model = getattr(self, name)
+        return None if model is None else self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _set_up_run(self, data: setup.TrainerData) -> None:
+        """What depends on the device and on how processes share the work, known once transformers.Trainer is set up."""
+        args = self.args
+        self.model_accepts_loss_kwargs = False
+        self._finite = FiniteLoss(self.accelerator, args.on_nonfinite)
+        self._slices = CandidateSlices(self.accelerator, args.candidate_micro_batch_size)
+        self._training_log, self._eval_log = TrainingLog(args.ndcg_k, args.tail_threshold), ListLog(args.ndcg_k)
+        if data.train is not None and not self._keeps_full_precision():
+            warn_half_precision(self.model, args.learning_rate)
+        if on_deepspeed(self.accelerator) and not is_sharded(self.accelerator):
+            self.model.to(args.device)  # DeepSpeed takes it there when training starts; the reference may be scored before
+        self._keep_logps_exact()
+        self.data_collator.layout = self._layout()
+        if lm_heads.causal_lm(self.model).config._attn_implementation != "flex_attention":
+            self.data_collator.max_completion_tokens = prefix_sharing.DENSE_MASK_TOKENS
+        self.reference.prepare(self.accelerator, args.device)
+        self._sync: SyncReference | None = self.reference.following(self.model, args)
+        if self._sync is not None:
+            self.add_callback(self._sync)
+        for name, one in data.lists.items():
+            self.reference.compare_with_stored(
+                one, name, self.model, collator=self.data_collator, accelerator=self.accelerator, device=args.device
+            )
+        if args.precompute_ref_log_probs:
+            self._precompute_ref_logps()
+
+    def _keeps_full_precision(self) -> bool:
+        """Whether something holds float32 weights beside those of the model, or these are not what is trained."""
+        if getattr(lm_heads.causal_lm(self.model), "is_quantized", False) or on_deepspeed(self.accelerator):
+            return True
+        return self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
+
+    def _keep_logps_exact(self) -> None:
+        """FSDP2 as accelerate sets it up rounds every output to the parameters' dtype: log-likelihoods of hundreds of nats
+        would be known to whole nats in bf16. Nothing else depends on that: activations are in that dtype already."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+    def _layout(self) -> Layout:
+        """How candidates are laid out in rows, settled before any worker process gets a copy of the collator."""
+        return choose_layout(self.model, self.args.share_prefix, self._differs_when_shared)
+
+    def _differs_when_shared(self) -> str | None:
+        if is_sharded(self.accelerator):
+            return None  # parameters are not whole here: the table of known architectures has to do
+        dataset = self.train_dataset if self.train_dataset is not None else next(iter(self._eval_datasets().values()))
+        dataset = dataset.first if isinstance(dataset, ListStream) else dataset
+        if len(dataset) == 0:
+            return None
+        with self.accelerator.autocast():
+            return differs_when_shared(self.model, dataset[0], self.data_collator.pad_token_id, self._prepare_inputs)
+
+    def _eval_datasets(self) -> dict[str, Dataset]:
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}

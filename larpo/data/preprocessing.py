@@ -20,7 +20,7 @@ from .stored_logps import read_logps
 from .summary import DataSummary, summarise
 from .summary.words import sentences
 from .text_tokenizer import text_tokenizer
-from .tokenization import TokenizationReport, tokenize_lists
+from .tokenization import TokenizationReport, tokenize_lists, tokens_of_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -188,7 +188,7 @@ def _for_training(data: Tokenised, tokenizer: PreTrainedTokenizerBase, args: Lar
     elif report.lists_all_tied and report.lists_all_tied + report.lists_of_one == report.lists:
         _warn_all_tied(name, args)
     if getattr(args, "train_sampling_strategy", None) == "group_by_length":
-        tokenised = tokenised.add_column(args.length_column_name, _lengths(tokenised))
+        tokenised = tokenised.add_column(args.length_column_name, tokens_of_lists(tokenised))
     return tokenised
 
 
@@ -240,12 +240,6 @@ def _warn_all_tied(name: str, args: LarPOConfig) -> None:
     if getattr(args.resolved_objective(), "ties", None) == "order":
         teaches = "candidates count in the order in which they stand, so that order is what is trained on"
     warnings.warn(f"no list of the {name} data has two scores that differ: {teaches}", stacklevel=6)
-
-
-def _lengths(tokenised: Dataset) -> list[int]:
-    """Tokens of each list: of every candidate with its prompt."""
-    rows = zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
-    return [len(prompt) * len(completions) + sum(map(len, completions)) for prompt, completions in rows]
 
 
 def subset(row: dict[str, Any], top: int, bottom: int) -> dict[str, Any]:

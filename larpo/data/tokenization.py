@@ -155,6 +155,12 @@ def tokenize_lists(
     return mapped.select_columns(["prompt_ids", "completion_ids", *masks, "scores", *optional]), report
 
 
+def tokens_of_lists(tokenised: Dataset) -> list[int]:
+    """Tokens that the model runs for each list: of every candidate with its prompt."""
+    rows = zip(tokenised["prompt_ids"], tokenised["completion_ids"], strict=True)
+    return [len(prompt) * len(completions) + sum(map(len, completions)) for prompt, completions in rows]
+
+
 def marked(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], most: int = 1000) -> str:
     """The best candidate of a tokenised row behind its prompt as text, with [[ ]] around what counts.
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.intact import refuse_damaged_model
-from .lm_heads import causal_lm
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -35,24 +34,6 @@ def load_causal_lm(name: str, options: dict[str, Any] | None = None, *, base: st
     if not {"dtype", "torch_dtype", "quantization_config"} & options.keys() and not _is_quantised(name, options):
         options["dtype"] = "float32"
     return AutoModelForCausalLM.from_pretrained(name, **options)
-
-
-def load_given(
-    model: str | nn.Module, ref_model: str | nn.Module | None, processing_class: Any, options: dict[str, Any] | None
-) -> tuple[nn.Module, nn.Module | None, Any]:
-    """Loads what a trainer was given by name; where it was given no tokenizer, the model's.
-
-    options: of from_pretrained. Raises ValueError for options where no model is to be loaded, and for one model in both roles.
-    """
-    if options is not None and not isinstance(model, str):
-        raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already")
-    name = model if isinstance(model, str) else None
-    model, ref_model = (load_causal_lm(one, options) if isinstance(one, str) else one for one in (model, ref_model))
-    if ref_model is model:
-        raise ValueError("ref_model must not be the model that is trained; leave it out to hold a copy of it apart")
-    if processing_class is None:
-        processing_class = load_tokenizer(name or causal_lm(model).config._name_or_path, options)
-    return model, ref_model, processing_class
 
 
 def load_tokenizer(name: str, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:

@@ -46,6 +46,12 @@ def whole_weights() -> Iterator[None]:
             os.environ[name] = before
 
 
+def most_of_all_ranks(n: int, device: torch.device) -> int:
+    most = torch.tensor(n, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 def reshard(model: nn.Module) -> None:
     """Lets go of what FSDP2 keeps gathered until a backward (the head, the last norm); without FSDP2 it does nothing."""
     if not torch.distributed.is_available():

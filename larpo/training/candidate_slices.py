@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..modeling.sharding import on_deepspeed
+from ..modeling.sharding import most_of_all_ranks, on_deepspeed
 
 Batch = Mapping[str, Any]
 
@@ -27,9 +27,7 @@ class CandidateSlices:
         if self.size is None or self.accelerator.num_processes == 1:
             return own
         if "num_slices" not in batch:
-            most = torch.tensor(own, device=self.accelerator.device)
-            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-            batch["num_slices"] = int(most)
+            batch["num_slices"] = most_of_all_ranks(own, self.accelerator.device)
         return batch["num_slices"]
 
     def logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:

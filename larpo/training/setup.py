@@ -20,7 +20,8 @@ from ..data.text_tokenizer import padding_id
 from ..data.training_stream import ListStream, training_stream
 from ..modeling import adapters
 from ..modeling.checks import check_tokens, refuse_frozen, vocabulary
-from ..modeling.loading import load_given
+from ..modeling.lm_heads import causal_lm
+from ..modeling.loading import load_causal_lm, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,14 +66,20 @@ def load_models(
     *,
     trains: bool,
 ) -> tuple[nn.Module, nn.Module | None, Any]:
-    """The policy, the reference and the tokenizer, loaded where they were named.
+    """The policy, the reference and the tokenizer, loaded where they are given by name; without a tokenizer the model's.
 
-    An adapter's folder with `peft_config` gives the model with that adapter merged into it. Raises for a model that nothing can
-    be trained of, and for adapters that do not go together.
+    An adapter's folder with `peft_config` gives the model with that adapter merged into it. Raises for one model in both
+    roles, for a model of which nothing can be trained, and for adapters that do not go together.
     """
-    named = isinstance(model, str)
-    model, ref_model, processing_class = load_given(model, ref_model, processing_class, args.model_init_kwargs)
-    if named and peft_config is not None and adapters.has_adapter(model):
+    options, name = args.model_init_kwargs, model if isinstance(model, str) else None
+    if options is not None and name is None:
+        raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already")
+    model, ref_model = (load_causal_lm(one, options) if isinstance(one, str) else one for one in (model, ref_model))
+    if ref_model is model:
+        raise ValueError("ref_model must not be the model that is trained; leave it out to hold a copy of it apart")
+    if processing_class is None:
+        processing_class = load_tokenizer(name or causal_lm(model).config._name_or_path, options)
+    if name is not None and peft_config is not None and adapters.has_adapter(model):
         model = adapters.merged(model, Path(args.output_dir), write=args.should_save and trains)
     adapters.check_adapter(model, peft_config)
     if trains and peft_config is None:

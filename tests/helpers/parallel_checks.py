@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -219,13 +221,18 @@ def check_another_ignore_index_and_what_is_ignored_is_never_read(rank, ranks):
 def run_logits(head, shard, dtype, **options):
     """-> logps, gradient of the whole logits, the logits."""
     logits = F.linear(head.hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double()).to(dtype)
+    return *logps_and_gradient(logits, head.labels, shard, head.upstream, **options), logits
+
+
+def logps_and_gradient(logits, labels, shard, upstream, **options):
+    """From this rank's columns of whole logits; the gradient is whole too."""
     mine = leaf(own(shard, logits, -1))
-    logps = parallel.token_logps(mine, head.labels, shard=shard, **options)
-    logps.backward(head.upstream.to(logps.dtype))
+    logps = parallel.token_logps(mine, labels, shard=shard, **options)
+    logps.backward(upstream.to(logps.dtype))
     whole = torch.zeros_like(logits)
     own(shard, whole, -1).copy_(mine.grad)
     dist.all_reduce(whole)
-    return logps.detach(), whole, logits
+    return logps.detach(), whole
 
 
 def check_logits_cut_over_ranks(rank, ranks):
@@ -258,12 +265,8 @@ def check_logits_cut_over_ranks_whose_targets_a_mask_has_pushed_down(rank, ranks
         logits = torch.randn(12, V, generator=torch.Generator().manual_seed(1))
         logits[torch.arange(12), labels] = mask
         logits[:, : UNEVEN[0]] -= 100  # a rank whose logits are all far below
-        mine = leaf(own(shard, logits, -1))
         upstream = torch.randn(12, generator=torch.Generator().manual_seed(3))
-        parallel.token_logps(mine, labels, shard=shard).backward(upstream)
-        whole = torch.zeros_like(logits)
-        own(shard, whole, -1).copy_(mine.grad)
-        dist.all_reduce(whole)
+        _, whole = logps_and_gradient(logits, labels, shard, upstream)
         expected = leaf(logits.double())
         slow_loop.token_logps(expected, labels).backward(upstream.double())
         torch.testing.assert_close(whole.double(), expected.grad, rtol=1e-4, atol=1e-6)
@@ -310,12 +313,8 @@ def check_a_dtensor_head_knows_its_rows(rank, ranks):
         (dict(weight=head.weight), TypeError, "VocabShard"),
         (dict(weight=head.weight, shard=shard_of(rank)), ValueError, "rows of its shard"),
     ):
-        try:
+        with pytest.raises(kind, match=message):
             parallel.linear_token_logps(hidden, labels=head.labels, **wrong)
-        except kind as error:
-            assert message in str(error), error
-        else:
-            raise AssertionError(f"{wrong.keys()} was not refused")
 
 
 def check_shards_are_cut_as_torch_cuts_them(rank, ranks):
@@ -326,12 +325,8 @@ def check_shards_are_cut_as_torch_cuts_them(rank, ranks):
     shard = shard_of(rank)
     assert (shard.start, shard.rows, shard.size) == ((0, 5, 6)[rank], UNEVEN[rank], V)
     for bad in (lambda: parallel.VocabShard.even(4), lambda: parallel.VocabShard.of(rank)):
-        try:
+        with pytest.raises(ValueError, match="row"):
             bad()
-        except ValueError as error:
-            assert "row" in str(error)
-        else:
-            raise AssertionError("a rank without rows was not refused")
 
 
 def check_labels_are_those_of_the_whole_vocabulary(rank, ranks):
@@ -341,12 +336,8 @@ def check_labels_are_those_of_the_whole_vocabulary(rank, ranks):
         lambda: parallel.linear_token_logps(head.hidden, own(shard, head.weight), head.labels, shard=shard),
         lambda: parallel.token_logps(torch.zeros(3, shard.rows), head.labels, shard=shard),
     ):
-        try:
+        with pytest.raises(ValueError, match=re.escape(f"[0, {V})")):
             call()
-        except ValueError as error:
-            assert f"[0, {V})" in str(error)
-        else:
-            raise AssertionError("a label outside the vocabulary was not refused")
 
 
 def check_a_label_that_nobody_could_refuse_gives_no_number_and_no_gradient_either(rank, ranks):

@@ -93,7 +93,10 @@ def lists(n: int, m: int | None = 4, *, seed: int = 0) -> list[dict]:
     """n rows of prompt, completions, scores; m candidates each, or 1 to 5 of them for m=None. A completion's score is how
     many of its words are `good`, less those that are `bad`, with a little noise: something that can be learned."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda high, size=(): torch.randint(high, size, generator=generator).tolist()  # noqa: E731
+
+    def draw(high, size=()):
+        return torch.randint(high, size, generator=generator).tolist()
+
     rows = []
     for _ in range(n):
         size = m or 1 + draw(5)

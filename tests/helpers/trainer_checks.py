@@ -7,10 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from larpo.config import LarPOConfig
 from larpo.trainer import LarPOTrainer
 from larpo.training.nonfinite import NonFiniteError
 from tests.helpers import tiny
+from tests.helpers.trainers import SGD, config, lora
 
 LISTS = 4  # of a step, over all ranks
 TIED = dict(tie_word_embeddings=True)
@@ -24,9 +24,12 @@ class OnFSDP(LarPOTrainer):
 
         super().create_accelerator_and_postprocess()
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            state_dict_type="FULL_STATE_DICT", **{"cpu_ram_efficient_loading": False, **self.plugin_options},
-        )  # fmt: skip
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="FULL_STATE_DICT",
+            **{"cpu_ram_efficient_loading": False, **self.plugin_options},
+        )
         self.accelerator.state._shared_state["fsdp_plugin"] = plugin
         distributed_type(DistributedType.FSDP)
         self.is_fsdp_enabled = True
@@ -49,39 +52,33 @@ class Infinite(LarPOTrainer):
         return loss * (torch.inf if {3, 4} & set(inputs["row_number"].tolist()) else 1), scores
 
 
-def make_trainer(
-    folder, ranks, *, fsdp=False, kind=LarPOTrainer, ref_model=None, adapter=False, model=None, evaluate=False, lists=16,
-    streaming=False, **options,
-):  # fmt: skip
+def make_trainer(folder, ranks, *, fsdp=False, kind=LarPOTrainer, ref_model=None, adapter=False, model=None, **options):
+    """fsdp: True or a subclass of OnFSDP; evaluate, lists, streaming: of the data; others: settings."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
     if ranks > 1:  # as no trainer had been before
         distributed_type(DistributedType.MULTI_CPU)
     AcceleratorState._reset_state(reset_partial_state=False)
-    accumulate = options.get("gradient_accumulation_steps", 1)
-    args = LarPOConfig(
-        **{
-            **dict(
-                output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", optim="sgd",
-                learning_rate=1.0, lr_scheduler_type="constant", max_steps=3, logging_steps=1, max_grad_norm=1e9, beta=0.3,
-                per_device_train_batch_size=LISTS // ranks // accumulate, per_device_eval_batch_size=LISTS // ranks,
-            ),
-            **options,
-        }
-    )  # fmt: skip
-    peft_config = None
-    if adapter:
-        import peft
-
-        peft_config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
+    evaluate, streaming, lists = options.pop("evaluate", False), options.pop("streaming", False), options.pop("lists", 16)
+    of_a_rank = LISTS // ranks
+    sizes = dict(
+        per_device_train_batch_size=of_a_rank // options.get("gradient_accumulation_steps", 1),
+        per_device_eval_batch_size=of_a_rank,
+    )
+    args = config(folder, **(SGD | sizes | dict(max_steps=3, beta=0.3) | options))
+    peft_config = lora(target_modules=["q_proj", "v_proj", "lm_head"]) if adapter else None
     data = Dataset.from_list(tiny.lists(lists, m=None, seed=3))
-    return ((fsdp if isinstance(fsdp, type) else OnFSDP) if fsdp else kind)(
-        tiny.causal_lm() if model is None else model, ref_model, args,
+    kind = fsdp if isinstance(fsdp, type) else OnFSDP if fsdp else kind
+    return kind(
+        tiny.causal_lm() if model is None else model,
+        ref_model,
+        args,
         train_dataset=data.to_iterable_dataset() if streaming else data,
-        eval_dataset=data.select(range(min(8, lists))) if evaluate else None, processing_class=tiny.tokenizer(),
+        eval_dataset=data.select(range(min(8, lists))) if evaluate else None,
+        processing_class=tiny.tokenizer(),
         peft_config=peft_config,
-    )  # fmt: skip
+    )
 
 
 def whole(model):
@@ -205,8 +202,9 @@ def check_ddp_with_precomputed_reference_log_probs(rank, ranks):
     order."""
     assert_like_one_process("other reference", ranks, precompute_ref_log_probs=True)
     assert_precomputed_like_one_process(ranks)
-    alone = make_trainer(Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, precompute_ref_log_probs=True, lists=2,
-                         per_device_train_batch_size=2)  # fmt: skip
+    alone = make_trainer(
+        Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, precompute_ref_log_probs=True, lists=2, per_device_train_batch_size=2
+    )
     assert len(alone.train_dataset["ref_logps"]) == 2, "one process has no batch to score"
 
 

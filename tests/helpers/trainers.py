@@ -10,13 +10,15 @@ from larpo.config import LarPOConfig
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 
+SGD = dict(optim="sgd", learning_rate=1.0, lr_scheduler_type="constant")  # an update is then the gradient
+EVERY_STEP = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+
 
 def config(folder, **options):
-    defaults = dict(
-        output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", learning_rate=1e-3,
-        per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=1, logging_steps=1, max_grad_norm=1e9,
-    )  # fmt: skip
-    return LarPOConfig(**{**defaults, **options})
+    quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
+    batches = dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    step = dict(max_steps=1, logging_steps=1, learning_rate=1e-3, max_grad_norm=1e9)
+    return LarPOConfig(**{"output_dir": str(folder), **quiet, **batches, **step, **options})
 
 
 def trainer(folder, data, model=None, *, ref_model=None, peft_config=None, eval_dataset=None, callbacks=None, **options):

@@ -66,8 +66,9 @@ def read(tmp_path, text):
 @pytest.mark.parametrize("word", ["no", "off", "False"])
 def test_no_and_off_are_words_where_a_choice_is_meant(tmp_path, word):
     text = "\n".join(f"{name}: {word}" for name in ("save_strategy", "eval_strategy", "logging_strategy", "report_to"))
-    by_loop = arguments(AlignConfig(output_dir="run", model="m", prompts=["a"], reward="r", training=yaml.safe_load(
-        f"save_strategy: {word}\nlogging_strategy: {word}\nreport_to: {word}")), str(tmp_path), 0)  # fmt: skip
+    training = yaml.safe_load(f"save_strategy: {word}\nlogging_strategy: {word}\nreport_to: {word}")
+    loop = AlignConfig(output_dir="run", model="m", prompts=["a"], reward="r", training=training)
+    by_loop = arguments(loop, str(tmp_path), 0)
     for args in (read(tmp_path, text), by_loop, config(tmp_path, save_strategy=False, logging_strategy=False)):
         assert (args.save_strategy, args.eval_strategy, args.logging_strategy, args.report_to) == ("no", "no", "no", [])
 

@@ -68,10 +68,10 @@ def test_one_list_with_an_order_is_enough(tmp_path, unwarned):
 
 def test_lists_of_one_length_can_come_together(tmp_path):
     rows = tiny.lists(64, m=None, seed=3)
-    t = trainer(tmp_path, Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows), max_steps=2,
-                train_sampling_strategy="group_by_length")  # fmt: skip
+    data = Dataset.from_list(rows)
+    t = trainer(tmp_path, data, eval_dataset=data, max_steps=2, train_sampling_strategy="group_by_length")
     t.train()
-    assert math.isfinite(t.evaluate()["eval_loss"]) and math.isfinite(t.evaluate(Dataset.from_list(rows))["eval_loss"])
+    assert math.isfinite(t.evaluate()["eval_loss"]) and math.isfinite(t.evaluate(data)["eval_loss"])
     lengths = [sum(len(row["prompt_ids"]) + len(c) for c in row["completion_ids"]) for row in t.train_dataset]
     assert t.train_dataset["length"][:] == lengths
     order = list(t._get_train_sampler())
@@ -107,8 +107,8 @@ def test_of_a_processor_the_tokenizer_is_taken(tmp_path, data):
 def test_a_processor_brings_its_chat_template():
     from larpo.data.tokenization import tokenize_row
 
-    row = {"prompt": [{"role": "user", "content": "a cat"}], "scores": [1.0],
-           "completions": [[{"role": "assistant", "content": "the dog"}]]}  # fmt: skip
+    prompt, answer = {"role": "user", "content": "a cat"}, {"role": "assistant", "content": "the dog"}
+    row = {"prompt": [prompt], "completions": [[answer]], "scores": [1.0]}
     own = copy.deepcopy(tiny.tokenizer())
     own.chat_template = TEMPLATE
     assert tokenize_row(row, Processor(tiny.tokenizer(), TEMPLATE)) == tokenize_row(row, own)

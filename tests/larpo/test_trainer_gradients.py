@@ -12,6 +12,7 @@ from datasets import Dataset
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 from tests.helpers.trainers import (
+    SGD,
     assert_same_gradients,
     config,
     eager_loss,
@@ -149,8 +150,8 @@ def test_gradient_accumulation_averages(tmp_path, data):
     reference = tiny.causal_lm()
     policy = moved(reference)
     expected = gradients(policy, eager_loss(policy, reference, data.select(range(4))))
-    t = trainer(tmp_path, data.select(range(4)), copy.deepcopy(policy), ref_model=reference, gradient_accumulation_steps=2,
-                optim="sgd", learning_rate=1.0, lr_scheduler_type="constant")  # fmt: skip
+    four = data.select(range(4))
+    t = trainer(tmp_path, four, copy.deepcopy(policy), ref_model=reference, gradient_accumulation_steps=2, **SGD)
     t.train()
     updates = {name: p.detach() - q for (name, p), q in zip(policy.named_parameters(), t.model.parameters(), strict=True)}
     assert_same_gradients(updates, expected)

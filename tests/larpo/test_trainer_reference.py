@@ -123,8 +123,9 @@ def test_a_reference_may_share_what_is_frozen(tmp_path, data):
 
 
 def test_the_reference_follows_when_asked_to(tmp_path, data):
-    t = trainer(tmp_path, data, max_steps=2, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25,
-                learning_rate=1e-2)  # fmt: skip
+    t = trainer(
+        tmp_path, data, max_steps=2, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25, learning_rate=1e-2
+    )
     before = t.ref_model.lm_head.weight.clone()
     t.train()
     torch.testing.assert_close(t.ref_model.lm_head.weight, before.lerp(t.model.lm_head.weight, 0.25))
@@ -132,8 +133,9 @@ def test_the_reference_follows_when_asked_to(tmp_path, data):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_reference_that_follows_goes_on_from_a_checkpoint(tmp_path, data, adapter):
-    options = dict(max_steps=6, save_strategy="steps", save_steps=4, sync_ref_model=True, ref_model_sync_steps=2,
-                   learning_rate=1e-2)  # fmt: skip
+    options = dict(
+        max_steps=6, save_strategy="steps", save_steps=4, sync_ref_model=True, ref_model_sync_steps=2, learning_rate=1e-2
+    )
 
     def model():
         if not adapter:

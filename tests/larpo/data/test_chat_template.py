@@ -46,8 +46,11 @@ def texts(row, tokenizer):
 
 @pytest.mark.parametrize("kind", ["text", "messages", "parts"])
 def test_a_completion_goes_on_in_the_answer_that_the_prompt_began(tokenizer, kind):
-    answers = {"text": " 46", "messages": [{"role": "assistant", "content": " 46"}],
-               "parts": [{"role": "assistant", "content": [{"type": "text", "text": " 46"}]}]}  # fmt: skip
+    answers = {
+        "text": " 46",
+        "messages": [{"role": "assistant", "content": " 46"}],
+        "parts": [{"role": "assistant", "content": [{"type": "text", "text": " 46"}]}],
+    }
     if kind == "parts":
         tokenizer = copy.deepcopy(tokenizer)
         render = "(m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join)"
@@ -93,8 +96,8 @@ def test_tools_and_template_settings_of_a_row_reach_the_template(showing):
 
 def test_keys_that_arrow_fills_in_do_not_reach_the_template(showing):
     other = {"type": "function", "function": {"name": "sun", "parameters": {"at": {"type": "string"}}}}
-    rows = [row_of([USER], ["yes"], tools=[tool], chat_template_kwargs=more)
-            for tool, more in ((TOOL, {"terse": True}), (other, {"long": True}))]  # fmt: skip
+    pairs = (TOOL, {"terse": True}), (other, {"long": True})
+    rows = [row_of([USER], ["yes"], tools=[tool], chat_template_kwargs=more) for tool, more in pairs]
     tokens, _ = tokenize_lists(as_lists(datasets.Dataset.from_list(rows)), showing)
     assert tokens.to_list() == [tokenize_row(row, showing) for row in rows]
 

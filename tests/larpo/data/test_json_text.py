@@ -35,10 +35,14 @@ def call(arguments):
 def rows(arguments=ARGUMENTS):
     tools = [[{"z": 1, "a": None}], [{"a": "text"}], None, [{"a": [1]}], [{}]]
     return [
-        {"prompt": [USER, call(one)], "completions": [[call(one)], [{"role": "assistant", "content": "no"}]],
-         "scores": [1.0, 0.0], "tools": tool}
+        {
+            "prompt": [USER, call(one)],
+            "completions": [[call(one)], [{"role": "assistant", "content": "no"}]],
+            "scores": [1.0, 0.0],
+            "tools": tool,
+        }
         for one, tool in zip(arguments, tools, strict=False)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ for package in ("transformers", "accelerate", "datasets"):
 import datasets
 import torch
 
-from larpo import LarPOConfig, LarPOTrainer, commands
+from larpo import LarPOTrainer, commands
 from larpo.data.loading import as_lists, load_lists
 from larpo.data.training_stream import training_stream
 from larpo.scoring import score_lists
 from tests.helpers import tiny
+from tests.helpers.trainers import config
 
 datasets.disable_progress_bars()
 
@@ -36,17 +37,14 @@ def write(path, rows):
     return path
 
 
-def options(folder, **others):
-    return dict(
-        output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", learning_rate=1e-2,
-        per_device_train_batch_size=2, max_steps=4, logging_steps=1, max_grad_norm=1e9, train_sampling_strategy="sequential",
-        **others,
-    )  # fmt: skip
+def settings(folder, **others):
+    return config(folder, **dict(learning_rate=1e-2, max_steps=4, train_sampling_strategy="sequential") | others)
 
 
 def trainer(folder, data, **others):
-    args = LarPOConfig(**(options(folder) | others))
-    return LarPOTrainer(tiny.causal_lm(), args=args, train_dataset=data, processing_class=tiny.tokenizer())
+    return LarPOTrainer(
+        tiny.causal_lm(), args=settings(folder, **others), train_dataset=data, processing_class=tiny.tokenizer()
+    )
 
 
 # --- what comes
@@ -276,7 +274,7 @@ def _counting(function, calls):
 def test_what_needs_all_lists_is_refused_of_a_stream(others, row, message, tmp_path):
     data = datasets.Dataset.from_list([one | row for one in tiny.lists(3)]).to_iterable_dataset()
     with pytest.raises(ValueError, match=message):
-        training_stream(data, tiny.tokenizer(), LarPOConfig(**(options(tmp_path) | others)))
+        training_stream(data, tiny.tokenizer(), settings(tmp_path, **others))
 
 
 def test_what_reads_all_lists_takes_no_stream(tmp_path):
@@ -300,7 +298,7 @@ def test_what_a_later_list_has_is_checked_when_it_comes(tmp_path):
 
 
 def test_a_subset_of_each_list_is_taken_in_a_stream(tmp_path):
-    rows, args = tiny.lists(4, 4), LarPOConfig(**options(tmp_path), list_top=1, list_bottom=1)
+    rows, args = tiny.lists(4, 4), settings(tmp_path, list_top=1, list_bottom=1)
     found = iter(training_stream(datasets.Dataset.from_list(rows).to_iterable_dataset(), tiny.tokenizer(), args))
     for row, tokens in zip(rows, found, strict=False):
         assert sorted(tokens["scores"]) == [min(row["scores"]), max(row["scores"])]

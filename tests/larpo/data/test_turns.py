@@ -113,7 +113,7 @@ DIALOGUE = [says("yes"), USER, says("46")]
         (GENERATION, AGENT, f"[[{CALLED}</s>]]\n<|tool|>\nrain: yes</s>\n[[<|assistant|>\nyes</s>]]"),
         (GENERATION, DIALOGUE, "[[yes</s>]]\n<|user|>\nhello</s>\n[[<|assistant|>\n46</s>]]"),
     ],
-)  # fmt: skip
+)
 def test_turns_of_tools_and_users_do_not_count(template, answer, expected):
     text, tokens = counted(template, answer)
     assert text == expected
@@ -142,7 +142,7 @@ THOUGHT = "<think>\nsums\n</think>\n\n46"
         (CALLS, "46</s>", {}, "[[46</s>]]"),  # sampling ends at the first end
         ("{% for m in messages %}{{ m.keys() | list }}{% endfor %}", "46", {}, "[[['role', 'content']</s>]]"),
     ],
-)  # fmt: skip
+)
 def test_an_answer_begins_behind_what_the_template_writes_for_every_one(template, answer, columns, expected):
     assert counted(template, answer, **columns)[0] == expected
 
@@ -161,8 +161,8 @@ def test_tokens_that_count_are_those_of_the_answers(family):
     own = "".join(tokenizer.convert_ids_to_tokens(id) for id, counts in zip(ids, mask, strict=True) if counts)
     assert own.replace("▁", "") == "yes</s>46</s>"
     everything = tokenizer.decode([*tokens["prompt_ids"], *ids])
-    assert everything == tokenizer.decode(tokenizer(tokenizer.apply_chat_template([USER, *DIALOGUE], tokenize=False).rstrip(),
-                                                    add_special_tokens=False)["input_ids"])  # fmt: skip
+    text = tokenizer.apply_chat_template([USER, *DIALOGUE], tokenize=False).rstrip()
+    assert everything == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def test_ref_logps_of_all_tokens_are_refused_where_only_some_count():
 
 def test_a_mask_beside_given_tokens_is_kept_and_cut_with_them():
     tokenizer = with_template(CALLS)
-    row = {"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 0.0], "prompt_ids": [5],
-           "completion_ids": [[6, 7, 8], [9]], "completion_mask": [[False, True, True], [True]]}  # fmt: skip
+    tokens = {"prompt_ids": [5], "completion_ids": [[6, 7, 8], [9]], "completion_mask": [[False, True, True], [True]]}
+    row = {"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 0.0], **tokens}
     tokens, _ = tokenize_lists(as_lists([row]), tokenizer, max_length=3)
     assert tokens[0]["completion_ids"] == [[6, 7], [9]] and tokens[0]["completion_mask"] == [[False, True], [True]]
     with pytest.raises(ValueError, match=r"field 'completion_mask\[0\]' .* expected 3 bools"):

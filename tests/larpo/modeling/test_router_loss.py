@@ -85,8 +85,9 @@ def test_a_shared_prompt_counts_once():
     with torch.no_grad():
         _, balance = model(rows=rows, router_loss=RouterLoss.asked_for(model))
         chosen, probabilities = [], []
-        for layer in zip(*(model.model(torch.tensor([[1, 5, 6, 7, *c]]), output_router_logits=True).router_logits
-                           for c in example["completion_ids"]), strict=True):  # fmt: skip
+        sequences = [torch.tensor([[1, 5, 6, 7, *c]]) for c in example["completion_ids"]]
+        router_logits = [model.model(ids, output_router_logits=True).router_logits for ids in sequences]
+        for layer in zip(*router_logits, strict=True):
             logits = torch.cat([layer[0], layer[1][4:]]).double()
             probabilities.append(logits.softmax(-1))
             chosen.append(torch.nn.functional.one_hot(logits.topk(2).indices, 4).sum(1).double())

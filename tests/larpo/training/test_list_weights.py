@@ -12,11 +12,11 @@ from datasets import Dataset
 from larpo.trainer import LarPOTrainer
 from larpo.training.list_weights import without_repeats
 from tests.helpers import tiny
-from tests.helpers.trainers import config, eager_loss, gradients, moved, trainer
+from tests.helpers.trainers import SGD, config, eager_loss, gradients, moved, trainer
 
 pytestmark = pytest.mark.usefixtures("own_precision")
 
-FIVE = dict(optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1, train_sampling_strategy="sequential")
+FIVE = dict(**SGD, max_steps=1, train_sampling_strategy="sequential")
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,8 @@ def policy():
 
 
 def trained(folder, data, policy, kind=LarPOTrainer, **options):
-    t = kind(
-        copy.deepcopy(policy), tiny.causal_lm(), config(folder, **(FIVE | options)), train_dataset=data,
-        processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+    args = config(folder, **(FIVE | options))
+    t = kind(copy.deepcopy(policy), tiny.causal_lm(), args, train_dataset=data, processing_class=tiny.tokenizer())
     t.train()
     updates = {name: p.detach() - q for (name, p), q in zip(policy.named_parameters(), t.model.parameters(), strict=True)}
     return updates, [entry["loss"] for entry in t.state.log_history if "loss" in entry]
@@ -44,9 +42,13 @@ def trained(folder, data, policy, kind=LarPOTrainer, **options):
 def test_an_update_is_the_gradient_of_the_mean_over_the_lists_of_its_batches(tmp_path, data, policy, batch, accumulate, micro):
     mean = eager_loss(policy, tiny.causal_lm(), data)
     found, (loss,) = trained(
-        tmp_path, data, policy, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        tmp_path,
+        data,
+        policy,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
         candidate_micro_batch_size=micro,
-    )  # fmt: skip
+    )
     assert loss == pytest.approx(mean.item(), rel=1e-4)
     for name, g in gradients(policy, mean).items():
         torch.testing.assert_close(found[name], g, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -233,10 +233,8 @@ def test_a_training_step_minimises_the_whole_formula(tmp_path, micro):
         list_loss = torch.logsumexp(d, 0) - 0.9 * d[r.argmax()] - 0.1 * d.mean() - 0.5 * logps[r.argmax()] / n
         expected = expected + row["weight"] * list_loss / 3
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    t = trainer(
-        tmp_path, data, model, ref_model=reference, beta=BETA, margin=0.4, label_smoothing=0.1, sft_weight=0.5,
-        candidate_micro_batch_size=micro,
-    )  # fmt: skip
+    terms = dict(margin=0.4, label_smoothing=0.1, sft_weight=0.5)
+    t = trainer(tmp_path, data, model, ref_model=reference, beta=BETA, candidate_micro_batch_size=micro, **terms)
     loss, found = step(t, [t.train_dataset[i] for i in range(3)])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     largest = max(g.abs().max().item() for g in gradients)

@@ -14,7 +14,7 @@ from larpo.trainer import LarPOTrainer
 from larpo.training import nonfinite
 from larpo.training.nonfinite import NonFiniteError, nonfinite_parameters
 from tests.helpers import tiny
-from tests.helpers.trainers import config, eager_loss, gradients, moved
+from tests.helpers.trainers import SGD, config, eager_loss, gradients, moved
 
 pytestmark = pytest.mark.usefixtures("own_precision")
 
@@ -49,14 +49,9 @@ class BadGradient(LarPOTrainer):
 
 
 def make(folder, data, policy, kind=Infinite, **options):
-    defaults = dict(
-        optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", per_device_train_batch_size=1,
-        train_sampling_strategy="sequential", gradient_accumulation_steps=4,
-    )  # fmt: skip
-    return kind(
-        copy.deepcopy(policy), tiny.causal_lm(), config(folder, **(defaults | options)), train_dataset=data,
-        processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+    single = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, train_sampling_strategy="sequential")
+    args = config(folder, **(SGD | single | options))
+    return kind(copy.deepcopy(policy), tiny.causal_lm(), args, train_dataset=data, processing_class=tiny.tokenizer())
 
 
 def same_weights(a, b):

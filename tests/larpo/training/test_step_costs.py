@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("datasets")
 from datasets import Dataset
 
-from larpo.config import LarPOConfig
 from larpo.modeling import adapters
 from larpo.trainer import LarPOTrainer
 from larpo.training import metrics
 from larpo.training.list_log import ListLog
 from tests.helpers import tiny
+from tests.helpers.trainers import config
 
 STEPS = 3
 PARTIES = ("larpo", "larpo_kernels", "transformers", "accelerate", "peft")
@@ -68,10 +68,7 @@ def steps_of(tmp_path, monkeypatch, name):
     if name == "adapter":
         peft = pytest.importorskip("peft")
         peft_config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    args = LarPOConfig(
-        output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_steps=STEPS + 1,
-        per_device_train_batch_size=4, logging_steps=100, **SETTINGS[name],
-    )  # fmt: skip
+    args = config(tmp_path, max_steps=STEPS + 1, per_device_train_batch_size=4, logging_steps=100, **SETTINGS[name])
     data = Dataset.from_list(tiny.lists(16))
     t = LarPOTrainer(
         tiny.causal_lm(), None, args, train_dataset=data, processing_class=tiny.tokenizer(), peft_config=peft_config

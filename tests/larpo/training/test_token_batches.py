@@ -15,7 +15,7 @@ from larpo.data.collator import ListCollator
 from larpo.training.list_weights import without_repeats
 from larpo.training.token_batches import Shapes, TokenBatchSampler, shapes_of
 from tests.helpers import tiny
-from tests.helpers.trainers import eager_loss, gradients, moved, trainer
+from tests.helpers.trainers import SGD, eager_loss, gradients, moved, trainer
 
 pytestmark = pytest.mark.usefixtures("own_precision")
 
@@ -111,16 +111,14 @@ def data():
     return Dataset.from_list(tiny.lists(9, m=None, seed=3))
 
 
-TOKENS = dict(max_tokens_per_batch=96, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", save_strategy="no")
+TOKENS = dict(max_tokens_per_batch=96, **SGD)
 
 
 @pytest.mark.parametrize("micro", [None, 2])
 def test_an_update_of_batches_of_different_sizes_is_the_mean_over_their_lists(tmp_path, data, micro):
     policy = moved(tiny.causal_lm())
-    t = trainer(
-        tmp_path, data, policy, ref_model=tiny.causal_lm(), gradient_accumulation_steps=20, candidate_micro_batch_size=micro,
-        **TOKENS,
-    )  # fmt: skip
+    whole = dict(gradient_accumulation_steps=20, candidate_micro_batch_size=micro)
+    t = trainer(tmp_path, data, policy, ref_model=tiny.causal_lm(), **whole, **TOKENS)
     sizes = [len(batch) for batch in t.get_train_dataloader().batch_sampler]
     assert len(set(sizes)) > 1 and sum(sizes) == 9 and 1 < len(sizes) <= 20
     mean = eager_loss(policy, tiny.causal_lm(), data)

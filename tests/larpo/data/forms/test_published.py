@@ -193,8 +193,9 @@ def test_calls_and_results_of_functions_are_read_from_sharegpt():
     called = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"type": "function", "function": call}])}
     assert found["tools"] == row["tools"]
     assert [{k: v for k, v in m.items() if v is not None} for m in found["prompt"]] == [
-        SYSTEM, *TURN, called, {"role": "tool", "content": "[kiwi]"}
-    ]  # fmt: skip
+        *(SYSTEM, *TURN, called),
+        {"role": "tool", "content": "[kiwi]"},
+    ]
 
 
 @pytest.mark.parametrize(
