@@ -70,20 +70,15 @@ def naming(seed: int, training: dict[str, Any], folder: str, *, frozen: bool = F
     to the words that are in no list, which a vocabulary of this size has 8158 of.
     """
     from larpo.recipes import objectives
-    from larpo.recipes.harness.trainer import ObjectiveTrainer, train
+    from larpo.recipes.harness.trainer import train
     from larpo.recipes.tasks import naming as task
-
-    class Trainer(ObjectiveTrainer):
-        def __init__(self, *given, args, **options):
-            for name, value in training.items():
-                setattr(args, name, value)
-            super().__init__(*given, args=args, **options)
 
     tokenizer, start = _naming_start(seed)
     model, loss = copy.deepcopy(start), objectives.OBJECTIVES["PRO"]
     model.lm_head.requires_grad_(not frozen)
     data = task.lists(tokenizer, 256, 6, seed=1000 + seed)
-    train(model, tokenizer, data, loss, steps=48, batch_size=16, learning_rate=3e-4, seed=seed, trainer=Trainer)
+    settings = dict(max_steps=48, per_device_train_batch_size=16, learning_rate=3e-4, seed=seed, **training)
+    train(model, tokenizer, data, loss, **settings)
     held_out = task.lists(tokenizer, 64, 6, seed=2000 + seed)
     test = dict(start=start, tokenizer=tokenizer, held_out=held_out, drawn_per_prompt=64, seed=seed)
     before, after = (objectives.measure(policy, loss, **test) for policy in (start, model))

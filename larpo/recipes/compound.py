@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,10 @@ class Compound(Reader):
 
     name = "compound"
     heading = "system"
+    panels: ClassVar[dict[str, str]] = {
+        "right": "right answers, test half",
+        "gold passage": "chosen passage holds the answer",
+    }
     passages = 3
     count: int = 76
     epochs: int = 1
@@ -142,12 +146,6 @@ class Compound(Reader):
             f"({right} all right, {tied - right} all wrong); expected correctness still orders them. No answer list ties, as "
             "each has one right option. None was dropped.",
         ]
-
-    def plot(self, figure, rows: Sequence[Row]) -> None:
-        labels = {"right": "right answers, test half", "gold passage": "chosen passage holds the answer"}
-        for axes, (name, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-            report.bars(axes, rows, name)
-            axes.set(ylabel=label)
 
 
 run, main = commands(Compound)

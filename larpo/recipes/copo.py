@@ -123,7 +123,7 @@ class Copo(Exploration):
             return lists, {}
 
         loss = partial(copo, alpha=alpha, centred=centred)
-        return self.explored(start, seed, loss=loss, source=remembered, trainer=CountTrainer, counts=counts)
+        return self.explored(start, seed, loss=loss, source=remembered, trainer=partial(CountTrainer, counts=counts))
 
 
 run, main = commands(Copo)

@@ -146,7 +146,10 @@ class Linvit(Recipe):
             while len(curve) * self.every <= done:
                 # what would be done without the bonus: the estimate as it is
                 curve.append(lake.exact_return(model.plan(log_prior, strength, self.horizon, 0.0), env))
-            done += explore(env, model.plan(log_prior, strength, self.horizon, self.bonus), model, draw)
+            plan = model.plan(log_prior, strength, self.horizon, self.bonus)
+            for step in lake.episode(env, plan.numpy(), draw):
+                model.add(*step)
+                done += 1
         alone = None if log_prior is None else lake.exact_return(log_prior.exp().expand(self.horizon, -1, -1), env)
         return {"curve": curve[: self.steps // self.every + 1], "alone": alone, "optimal": optimal}
 
@@ -170,20 +173,6 @@ class Linvit(Recipe):
             axes.set(xlabel="steps in the environment", title=f"lambda = {strength:g}")
         panels[0].set(ylabel="return of the plan")
         panels[-1].legend(fontsize=6)
-
-
-def explore(env, policy: Tensor, model: Model, draw: np.random.Generator) -> int:
-    """An episode under policy [horizon, S, A], which the model takes in; its steps."""
-    state, _ = env.reset(seed=int(draw.integers(2**31)))
-    steps = 0
-    for chances in policy:
-        action = lake.draw_action(chances[state].numpy(), draw)
-        after, reward, over, truncated, _ = env.step(action)
-        model.add(state, action, float(reward), after, over)
-        state, steps = after, steps + 1
-        if over or truncated:
-            break
-    return steps
 
 
 run, main = commands(Linvit)

@@ -141,21 +141,17 @@ class Objectives(Recipe):
         )
 
     def arms(self) -> dict[str, Arm]:
-        trained = {name: partial(self.trained, loss=OBJECTIVES[name]) for name in self.objectives}
-        return {"start policy": self.untrained, **trained}
+        losses = {"start policy": None} | {name: OBJECTIVES[name] for name in self.objectives}
+        return {name: partial(self.trained, loss=loss) for name, loss in losses.items()}
 
-    def untrained(self, start: Start, seed: int) -> Row:
-        return self.measured(start.policy, by_likelihood, start, seed)
-
-    def trained(self, start: Start, seed: int, *, loss: Loss) -> Row:
-        model = copy.deepcopy(start.policy)
-        settings = dict(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, seed=seed)
-        counts = train(model, start.tokenizer, start.lists, loss, **settings)
-        return {**self.measured(model, loss, start, seed), "counts": counts}
-
-    def measured(self, model, loss: Loss, start: Start, seed: int) -> Row:
-        settings = dict(tokenizer=start.tokenizer, held_out=start.held_out, drawn_per_prompt=self.drawn_per_prompt, seed=seed)
-        return measure(model, loss, start=start.policy, **settings)
+    def trained(self, start: Start, seed: int, *, loss: Loss | None) -> Row:
+        """loss: None to measure the start policy, by whose log-likelihoods lists are then ordered."""
+        model, counts = copy.deepcopy(start.policy), {}
+        if loss is not None:
+            settings = dict(max_steps=self.steps, per_device_train_batch_size=self.batch_size, learning_rate=self.learning_rate)
+            counts = {"counts": train(model, start.tokenizer, start.lists, loss, seed=seed, **settings)}
+        test = dict(tokenizer=start.tokenizer, held_out=start.held_out, drawn_per_prompt=self.drawn_per_prompt, seed=seed)
+        return measure(model, loss or by_likelihood, start=start.policy, **test) | counts
 
     def columns(self, row: Row) -> Columns:
         return {

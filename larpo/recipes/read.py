@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .actions import Menu
-from .harness import report
 from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .tasks import corridor, toy_lm
 from .tasks.corridor import ACTIONS, STATES
@@ -183,6 +182,8 @@ class Read(Recipe):
 
     name = "read"
     heading = "planner"
+    panels: ClassVar[dict[str, str]] = {"steps": "steps to success"}
+    x_label = "rounds of training"
     digits: ClassVar[dict[str, int]] = {"steps to success": 1, "success": 2}
     rounds: int = 4
     episodes: int = 150
@@ -264,12 +265,6 @@ class Read(Recipe):
             f"Episodes end after {self.most_steps} steps; one without success counts as {self.most_steps + 1}. "
             f"The shortest way takes {corridor.fewest_steps()}."
         ]
-
-    def plot(self, figure, rows: Sequence[Row]) -> None:
-        axes = figure.subplots()
-        report.curves(axes, rows, "steps")
-        axes.set(xlabel="rounds of training", ylabel="steps to success", xticks=range(self.rounds + 1))
-        axes.legend(fontsize=8)
 
 
 run, main = commands(Read)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class SelfSelection(Reader):
 
     name = "selection"
     heading = "answer"
+    panels: ClassVar[dict[str, str]] = {"right": "right answers, test half"}
     passages = 2
 
     @torch.no_grad()
@@ -144,11 +145,6 @@ class SelfSelection(Reader):
             f"are right, in {counts['all wrong']} all are wrong. 'Where it decides': test lists that hold both. 'Any option': "
             "the likeliest of all options behind all passages, without a list."
         ]
-
-    def plot(self, figure, rows: Sequence[Row]) -> None:
-        axes = figure.subplots()
-        report.bars(axes, rows, "right")
-        axes.set(ylabel="right answers, test half")
 
 
 run, main = commands(SelfSelection)

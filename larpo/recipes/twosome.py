@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .actions import NORMALISATIONS, Menu, Normalisation, action_logits
-from .harness import report
 from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .tasks import lake, toy_lm
 
@@ -37,23 +37,12 @@ def ppo_loss(
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
-def rollouts(env, policy: np.ndarray, steps: int, draw: np.random.Generator) -> tuple[list, list, list]:
-    """Whole episodes under policy [states, actions] until `steps` steps are done: states, actions, rewards of each."""
-    states, actions, rewards, done = [], [], [], 0
-    while done < steps:
-        state, _ = env.reset(seed=int(draw.integers(2**31)))
-        path: tuple[list, list, list] = ([], [], [])
-        over = False
-        while not over:
-            action = lake.draw_action(policy[state], draw)
-            after, reward, terminated, truncated, _ = env.step(action)
-            for values, value in zip(path, (state, action, float(reward)), strict=True):
-                values.append(value)
-            state, over = after, terminated or truncated
-        done += len(path[0])
-        for episodes, values in zip((states, actions, rewards), path, strict=True):
-            episodes.append(values)
-    return states, actions, rewards
+def rollouts(env, policy: np.ndarray, steps: int, draw: np.random.Generator) -> list[list[lake.Step]]:
+    """Whole episodes under policy [states, actions] until `steps` steps are done."""
+    episodes: list[list[lake.Step]] = []
+    while sum(map(len, episodes)) < steps:
+        episodes.append(lake.episode(env, np.broadcast_to(policy, (lake.MOST_STEPS, *policy.shape)), draw))
+    return episodes
 
 
 @dataclass
@@ -62,6 +51,8 @@ class Twosome(Recipe):
 
     name = "twosome"
     heading = "N"
+    panels: ClassVar[dict[str, str]] = {"curve": "return"}
+    x_label = "update"
     updates: int = 80
     steps: int = 256
     epochs: int = 4
@@ -84,9 +75,10 @@ class Twosome(Recipe):
         for _ in range(self.updates):
             with torch.no_grad():
                 log_pi = action_logits(menu.logps(model), lengths).log_softmax(-1)
-            states, actions, rewards = rollouts(env, log_pi.exp().double().numpy(), self.steps, draw)
+            episodes = rollouts(env, log_pi.exp().double().numpy(), self.steps, draw)
+            rewards = [[step.reward for step in one] for one in episodes]
             curve.append(float(np.mean([sum(one) for one in rewards])))
-            at, did = np.concatenate(states).astype(int), np.concatenate(actions).astype(int)
+            at, did = np.array([step[:2] for one in episodes for step in one]).T
             advantages = baseline.advantages(at, np.concatenate(lake.returns(rewards, self.discount)))
             at, did = torch.from_numpy(at), torch.from_numpy(did)
             old = log_pi[at, did]
@@ -107,12 +99,6 @@ class Twosome(Recipe):
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
         return ["N: none = 1, the words or the tokens of an action's text."]
-
-    def plot(self, figure, rows: Sequence[Row]) -> None:
-        axes = figure.subplots()
-        report.curves(axes, rows, "curve", [(i + 1) * self.steps for i in range(self.updates)])
-        axes.set(xlabel="steps in the environment", ylabel="return")
-        axes.legend(title="N")
 
 
 class Baseline:

@@ -14,9 +14,8 @@ from larpo.modeling.policy import detach
 from larpo.sampling import Sampler, TransformersSampler
 
 from ..tasks import naming
-from . import report
 from .recipe import Columns, Recipe, Row
-from .trainer import Loss, counted, train
+from .trainer import Loss, ObjectiveTrainer, counted, train
 
 Train = Callable[[list[PromptList], int], dict[str, int]]  # (this round's lists, its seed) -> counts; trains in place
 # (the policy's sampler, this round's lists of k first answers, its seed) -> (lists to train on, measures of the round)
@@ -86,6 +85,7 @@ class Exploration(Recipe):
         "distinct": "share of distinct completions",
         "worthy": "rewarded completions found",
     }
+    x_label = "round"
     digits: ClassVar[dict[str, int]] = {"rewarded completions found": 0}
 
     def start(self, seed: int) -> tuple[Any, Any]:
@@ -93,13 +93,15 @@ class Exploration(Recipe):
         tokenizer = self.task.tokenizer()
         return tokenizer, self.task.start_policy(tokenizer, seed=seed, steps=self.fit_steps)
 
-    def explored(self, start: tuple[Any, Any], seed: int, *, loss: Loss, source: Source = first_answers, **options: Any) -> Row:
-        """An arm: rounds from the start policy with this loss. options: of the trainer."""
+    def explored(
+        self, start: tuple[Any, Any], seed: int, *, loss: Loss, source: Source = first_answers, trainer=ObjectiveTrainer
+    ) -> Row:
+        """An arm: rounds from the start policy with this loss."""
         tokenizer, policy = start[0], copy.deepcopy(start[1])
-        settings = dict(steps=self.steps, batch_size=len(naming.PROMPTS), learning_rate=self.learning_rate, **options)
+        settings = dict(max_steps=self.steps, per_device_train_batch_size=len(naming.PROMPTS), learning_rate=self.learning_rate)
 
         def one_round(lists: list[PromptList], seed: int) -> dict[str, int]:
-            return train(policy, tokenizer, lists, loss, seed=seed, **settings)
+            return train(policy, tokenizer, lists, loss, trainer=trainer, seed=seed, **settings)
 
         return explore(policy, tokenizer, one_round, rounds=self.rounds, k=self.k, seed=seed, source=source)
 
@@ -113,12 +115,3 @@ class Exploration(Recipe):
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
         return [counted(row["counts"] for row in rows)]
-
-    def plot(self, figure, rows: Sequence[Row]) -> None:
-        axes = figure.subplots(1, len(self.panels))
-        for one, (key, title) in zip(axes, self.panels.items(), strict=True):
-            report.curves(one, rows, key)
-            one.set(xlabel="round", title=title)
-            one.title.set_size(9)
-        handles, arms = axes[0].get_legend_handles_labels()
-        figure.legend(handles, arms, loc="outside lower center", ncols=len(arms), fontsize=7)

@@ -18,8 +18,6 @@ from ..tasks import questions
 from . import last_layers
 from .recipe import Recipe
 
-NOT_A_SETTING = {"setting": False}
-
 
 @dataclass
 class Reader(Recipe):
@@ -37,8 +35,8 @@ class Reader(Recipe):
     batch_size: int = 4
     learning_rate: float = 1e-4
     beta: float = 0.5
-    asked: Sequence[questions.Question] | None = field(default=None, metadata=NOT_A_SETTING)
-    load: Callable[[], tuple[Any, Any]] = field(default=load_smollm2, metadata=NOT_A_SETTING)
+    asked: Sequence[questions.Question] | None = None
+    load: Callable[[], tuple[Any, Any]] = field(default=load_smollm2, metadata={"setting": False})
 
     @cached_property
     def questions(self) -> Sequence[questions.Question]:

@@ -23,13 +23,15 @@ Arm = Callable[[Any, int], Row]  # (what the arms of a seed start from, the seed
 class Recipe:
     """One method. The fields of a subclass are its settings, the methods below what it has of its own.
 
-    heading: over the names of arms in the table. digits: of a column's numbers, where not three. threads: of the CPU; tiny
-    models run fastest on one.
+    heading: over the names of arms in the table. digits: of a column's numbers, where not three. panels: what of an outcome
+    is plotted, and under which title. threads: of the CPU; tiny models run fastest on one.
     """
 
     name: ClassVar[str]
     heading: ClassVar[str] = "arm"
     digits: ClassVar[Mapping[str, int]] = {}
+    panels: ClassVar[Mapping[str, str]] = {}
+    x_label: ClassVar[str] = ""
     threads: ClassVar[int] = 1
 
     def start(self, seed: int) -> Any:
@@ -47,8 +49,18 @@ class Recipe:
         return []
 
     def plot(self, figure, rows: Sequence[Row]) -> None:
-        """Draws on a matplotlib figure."""
-        raise NotImplementedError
+        """Draws the `panels` on a matplotlib figure: curves over `x_label`, or a bar for each arm's numbers."""
+        axes = figure.subplots(1, len(self.panels), squeeze=False)[0]
+        for one, (key, title) in zip(axes, self.panels.items(), strict=True):
+            if any(isinstance(row.get(key), list) for row in rows):
+                report.curves(one, rows, key)
+                one.set(xlabel=self.x_label)
+            else:
+                report.bars(one, rows, key)
+            one.set_title(title, fontsize=9)
+        handles, arms = axes[0].get_legend_handles_labels()
+        if arms:
+            figure.legend(handles, arms, loc="outside lower center", ncols=len(arms), fontsize=7)
 
     def table(self, rows: Sequence[Row]) -> list[dict[str, str]]:
         """A line for each arm, the means of its numbers over seeds."""

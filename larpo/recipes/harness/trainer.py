@@ -43,23 +43,16 @@ class ObjectiveTrainer(LarPOTrainer):
         return self.loss(logps, ref_logps, inputs["num_tokens"], inputs["relevance"], inputs["list_sizes"])
 
 
+QUIET = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True)
+
+
 def train(
-    model,
-    tokenizer,
-    lists: Sequence[PromptList],
-    loss: Loss,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    trainer: type[ObjectiveTrainer] = ObjectiveTrainer,
-    **options,
+    model, tokenizer, lists: Sequence[PromptList], loss: Loss, *, trainer: Callable = ObjectiveTrainer, **settings: Any
 ) -> dict[str, int]:
     """Trains the model in place against itself as it was; counts lists, lists without an order, and empty completions.
 
     All of them stay in the batches. Where no list has an order there is nothing to learn, and the model stays as it is.
-    options: further keywords of the trainer.
+    trainer: ObjectiveTrainer or a subclass, also with arguments of its own bound. settings: of LarPOConfig.
     """
     kept, tied, short = drop_uninformative(lists)
     counts = {"lists": len(lists), "tied": len(tied), "too short": len(short)}
@@ -67,21 +60,9 @@ def train(
     if not kept:
         return counts  # the optimiser would divide noise by noise
     with quiet(), tempfile.TemporaryDirectory() as folder:
-        arguments = LarPOConfig(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            lr_scheduler_type="constant",
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
+        arguments = LarPOConfig(output_dir=folder, lr_scheduler_type="constant", **QUIET, **settings)
         data = Dataset.from_list(to_rows(lists))
-        one = trainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, loss=loss, **options)
+        one = trainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, loss=loss)
         one.remove_callback(PrinterCallback)
         one.train()
     model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ NUMBERS = ("one", "two", "three", "four")
 SIDE = len(NUMBERS)
 STATES = SIDE * SIDE
 MAP = ("SFFF", "FHFH", "FFFH", "HFFG")  # gymnasium's 4x4
+MOST_STEPS = 40
 KINDS = {"S": "ice", "F": "ice", "H": "hole", "G": "goal"}
 MOVES = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}  # rows, columns
 
 
-def make(*, slippery: bool, max_steps: int = 40):
+def make(*, slippery: bool, max_steps: int = MOST_STEPS):
     """The environment; ImportError naming the extra where gymnasium is not installed."""
     gymnasium = report.need("gymnasium", "recipes")
     return gymnasium.make("FrozenLake-v1", desc=list(MAP), is_slippery=slippery, max_episode_steps=max_steps)
@@ -48,9 +50,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return toy_lm.tokenizer([*whole, *stems], ENDINGS)
 
 
-def draw_action(chances: np.ndarray, draw: np.random.Generator) -> int:
-    """One of the actions, by chances [actions] that sum to 1 up to rounding."""
-    return min(int(np.searchsorted(chances.cumsum(), draw.random())), len(chances) - 1)
+class Step(NamedTuple):
+    state: int
+    action: int
+    reward: float
+    after: int
+    over: bool
+
+
+def episode(env, policy: np.ndarray, draw: np.random.Generator) -> list[Step]:
+    """One episode under policy [horizon, S, A]."""
+    state, _ = env.reset(seed=int(draw.integers(2**31)))
+    taken = []
+    for chances in policy.cumsum(-1):
+        action = min(int(np.searchsorted(chances[state], draw.random())), len(ACTIONS) - 1)  # sums may round to below 1
+        after, reward, over, truncated, _ = env.step(action)
+        taken.append(Step(state, action, float(reward), after, over))
+        if over or truncated:
+            break
+        state = after
+    return taken
 
 
 def returns(episodes: Sequence[Sequence[float]], discount: float) -> list[np.ndarray]:

@@ -173,7 +173,7 @@ def test_lists_that_teach_nothing_are_counted_and_stay():
         PromptList("name foods", (Candidate("rice", 0.5), Candidate("soup", 0.5))),
         PromptList("name tools", (Candidate("saw", 0.5),)),
     ]
-    options = dict(steps=1, batch_size=3, learning_rate=1e-2, seed=0)
+    options = dict(max_steps=1, per_device_train_batch_size=3, learning_rate=1e-2, seed=0)
     before = model.lm_head.weight.clone()
     counts = train(model, tokenizer, lists, objectives.OBJECTIVES["ListMLE"], **options)
     assert counts == {"lists": 3, "tied": 1, "too short": 1, "empty completions": 1}
