@@ -153,11 +153,19 @@ class LarPOTrainer(Trainer):
     # --- a step: from a batch of lists to a loss and its gradient -------------------------------------------
 
     def list_loss(self, logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of `larpo.training.losses` over implicit rewards: (mean over the batch's lists, scores [S]).
+        """The loss of a batch of lists. Override it for another loss of the same numbers.
 
-        logps, ref_logps: [S] per candidate, sums or (length_normalized) means over its tokens. Override it for another
-        loss of the same numbers. Without a call to this one ties, margin, label_smoothing, sft_weight and the data's `weight`
-        would do nothing, and are refused.
+        If an override does not call this one, ties, margin, label_smoothing, sft_weight and the data's `weight` would have no
+        effect, and are refused.
+
+        Args:
+            logps: [S] log-likelihood of each candidate under the policy, differentiable: the sum over its tokens, or the mean
+                with length_normalized; nats.
+            ref_logps: [S] the same under the reference; None with reference_free.
+            inputs: the batch, as `larpo.data.collator.ListCollator` makes it: relevance [S], list_sizes [L], num_tokens [S].
+
+        Returns:
+            A pair: the mean over the batch's lists, and scores [S], which are logged as implicit rewards.
         """
         self._applies_settings = True
         losses, scores = self._list_losses(logps, ref_logps, inputs)
@@ -345,8 +353,12 @@ class LarPOTrainer(Trainer):
         return output._replace(predictions=predictions, label_ids=relevance)
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
-        """As transformers.Trainer.predict: predictions are `ListPredictions` (scores, logps), label_ids the
-        relevance; arrays of a row for each list in the order of the data, filled up with NaN to the largest."""
+        """As transformers.Trainer.predict, with a row for each list in the order of the data.
+
+        Returns:
+            Its `predictions` are `ListPredictions` (scores, logps), its `label_ids` the relevance: arrays [lists, most
+                candidates], with NaN behind the last candidate of a shorter list.
+        """
         return super().predict(*args, **kwargs)
 
     def create_model_card(self, language=None, license=None, tags=None, **options) -> None:
@@ -359,9 +371,11 @@ class LarPOTrainer(Trainer):
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As transformers.Trainer.train, resuming from no checkpoint that is not whole.
+        """As transformers.Trainer.train, but never resumes from a checkpoint that is not whole.
 
-        resume_from_checkpoint: True for the newest one that is whole; None: as `args.resume_from_checkpoint` says.
+        Args:
+            resume_from_checkpoint: a folder, or True for the newest checkpoint that is whole; None for
+                `args.resume_from_checkpoint`.
         """
         checkpoint = checkpoint_asked_for(resume_from_checkpoint, self.args)
         if checkpoint and self._sync is not None:

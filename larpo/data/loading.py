@@ -94,13 +94,14 @@ def _sources(source: Any, split: str, config: str | None, revision: str | None, 
 def as_lists(
     dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]], *, scored: bool = True, **how: Any
 ) -> Dataset | IterableDataset:
-    """Candidate lists in the form of this module, from a Dataset or a list of dicts; every row is checked.
+    """Candidate lists, from a Dataset or a list of dicts in any known form; every row is checked.
 
     The columns decide which form it is: docs/data.md has a table of those that are known. Other columns are kept. An
     IterableDataset stays one, and its rows are checked when they are read.
 
     Args:
-        scored: False takes {prompt, completions} without scores too, and leaves them so.
+        dataset: rows in one of the known forms, or in any form with `columns`.
+        scored: False also takes lists without scores, and leaves them so.
         how: settings of `larpo.data.reading.Reading`: `columns` says where prompt, answers and scores are in data of no known
             form; `score` which of several scores is meant, or their weights; `group_by` which rows are one list;
             `as_messages` whether prompts are turns or text; `bad_rows="drop"` leaves out rows that make no list; `form`.

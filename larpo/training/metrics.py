@@ -46,7 +46,7 @@ def list_metrics(
     logps: Tensor | None = None,
     ndcg_k: int | None = None,
 ) -> dict[str, float]:
-    """Means over lists of the metrics in this module's table.
+    """Means over lists of the metrics that training logs: rewards/*, logps/*, ndcg, mrr, kendall_tau and list/*.
 
     Args:
         scores: [S] implicit rewards, any floating dtype, lists one after the other.
@@ -55,7 +55,8 @@ def list_metrics(
         logps: [S] log-likelihoods, nats, for logps/chosen and logps/rejected.
         ndcg_k: rank of the cut of "ndcg@k" (named after it, "ndcg@3"), >= 1; without it only "ndcg".
 
-    Tensors come to the CPU in one copy, so a GPU is waited for once.
+    Returns:
+        A dict by name; a metric that no list defines is absent. All tensors reach the CPU in one copy, the only wait for a GPU.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it should be.
