@@ -1,4 +1,4 @@
-"""From tokenised lists to one batch: everything a step needs to know of layout is settled here, on the CPU."""
+"""From tokenised lists to one batch: the layout of its rows is decided here, on the CPU."""
 
 from __future__ import annotations
 

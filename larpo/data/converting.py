@@ -42,7 +42,7 @@ class Read(NamedTuple):
 
 
 def convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, reading: Reading, scored: bool) -> Read:
-    """Rows of Python objects, each checked at its place, before Arrow sees them."""
+    """Rows of Python objects, each checked before Arrow sees them, so that errors name its place."""
     import datasets
     import pyarrow
 
@@ -130,7 +130,7 @@ def _in_groups(dataset: Dataset, name: str, reader: Reader) -> Dataset:
 
 
 def _how(dataset: Dataset, reader: Reader) -> dict[str, Any]:
-    """How to map: anew each time, since what is counted is counted on the way, and into the same file of the cache."""
+    """Arguments of `Dataset.map`, which runs each time, since it also counts what is left out, and reuses one cached file."""
     import datasets
 
     what = [dataset._fingerprint, reader.form.name, reader.reading, reader.scores is None]

@@ -1,4 +1,4 @@
-"""Free-form JSON of a row, carried as text until a template reads it.
+"""Free-form JSON of a row, kept as text until a template reads it.
 
 Arrow gives a column one struct: of `{"a": 1}` beside `{"t": 2}` it makes `{"a": 1, "t": None}`, it loses the order of keys,
 and refuses values of different types. So what has no fixed keys is text in a data set: the `tool_calls` of messages (and

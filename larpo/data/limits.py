@@ -31,7 +31,7 @@ def prompt_limit(max_length: int | None, max_prompt_length: int | None) -> int |
 
 @dataclass(frozen=True)
 class Limits:
-    """As the arguments of `tokenize_row`; what max_prompt_length is where it is not given is settled here.
+    """As the arguments of `tokenize_row`; a max_prompt_length that is not given is settled here.
 
     Raises ValueError for limits that leave no room.
     """

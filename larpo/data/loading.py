@@ -71,13 +71,7 @@ def load_lists(
 
 
 def read_sources(
-    source: Any,
-    *,
-    split: str = "train",
-    config: str | None = None,
-    revision: str | None = None,
-    seed: int = 0,
-    **how: Any,
+    source: Any, *, split: str = "train", config: str | None = None, revision: str | None = None, seed: int = 0, **how: Any
 ) -> tuple[Dataset, list[Read]]:
     """What `load_lists` loads at once, and how each of its sources was read."""
     sources = _sources(source, split, config, revision, how)

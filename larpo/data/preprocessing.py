@@ -13,7 +13,7 @@ from .converting import Read
 from .limits import Limits
 from .loading import load_lists, read_sources
 from .one_source import read_rows
-from .reader import IMPLICIT
+from .reader import IMPLICIT, PER_ANSWER
 from .reading import Reading
 from .scored_tokens import TOKEN_HASHES
 from .stored_logps import read_logps
@@ -32,16 +32,7 @@ logger = logging.getLogger(__name__)
 
 STREAMED = 1000  # lists of a stream that are described where no limit is given
 SUBSET = ("list_top", "list_bottom")
-PER_CANDIDATE = (
-    "completions",
-    "scores",
-    "source",
-    "ref_logps",
-    "num_tokens",
-    TOKEN_HASHES,
-    "completion_ids",
-    "completion_mask",
-)
+PER_CANDIDATE = (*PER_ANSWER, "num_tokens", TOKEN_HASHES)
 
 
 def is_tokenised(dataset: Any) -> bool:

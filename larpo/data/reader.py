@@ -255,7 +255,7 @@ def merged(rows: Sequence[Row], where: str, column: str) -> Row:
 
 
 def _places(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """(row, answer) of each answer; one with an equal text and score in several rows of more than one answer comes once."""
+    """(row, answer) of each answer. One that several rows compare, with equal text and score, comes once."""
     found: dict[Any, tuple[int, int]] = {}
     for i, row in enumerate(rows):
         several = len(row["completions"]) > 1
@@ -269,7 +269,7 @@ def _places(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 
 def _with_source_of_each(row: Row) -> Row:
-    """One name of origin for the whole row is that of every candidate."""
+    """A single `source` of the whole row becomes that of every candidate."""
     if isinstance(row.get("source"), str) and isinstance(row.get("completions"), list | tuple):
         return row | {"source": [row["source"]] * len(row["completions"])}
     return row

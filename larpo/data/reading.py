@@ -1,4 +1,4 @@
-"""Reading: how columns become lists, as the user says it."""
+"""Reading: the settings that say how columns become lists."""
 
 from __future__ import annotations
 

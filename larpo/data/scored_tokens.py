@@ -33,7 +33,7 @@ def counted_tokens(row: Mapping[str, Any]) -> list[int]:
 
 
 def token_hashes(row: Mapping[str, Any]) -> list[str]:
-    """Of each candidate of a tokenised row, 16 characters: equal tokens in equal places that count alike, equal text."""
+    """A hash of each candidate of a tokenised row, 16 characters: of the prompt's tokens, its own, and which of them count."""
     masks = row.get("completion_mask") or [[True] * len(ids) for ids in row["completion_ids"]]
     prompt = hashlib.sha256(_bytes(row["prompt_ids"]))
     found = []
@@ -95,11 +95,7 @@ def reference(record: str | None) -> tuple[str | None, str | None]:
 
 
 def check_scored_tokens(
-    row: Mapping[str, Any],
-    tokens: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Mapping[str, Any],
-    where: str,
+    row: Mapping[str, Any], tokens: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], where: str
 ) -> None:
     """Raises ValueError where ref_logps are of other tokens than those that the row has now.
 

@@ -83,7 +83,7 @@ def read_logps(path: str) -> StoredLogps:
 
 @functools.lru_cache(maxsize=1)  # train and eval data ask for the same
 def _read(place: Path, state: tuple[tuple[Path, int, int], ...]) -> StoredLogps:
-    """Of files as they are: path, time and size."""
+    """state: path, time and size of each file, so that a file that has changed is read again."""
     hashes, logps, records = [], [], {}
     for file, *_ in state:
         for row, where in _rows(file):
@@ -126,7 +126,7 @@ def _names_model(record: str) -> bool:
 
 
 def _refuse_different(records: Mapping[str, str]) -> None:
-    """Files may have been scored at different times, for different data, but under one model."""
+    """Raises ValueError for files that were scored under different models."""
     (first, where), *others = records.items()
     for record, other in others:
         if _same(first) != _same(record):

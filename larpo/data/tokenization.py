@@ -242,7 +242,7 @@ def _report(row: Mapping[str, Any], whole: _Tokens, tokens: Mapping[str, Any]) -
 
 
 def _repeats(values: Iterable[Hashable]) -> int:
-    """How many of them are equal to one before them."""
+    """How many values are equal to an earlier one."""
     values = list(values)
     return len(values) - len(set(values))
 

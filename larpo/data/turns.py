@@ -59,7 +59,7 @@ def end_of_turn(tokenizer: Any, keywords: Mapping[str, Any] | None = None) -> st
 
 
 class Turns:
-    """The completions of one prompt of messages as `Reply`s.
+    """The completions of one prompt of messages, as `Reply` objects.
 
     Args:
         tokenizer: with a chat template.

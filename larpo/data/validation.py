@@ -105,7 +105,7 @@ def check_text(field: str, value: Any, where: str) -> None:
 
 
 def check_unicode(field: str, text: str, where: str) -> None:
-    """Raises ValueError for half a character: JSON can write one half of an emoji, which no file of text can hold."""
+    """Raises ValueError for a lone surrogate: JSON can hold one half of an emoji, which UTF-8 cannot."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:

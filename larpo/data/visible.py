@@ -1,4 +1,4 @@
-"""Text that a model or a user wrote, so that all of it is seen."""
+"""Text that a model or a user wrote, with all of its characters made visible."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def handed_over(model: nn.Module, ids: Sequence[int]) -> Tensor | None:
 
 
 def compare(model: PeftModel, before: Tensor | None, ids: Sequence[int]) -> AdapterStart:
-    """Compares a model that has been given an adapter with what it was.
+    """Compares a model that has been given an adapter with the model before.
 
     before: what `handed_over` found; without it the adapter's configuration has to say what holds.
     """
@@ -114,7 +114,7 @@ def _token_logps(called: nn.Module, ids: Sequence[int]) -> Tensor:
 
 
 def _by_configuration(model: PeftModel) -> AdapterStart:
-    """Of LoRA it is known where the base stays as it is; other adapters leave it so."""
+    """By the configuration: which LoRA initialisations change the base is known; other adapters leave it as it is."""
     configs = list(model.peft_config.values())
     leaves = all(
         getattr(one, "init_lora_weights", True) in BASE_AS_IT_IS and not getattr(one, "layer_replication", None)
@@ -172,7 +172,7 @@ def _adapter_off(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _requiring_grad(model: nn.Module, parameters: Any) -> Iterator[None]:
-    """PEFT tells an adapter that is off to require no grad; with it, what is still in effect can be seen."""
+    """PEFT makes an adapter that is off require no grad; required again, gradients show what is still in effect."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p in parameters:

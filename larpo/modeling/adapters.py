@@ -25,7 +25,7 @@ MERGED_BASE = "merged-base"
 
 
 def check_adapter(model: nn.Module, peft_config: PeftConfig | None) -> None:
-    """Refuses what cannot be trained as an adapter, before anything costs time.
+    """Refuses what cannot be trained as an adapter, before anything slow is done.
 
     Raises ImportError without peft; ValueError for a model whose adapter layers are not in a PeftModel, or that has an
     adapter beside peft_config, and for adapters that cannot be trained here; TypeError where peft_config is none.
@@ -97,8 +97,8 @@ def has_adapter(model: nn.Module) -> bool:
 
 @contextmanager
 def switched_off(model: PeftModel) -> Iterator[None]:
-    """As PEFT's `disable_adapter`, without its report on every layer, only to warn where some are on and some off: it takes
-    longer than the switch, and a step with the adapter's base for a reference would make it again each time."""
+    """As PEFT's `disable_adapter`, without its report on every layer, which warns where some are on and some off: it takes longer
+    than the switch, and a step whose reference is the adapter's base would make it each time."""
     if not any(getattr(module, "disable_adapters", True) is False for module in model.modules()):
         yield  # off already, and stays so
         return

@@ -26,7 +26,7 @@ def refuse_frozen(model: nn.Module) -> None:
 
 
 def refuse_foreign_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Raises ValueError for an optimizer that holds nothing of what is trained: made before an adapter was put on the model."""
+    """Raises ValueError for an optimizer without any trained parameter: made before an adapter was put on the model."""
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

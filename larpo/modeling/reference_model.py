@@ -69,7 +69,7 @@ class SyncReference(TrainerCallback):
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
-        """Takes up what `save` wrote. Raises ValueError where there is nothing of it."""
+        """Loads what `save` wrote. Raises ValueError where nothing was written."""
         from safetensors.torch import load_file
 
         path = Path(folder) / REFERENCE_FILE

@@ -36,7 +36,7 @@ DEEPSPEED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Way(Enum):
-    """How ref_logps are had for a batch that does not bring them."""
+    """Where ref_logps of a batch come from."""
 
     NONE = "reference_free: there is no reference"
     STORED = "every row has them: given with the data, or written before training"

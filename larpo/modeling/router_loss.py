@@ -34,7 +34,7 @@ class RouterLoss:
 
     @classmethod
     def asked_for(cls, lm: Any, args: LarPOConfig | None = None) -> RouterLoss | None:
-        """That of a causal LM, compared with its own forward on a few tokens; None where its config does not ask for one.
+        """The router loss of a causal LM, compared with its own forward on a few tokens; None where its config asks for none.
 
         Raises ValueError where the config asks for a loss that cannot be added: the model's is of another kind, or a setting in
         `args` leaves it without its value or gradient.

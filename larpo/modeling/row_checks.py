@@ -27,7 +27,7 @@ HIDDEN = 1e4  # logits beyond it are none: some models hide entries of the vocab
 
 
 class Call(NamedTuple):
-    """How log-likelihoods of rows are had from a model."""
+    """How a model is called for the log-likelihoods of rows."""
 
     with_positions: bool  # position_ids are passed
     why_logits: str | None  # why they come from the model's logits; None: from hidden states
@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 @torch.no_grad()
 def choose(lm: PreTrainedModel, rows: Mapping[str, Tensor], forward: Callable, dtype: torch.dtype, agreed: Callable) -> Call:
-    """The call that gives what transformers gives for a candidate alone, from its tokens only.
+    """The call whose results are those of transformers for each candidate alone, given only its tokens.
 
     Args:
         rows: the first batch. Its layout is taken, and its first tokens. For prefix-shared rows only the head is compared:

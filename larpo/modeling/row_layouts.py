@@ -49,7 +49,7 @@ class TokenizedCandidate(NamedTuple):
 
 
 def padded_rows(candidates: Sequence[TokenizedCandidate], pad_token_id: int, multiple: int = MULTIPLE) -> dict[str, Tensor]:
-    """A row a candidate (R = S), padded to the right to the longest, T rounded up to `multiple`.
+    """One row per candidate (R = S), padded to the right to the longest, T rounded up to `multiple`.
 
     Raises ValueError without candidates, for a prompt without tokens and for multiple < 1.
 
@@ -100,7 +100,7 @@ def shared_rows(
     multiple: int = SHARED_MULTIPLE,
     max_completion_tokens: int | None = None,
 ) -> dict[str, Tensor]:
-    """A row a list: "prompt + candidate 1 + ... + candidate m", so that the prompt runs once.
+    """One row per list: "prompt + candidate 1 + ... + candidate m", so that the prompt runs once.
 
     Neighbours with the same list_index share a row. Positions of each candidate start again behind the prompt, and the
     prompt's last hidden state predicts the first token of every candidate: its place is in `predictor_positions` once for
@@ -139,9 +139,7 @@ def shared_rows(
         "position_ids": _rectangle(positions, 0, multiple),
         "segments": _rectangle(segments, -1, multiple).int(),
         **_counted(
-            candidates,
-            [row * length + last for row, last, _ in places],
-            [row * length + start for row, _, start in places],
+            candidates, [row * length + last for row, last, _ in places], [row * length + start for row, _, start in places]
         ),
     }
 
@@ -243,7 +241,7 @@ def _row_lists(candidates: Sequence[TokenizedCandidate], max_completion_tokens: 
 
 
 def _spread(same: list[TokenizedCandidate], most: int | None) -> list[list[TokenizedCandidate]]:
-    """One list in as few rows as hold at most so many completion tokens each, their candidates even in number."""
+    """One list in as few rows as hold at most so many completion tokens each, candidates spread evenly over them."""
     for count in range(1, len(same) + 1):
         borders = [i * len(same) // count for i in range(count + 1)]
         rows = [same[a:b] for a, b in pairwise(borders)]

@@ -53,7 +53,7 @@ def most_of_all_ranks(n: int, device: torch.device) -> int:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of what FSDP2 keeps gathered until a backward (the head, the last norm); without FSDP2 it does nothing."""
+    """Frees the weights that FSDP2 keeps gathered until a backward (the head, the last norm); without FSDP2 it does nothing."""
     if not torch.distributed.is_available():
         return
     from torch.distributed.fsdp import FSDPModule

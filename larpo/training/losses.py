@@ -134,12 +134,7 @@ class ListLoss:
 
     def _ranking(self, scores: Tensor, objective: Objective, relevance: Tensor, inputs: dict[str, Any]) -> Tensor:
         return lk.listwise_loss(
-            scores,
-            relevance,
-            list_sizes=inputs["list_sizes"],
-            objective=objective,
-            reduction="none",
-            backend=self.backend,
+            scores, relevance, list_sizes=inputs["list_sizes"], objective=objective, reduction="none", backend=self.backend
         )
 
 

@@ -30,7 +30,7 @@ class PredictionLog:
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, scores: Tensor, logps: Tensor, relevance: Tensor, list_sizes: Tensor) -> None:
-        """A batch of lists: scores, logps and relevance [S], list_sizes [L]; one of no list is a batch all the same."""
+        """A batch of lists: scores, logps and relevance [S], list_sizes [L]; a batch of no list counts as a batch too."""
         self._batches.append((scores.detach(), logps.detach(), relevance, list_sizes))
 
     def pop(self, ranks: int = 1) -> tuple[ListPredictions, np.ndarray] | tuple[None, None]:

@@ -119,7 +119,7 @@ def _refuse_with_micro_batches(args: TrainingArguments) -> None:
 
 
 def refuse_unapplied(args: TrainingArguments, inputs: dict[str, Any]) -> None:
-    """Raises ValueError for settings that nothing has applied, since another loss has taken the place of the trainer's."""
+    """Raises ValueError for settings that nothing applies, because list_loss or compute_loss is overridden."""
     unapplied = [name for name in ("margin", "label_smoothing", "sft_weight", "ties") if getattr(args, name)]
     if "weight" in inputs:
         unapplied.append("the data's column weight")

@@ -11,18 +11,7 @@ from datasets import Dataset
 
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
-from tests.helpers.trainers import (
-    SGD,
-    assert_same_gradients,
-    config,
-    eager_loss,
-    gradients,
-    lora,
-    losses,
-    moved,
-    step,
-    trainer,
-)
+from tests.helpers.trainers import SGD, assert_same_gradients, config, eager_loss, gradients, lora, losses, moved, step, trainer
 
 pytestmark = pytest.mark.usefixtures("own_precision")
 

@@ -1,4 +1,4 @@
-"""How numbers lie: their least, middle and most, and a histogram of them."""
+"""The distribution of some numbers: least, median, most, and a histogram."""
 
 from __future__ import annotations
 

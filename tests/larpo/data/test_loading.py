@@ -152,14 +152,8 @@ def test_optional_fields_may_be_in_some_rows_only(tmp_path):
         ({"ref_logps": [-1.0, None, -1.0]}, r"field 'ref_logps\[1\]' holds None; expected a finite number"),
         ({"completion_ids": [[1], [2], [3]]}, "field 'prompt_ids' holds None; .* together or not at all"),
         ({"prompt_ids": [1], "completion_ids": [[1], [2]]}, "field 'completion_ids' has length 2; expected 3"),
-        (
-            {"prompt_ids": [1], "completion_ids": [[1], [-2], []]},
-            r"'completion_ids\[1\]' holds \[-2\]; expected .* tokens",
-        ),
-        (
-            {"prompt_ids": [1.5], "completion_ids": [[1], [2], []]},
-            r"'prompt_ids' holds \[1\.5\]; expected .* tokens",
-        ),
+        ({"prompt_ids": [1], "completion_ids": [[1], [-2], []]}, r"'completion_ids\[1\]' holds \[-2\]; expected .* tokens"),
+        ({"prompt_ids": [1.5], "completion_ids": [[1], [2], []]}, r"'prompt_ids' holds \[1\.5\]; expected .* tokens"),
     ],
 )
 def test_a_bad_line_is_named_with_its_field_and_what_is_expected(bad, message, tmp_path):
@@ -313,15 +307,9 @@ def test_the_prompt_of_texts_is_what_they_share_up_to_the_answer_or_in_whole_wor
         ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected' holds None; expected a string or"),
         ({"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}, "field 'rejected' .* expected the kind of 'chosen'"),
         ({"prompt": "a", "chosen": [user("b"), assistant("c")], "rejected": [user("b"), assistant("d")]}, "repeat 'prompt'"),
-        (
-            {"prompt": [user("a")], "chosen": [user("a"), assistant("c")], "rejected": [assistant("d")]},
-            "in all candidates",
-        ),
+        ({"prompt": [user("a")], "chosen": [user("a"), assistant("c")], "rejected": [assistant("d")]}, "in all candidates"),
         ({"prompt": [user("a")], "chosen": [user("a")], "rejected": [user("a"), assistant("d")]}, "an answer after the prompt"),
-        (
-            {"prompt": "a", "chosen": [SYSTEM, user("a"), assistant("c")], "rejected": [user("a"), assistant("d")]},
-            "the same",
-        ),
+        ({"prompt": "a", "chosen": [SYSTEM, user("a"), assistant("c")], "rejected": [user("a"), assistant("d")]}, "the same"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "scores": [1.0, 2.0]}, r"columns \['scores'\] are in the way"),
     ],
 )
