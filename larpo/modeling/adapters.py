@@ -97,8 +97,8 @@ def has_adapter(model: nn.Module) -> bool:
 
 @contextmanager
 def switched_off(model: PeftModel) -> Iterator[None]:
-    """As PEFT's `disable_adapter`, without its report on every layer, which warns where some are on and some off: it takes longer
-    than the switch, and a step whose reference is the adapter's base would make it each time."""
+    """As PEFT's `disable_adapter`, without its report on every layer, which warns where some are on and some off: it takes
+    longer than the switch, and a step whose reference is the adapter's base would make it each time."""
     if not any(getattr(module, "disable_adapters", True) is False for module in model.modules()):
         yield  # off already, and stays so
         return
