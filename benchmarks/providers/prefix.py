@@ -68,6 +68,7 @@ class ModelStep:
 
     case: str
     seed: int
+    share: int  # one in so many of the layers and of the vocabulary
     dtype: torch.dtype
     device: torch.device
     model: torch.nn.Module
@@ -77,12 +78,11 @@ class ModelStep:
 
     @classmethod
     def build(cls, case: str, dtype: torch.dtype, device: str, seed: int, share: int | None = None) -> ModelStep:
-        """share: one in so many of the layers and of the vocabulary."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        shape, keep = Shape.named(case), share or SHARE[device]
+        shape, share = Shape.named(case), share or SHARE[device]
         base = SMOLLM2_135M if device == "cpu" else LLAMA3_1B
-        cut = {name: base[name] // keep for name in ("num_hidden_layers", "vocab_size")}
+        cut = {name: base[name] // share for name in ("num_hidden_layers", "vocab_size")}
         longest = shape.prompt + shape.completion
         config = LlamaConfig(**{**base, **cut}, tie_word_embeddings=True, max_position_embeddings=longest)
         config._attn_implementation = "sdpa" if device == "cpu" else "flex_attention"
@@ -92,7 +92,7 @@ class ModelStep:
         draw, lengths = torch.Generator().manual_seed(seed), [shape.prompt, *[shape.completion] * shape.m]
         prompt, *completions = (torch.randint(config.vocab_size, (n,), generator=draw).tolist() for n in lengths)
         candidates = [TokenizedCandidate(prompt, completion) for completion in completions]
-        return cls(case, seed, dtype, torch.device(device), model, candidates)
+        return cls(case, seed, share, dtype, torch.device(device), model, candidates)
 
     def logps(self) -> torch.Tensor:
         """[m] log-likelihoods through the backbone and the fused head."""
@@ -146,8 +146,8 @@ class ModelStep:
 
     def save(self, path: Path) -> None:
         """The recipe: the model is drawn again from its seed."""
-        recipe = {"case": self.case, "dtype": self.dtype, "device": self.device.type, "seed": self.seed}
-        torch.save({"side": self.side, **recipe}, path)
+        recipe = {name: getattr(self, name) for name in ("side", "case", "dtype", "seed", "share")}
+        torch.save({**recipe, "device": self.device.type}, path)
 
 
 class SeparateRows:

@@ -149,8 +149,8 @@ class TrainerStep:
 
     def save(self, path: Path) -> None:
         """The recipe: models are loaded anew."""
-        recipe = {"case": self.case, "dtype": self.dtype, "device": self.device.type, "seed": self.seed}
-        torch.save({"side": self.side, **recipe}, path)
+        recipe = {name: getattr(self, name) for name in ("side", "case", "dtype", "seed")}
+        torch.save({**recipe, "device": self.device.type}, path)
 
 
 class Loop:

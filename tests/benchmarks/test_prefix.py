@@ -1,5 +1,10 @@
 """The prefix suite measures what it says: the same training step twice, the prompt shared or not."""
 
+import ctypes
+import json
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,16 +12,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from benchmarks import report
-from benchmarks.core import suites
+from benchmarks.core import memory_child, suites
 from benchmarks.core.measure import Settings, all_providers, measure
-from benchmarks.core.memory import peak_in_child
+from benchmarks.core.memory import GIVE_BACK
 from benchmarks.providers import prefix
 from benchmarks.providers.prefix import ModelStep, SeparateRows, Shape
 from benchmarks.providers.registry import Provider
 from benchmarks.reporting.by_shape import by_shape
 from larpo.modeling.row_layouts import shared_rows
 from tests.helpers import HANGS
+from tests.helpers.forked import Forked
 
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of <malloc.h>
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -91,9 +98,22 @@ def test_the_suites_cross_list_sizes_and_ratios():
         assert {(s.prompt / s.completion, s.m) for s in shapes} == {(r, m) for r in (0.4, 1, 4) for m in (4, 8, 16)}
 
 
-def test_memory_is_that_of_a_step_in_a_process_of_its_own(tmp_path):
+def _measured(arguments):
+    """As in a process of its own, with the settings of malloc that it would be started with."""
+    libc = ctypes.CDLL(None)
+    for parameter, name in ((M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_"), (M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_")):
+        assert libc.mallopt(parameter, int(GIVE_BACK[name]))
+    memory_child._child(*arguments)
+    return 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forked, for speed, and glibc's malloc is asked to give memory back")
+def test_memory_is_that_of_a_step_beyond_the_model(tmp_path):
     step = ModelStep.build("P8-R4-m2", torch.float32, "cpu", 0)
     step.save(tmp_path / "problem.pt")
+    command = ["python", "memory_child", str(tmp_path / "problem.pt"), "ours (shared prompt)", "1"]
+    with (tmp_path / "said").open("w+") as output:
+        assert Forked(SimpleNamespace(command=command, environment={}), output, _measured).wait(HANGS) == 0
+        peak = json.loads((tmp_path / "said").read_text().splitlines()[-1])["bytes"]
     gradients = step.describe()["gradient_bytes"]
-    peak, _ = peak_in_child(tmp_path / "problem.pt", "ours (shared prompt)", timeout=HANGS)
     assert gradients <= peak < 3 * gradients
