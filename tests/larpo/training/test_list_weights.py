@@ -37,8 +37,7 @@ def trained(folder, data, policy, kind=LarPOTrainer, **options):
     return updates, [entry["loss"] for entry in t.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("micro", [None, 2])
-@pytest.mark.parametrize(("batch", "accumulate"), [(2, 3), (1, 5), (3, 2), (5, 1)])
+@pytest.mark.parametrize(("batch", "accumulate", "micro"), [(2, 3, None), (1, 5, None), (5, 1, None), (3, 2, 2), (2, 3, 2)])
 def test_an_update_is_the_gradient_of_the_mean_over_the_lists_of_its_batches(tmp_path, data, policy, batch, accumulate, micro):
     mean = eager_loss(policy, tiny.causal_lm(), data)
     found, (loss,) = trained(
