@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from ..field_docs import documented
 from ..runs.yaml_config import json_object, nearest
 
-COLUMNS = (
-    "Where prompt, completions and scores (or rank, the lowest best) are in data of no known form, a dict (JSON on a command "
-    'line): {"prompt": "question", "completions": "answers[].text", "scores": "answers[].votes"}; also source and group_by.'
-)
-FORM = "The form of the data by name, where its columns fit several (docs/data.md)."
-GROUP_BY = "Rows that are equal in this column are one list."
-SCORE = 'Which score, where the data has several: a name, or weights ({"helpfulness": 0.65, "verbosity": -0.4}).'
-AS_MESSAGES = "Make prompts that are text a user's turn (true), or single turns text (false). Not given: as the form says."
-BAD_ROWS = "Rows that make no list: 'raise' stops at the first, 'drop' leaves them out and counts them by reason."
 ROLES = ("prompt", "completions", "scores", "rank", "source", "group_by")
 
 
+@documented
 @dataclass(kw_only=True)
 class Reading:
     """Settings of `larpo.as_lists` and `larpo.load_lists`, which `larpo train` and `larpo score` have too.
+
+    Args:
+        columns: Where prompt, completions and scores (or rank, the lowest best) are in data of no known form, a dict (JSON on a
+            command line): {"prompt": "question", "completions": "answers[].text", "scores": "answers[].votes"}; also source and
+            group_by.
+        form: The form of the data by name, where its columns fit several (docs/data.md).
+        score: Which score, where the data has several: a name, or weights ({"helpfulness": 0.65, "verbosity": -0.4}).
+        group_by: Rows that are equal in this column are one list.
+        as_messages: Make prompts that are text a user's turn (true), or single turns text (false). Not given: as the form says.
+        bad_rows: Rows that make no list: 'raise' stops at the first, 'drop' leaves them out and counts them by reason.
 
     Raises ValueError for a value that is out of its range and for columns that say too little or two things.
 
@@ -30,12 +33,12 @@ class Reading:
     'answers[].votes'
     """
 
-    columns: dict[str, Any] | str | None = field(default=None, metadata={"help": COLUMNS})
-    form: str | None = field(default=None, metadata={"help": FORM})
-    score: dict[str, Any] | str | None = field(default=None, metadata={"help": SCORE})
-    group_by: str | None = field(default=None, metadata={"help": GROUP_BY})
-    as_messages: bool | None = field(default=None, metadata={"help": AS_MESSAGES})
-    bad_rows: str = field(default="raise", metadata={"help": BAD_ROWS})
+    columns: dict[str, Any] | str | None = None
+    form: str | None = None
+    score: dict[str, Any] | str | None = None
+    group_by: str | None = None
+    as_messages: bool | None = None
+    bad_rows: str = "raise"
 
     def __post_init__(self):
         if isinstance(self.columns, str):
