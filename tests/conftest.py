@@ -36,6 +36,15 @@ def pytest_unconfigure(config):
     gc.unfreeze()  # or libraries complain at the end of what they take for leaks
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny matrices, at which threads only get in each other's way, and for times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if GPU else "cpu"

@@ -1,7 +1,6 @@
 """The suite of small calls: what it shows, and the one bound on time that is held, far off on purpose."""
 
 import pytest
-import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("typer")
@@ -14,14 +13,6 @@ from tests.benchmarks.test_benchmarks import made_table, recorded, row
 
 SEVERAL = 3  # times eager's; about 1 is meant, and a busy machine moves a ratio of bests by half
 TRIES = 3
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def times_as_slow_as_eager(problem, name, rounds=15):

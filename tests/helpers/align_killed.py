@@ -1,7 +1,7 @@
-"""Runs the tiny loop in processes that kill themselves. Usage: python -m tests.helpers.align_killed FOLDER renames|training
+"""Runs the tiny loop in processes that kill themselves.
 
-Forks one process after the other from this one, which has imported everything and runs nothing, until one ends by itself.
-FOLDER/killed is the run they share, FOLDER/whole that of a process that is left in peace.
+`main` forks one process after the other from its own, which must have run nothing, until one ends by itself. FOLDER/killed is
+the run they share, FOLDER/whole that of a process that is left in peace.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -73,8 +72,7 @@ def count_calls(log: Path) -> None:
     TransformersSampler.__call__ = call
 
 
-def main() -> None:
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+def main(folder: Path, mode: str) -> None:
     torch.set_num_threads(1)
     for name in ("whole", "killed"):
         for _ in range(100):
@@ -90,7 +88,3 @@ def main() -> None:
                 file.write(f"{os.waitstatus_to_exitcode(status)}\n")
             if not os.WIFSIGNALED(status):
                 break
-
-
-if __name__ == "__main__":
-    main()

@@ -6,8 +6,12 @@ import functools
 import tempfile
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from larpo.align import AlignConfig
 from larpo.align.loop import run
+from larpo.align.run_folder import RunFolder
+from larpo.runs.files import read_json, read_rows
 from tests.helpers import tiny
 
 PROMPTS = [
@@ -59,3 +63,15 @@ def config(folder: Path, training: dict | None = None, model: str | None = None,
 
 def align(folder: Path, **changes):
     return run(config(folder, **changes), progress=False)
+
+
+def rows_of(folder, iteration, name):
+    return read_rows(RunFolder(folder).iteration(iteration) / f"{name}.parquet")
+
+
+def counts_of(folder, iteration, stage):
+    return read_json(RunFolder(folder).iteration(iteration) / f"{stage}.json")
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
-import multiprocessing
 import os
 import time
 import traceback
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.helpers import HANGS
+from tests.helpers import HANGS, prepared
 
 
 def checks_of(module: str, num_ranks: int, tmp_path_factory, before=None) -> dict[str, str]:
@@ -37,10 +36,7 @@ def checks_of(module: str, num_ranks: int, tmp_path_factory, before=None) -> dic
 
 def _run(module: str, num_ranks: int, folder: Path) -> dict[str, str]:
     """A rank that fails stops there, since the others' collectives would not match any more; what was not run says so."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(module, rank, num_ranks, str(folder))) for rank in range(num_ranks)]
-    for process in processes:
-        process.start()
+    processes = [prepared.start(_rank, module, rank, num_ranks, str(folder)) for rank in range(num_ranks)]
     end = time.monotonic() + HANGS
     while any(process.is_alive() for process in processes) and time.monotonic() < end:
         if any(process.exitcode for process in processes):  # the others wait for it in vain

@@ -1,8 +1,8 @@
-"""Runs the tiny loop on processes that kill themselves. Usage: python -m tests.helpers.ranks_killed FOLDER
+"""Runs the tiny loop on processes that kill themselves.
 
-Forks two ranks for every line of LIVES from this process, which has imported everything and runs nothing. Nothing but the ranks
-themselves ends the ones that are left: no launcher is there to do it. FOLDER/killed is the run they share, FOLDER/whole that of
-two that are left in peace, FOLDER/three that of three. FOLDER/lives.json says how each rank ended.
+`main` forks two ranks for every line of LIVES from its process, which must have run nothing. Nothing but the ranks themselves
+ends the ones that are left: no launcher is there to do it. FOLDER/killed is the run they share, FOLDER/whole that of two that
+are left in peace, FOLDER/three that of three. FOLDER/lives.json says how each rank ended.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -102,13 +101,8 @@ def ranks(folder: Path, name: str, life: int, befall) -> dict:
     return {"ranks": [ended[number] for number in sorted(ended)], "seconds_apart": times[-1] - times[0]}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     for name, number in (("whole", 2), ("three", 3)):
         ranks(folder, name, 0, (None,) * number)
     lives = [ranks(folder, "killed", life, befall) for life, befall in enumerate(LIVES)]
     (folder / "lives.json").write_text(json.dumps(lives, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from larpo import commands
 from larpo.cli import main
 from larpo.config import LarPOConfig
 from larpo.runs.yaml_config import load_yaml
-from tests.helpers import tiny
+from tests.helpers import HANGS, prepared, tiny
 
 
 @pytest.fixture(scope="module")
@@ -200,28 +198,31 @@ def test_evaluation_is_on_its_own_split(tmp_path, folder):
         commands.train(*commands.train_settings(file, ["--eval_split", "validation"]))
 
 
+def on_one_thread(*arguments):
+    torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.argv = ["larpo", *arguments]
+    main()
+
+
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, folder):
     """SIGKILL whenever the third checkpoint has begun to appear: possibly in the middle of writing it."""
     from safetensors.torch import load_file
 
-    steps = 6
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "larpo.cli", "train", "--max_steps", str(steps), "--config"]
     results = {}
     for name in ("whole", "killed"):
         path = tmp_path / name
         path.mkdir()
-        file = str(config(path, folder))
+        command = "train", "--max_steps", "6", "--config", str(config(path, folder))
         if name == "killed":
-            process = subprocess.Popen([*command, file], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            deadline = time.monotonic() + 120
-            while not (path / "out" / "checkpoint-3").exists() and process.poll() is None and time.monotonic() < deadline:
+            process = prepared.start(on_one_thread, *command)
+            deadline = time.monotonic() + HANGS
+            while not (path / "out" / "checkpoint-3").exists() and process.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
             assert (path / "out" / "checkpoint-3").exists() and not (path / "out" / "model.safetensors").exists()
-        done = subprocess.run([*command, file], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert prepared.run(on_one_thread, *command, timeout=HANGS) == 0
         results[name] = load_file(path / "out" / "model.safetensors")
     for name, weight in results["whole"].items():
         assert torch.equal(results["killed"][name], weight), name

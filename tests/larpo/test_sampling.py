@@ -17,13 +17,7 @@ EOS = WORDS.index("<eos>")
 PROMPTS = ["a", "b c d e", "c d", "film"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only get in each other's way where a matrix has 32 columns."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_model(seed=0, spread=1.0, dropout=0.0):

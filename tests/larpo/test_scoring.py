@@ -3,18 +3,17 @@
 import json
 import logging
 import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
+import torch
 
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from larpo import commands, scoring
 from larpo.runs import files
 from larpo.runs.files import read_rows
-from tests.helpers import HANGS, tiny
+from tests.helpers import HANGS, prepared, tiny
 
 LISTS = tiny.lists(10, m=None, seed=3)
 
@@ -52,30 +51,24 @@ def stopped_after(n, folder, monkeypatch, **options):
         score(folder, **options)
 
 
+def killed_after_seven_files(folder):
+    """Of the parts the last one is the first of the reference."""
+    names, rename = [], os.replace
+
+    def replace(source, target):
+        rename(source, target)
+        names.append(target)
+        if len(names) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.replace, scoring.LISTS_OF_A_PART = replace, 2
+    score(folder)
+
+
 def test_a_killed_run_scores_only_what_is_missing_and_writes_what_one_in_peace_does(folder, caplog):
-    """SIGKILL when the seventh file has its name: of the parts, the first of the reference."""
-    code = """
-        import os, signal, sys
-        from larpo import commands, scoring
-        scoring.LISTS_OF_A_PART = 2
-        names, rename = [], os.replace
-        def replace(source, target):
-            rename(source, target)
-            names.append(target)
-            if len(names) == 7:
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.replace = replace
-        folder = sys.argv[1]
-        model, other, lists, out = (f"{folder}/{name}" for name in ("model", "other", "lists.jsonl", "out.parquet"))
-        commands.score(commands.ScoreJob(model, lists, out, ref_model=other, batch_size=2))
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    lines = "\n".join(line[8:] for line in code.splitlines())
-    killed = subprocess.run(
-        [sys.executable, "-c", lines, str(folder)], env=environment, cwd=Path(__file__).parents[2], capture_output=True,
-        text=True, timeout=HANGS,
-    )  # fmt: skip
-    assert killed.returncode == -9, killed.stderr
+    assert prepared.run(killed_after_seven_files, folder, timeout=HANGS) == -signal.SIGKILL
     kept = folder / "out.parquet.parts"
     assert sorted(path.name for path in kept.glob("*/*")) == ["00000.parquet", *(f"{i:05d}.parquet" for i in range(5))]
     (kept / "ref_logps" / ".00001.parquet.unfinished").write_bytes(b"PAR1")

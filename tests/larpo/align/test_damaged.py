@@ -12,12 +12,6 @@ from larpo.runs.intact import Damaged
 from tests.helpers import align_runs, tiny
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("larpo.align.plots.draw", lambda *args: {})
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
 def align(folder):
     return align_runs.align(folder, iterations=1, prompts_per_iteration=3, eval_prompts=2, eval_k=2, max_new_tokens=4)
 

@@ -1,8 +1,6 @@
 """A run that is killed, at every file it writes and in the middle of training, ends as one that was left in peace."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,26 +10,16 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
 if not hasattr(os, "fork"):
     pytest.skip("processes are forked", allow_module_level=True)
 from larpo.runs.files import read_json, read_rows, rows_once, write_text, write_whole
-from tests.helpers import HANGS, tiny
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers import HANGS, align_killed, prepared, tiny
 
 
 def lives(folder: Path, mode: str) -> list[int]:
     """Exit codes of the processes of the killed run, one after the other."""
     tiny.causal_lm(spread=2.0).save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.align_killed", str(folder), mode],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-    )
+    assert prepared.run(align_killed.main, folder, mode, timeout=HANGS) == 0
     codes = [int(line) for line in (folder / "killed.lives").read_text().split()]
-    assert codes[-1] == 0 and (folder / "whole.lives").read_text() == "0\n", done.stderr[-3000:]
+    assert codes[-1] == 0 and (folder / "whole.lives").read_text() == "0\n"
     return codes
 
 

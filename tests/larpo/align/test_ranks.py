@@ -1,9 +1,6 @@
 """The loop on several processes over gloo: what it writes, and how it ends."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +11,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
 
 from larpo.runs.files import read_json
-from tests.helpers import HANGS, loop_checks, ranks, tiny
+from tests.helpers import HANGS, loop_checks, prepared, ranks, ranks_killed, tiny
 from tests.larpo.align.test_killed import assert_same_run
 
 
@@ -46,10 +43,7 @@ def killed(tmp_path_factory):
         pytest.skip("processes are forked")
     folder = tmp_path_factory.mktemp("killed")
     write_model(folder)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "tests.helpers.ranks_killed", str(folder)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], env=env, capture_output=True, text=True, timeout=HANGS)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert prepared.run(ranks_killed.main, folder, timeout=HANGS) == 0
     return folder
 
 

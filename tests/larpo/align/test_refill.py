@@ -6,15 +6,8 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(package)
 from larpo.align import stages
 from larpo.align.prompts import after_iteration, of_iteration
-from larpo.align.run_folder import RunFolder
-from larpo.runs.files import read_json, read_rows
-from tests.helpers.align_runs import PROMPTS, align, config, count_o
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("larpo.align.plots.draw", lambda *args: {})
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+from larpo.runs.files import read_json
+from tests.helpers.align_runs import PROMPTS, align, config, count_o, rows_of
 
 
 def of_cats_all_alike(prompts, completions, **columns):
@@ -26,10 +19,6 @@ def of_cats_all_alike(prompts, completions, **columns):
 
 def nothing(completions, **columns):
     return [1.0] * len(completions)
-
-
-def rows_of(folder, iteration, name):
-    return read_rows(RunFolder(folder).iteration(iteration) / f"{name}.parquet")
 
 
 def test_lists_without_an_order_are_replaced_by_those_of_the_prompts_that_come_next(tmp_path):

@@ -1,5 +1,6 @@
 """Rewards in the loop: judges that are asked call by call, whole lists, normalised sums, completions without an end."""
 
+import json
 import statistics
 from collections import Counter
 
@@ -7,25 +8,23 @@ import pytest
 
 for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(package)
+import torch
+
 from larpo.align import load_config, stages
 from larpo.align.config import differences
+from larpo.align.loop import _rewards
 from larpo.align.run_folder import RunFolder
 from larpo.align.run_state import Run
 from larpo.rewards import RewardError, judge
-from larpo.runs.files import read_rows, write_rows
-from tests.helpers.align_runs import align, config, count_o
+from larpo.runs.files import write_rows
+from tests.helpers import align_runs, tiny
+from tests.helpers.align_runs import align, config, count_o, rows_of
 from tests.helpers.judge_server import serving
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr("larpo.align.plots.draw", lambda *args: {})
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def rows_of(folder, iteration, name):
-    return read_rows(RunFolder(folder).iteration(iteration) / f"{name}.parquet")
 
 
 def test_a_run_that_goes_on_asks_a_server_nothing_twice(tmp_path):
@@ -171,3 +170,115 @@ def test_a_reward_of_a_file_goes_on_as_the_same_run_with_other_ways_to_ask_it(tm
     assert differences(stored, load_config(file)) == []
     file.write_text(file.read_text().replace("model: judge", "model: other"))
     assert "model': 'other'" in differences(stored, load_config(file))[0]
+
+
+def test_candidates_without_a_score_are_left_out_and_counted(tmp_path):
+    def sometimes(completions, **columns):
+        return [None if "a" in text else float(len(text)) for text in completions]
+
+    result = align(tmp_path, iterations=1, reward=sometimes)
+    scores = [score for row in rows_of(tmp_path, 1, "candidates") for score in row["scores"]]
+    assert result.metrics[1]["score"]["unscored"] == scores.count(None) > 0
+    assert result.metrics[1]["lists"]["unscored"] == scores.count(None)
+    assert not [s for row in rows_of(tmp_path, 1, "lists") for s in row["scores"] if s is None]
+    assert result.metrics[1]["evaluate"]["reward"]["mean"] > 0
+    assert "reward: sometimes" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_reward_that_raises_loses_nothing_that_was_sampled(tmp_path):
+    calls = []
+
+    def flaky(completions, prompts, **columns):
+        calls.append(len(completions))
+        if len(calls) == 3:  # the start's evaluation is one chunk, this is the second of the first iteration
+            raise ConnectionError("no route to the judge")
+        return align_runs.count_o(completions)
+
+    with pytest.raises(RuntimeError, match="reward 'flaky' raised ConnectionError: no route to the judge"):
+        align(tmp_path, iterations=1, reward=flaky)
+    sampled = (tmp_path / "iteration-01" / "sampled.parquet").stat().st_mtime_ns
+    align(tmp_path, iterations=1, reward=flaky)
+    assert (tmp_path / "iteration-01" / "sampled.parquet").stat().st_mtime_ns == sampled
+    assert calls == [16, 16, 8, 8, 16]  # chunks of 4 prompts: the first was not scored again
+
+
+def test_columns_of_the_prompts_reach_the_reward(tmp_path):
+    def matches(completions, answer, **columns):
+        return [float(text.count(letter)) for text, letter in zip(completions, answer, strict=True)]
+
+    rows = [{"prompt": prompt, "answer": "oate"[i % 4]} for i, prompt in enumerate(align_runs.PROMPTS)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    align(tmp_path / "run", iterations=1, reward=matches, prompts=str(tmp_path / "prompts.jsonl"))
+    letters = {row["prompt"]: row["answer"] for row in rows}
+    for row in rows_of(tmp_path / "run", 1, "candidates"):
+        assert row["scores"] == [float(text.count(letters[row["prompt"]])) for text in row["completions"]]
+
+
+def test_the_tokens_of_completions_reach_the_reward(tmp_path):
+    def length(prompts, completions, completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    align(tmp_path, iterations=1, reward=length)
+    for row in rows_of(tmp_path, 1, "candidates"):
+        assert row["scores"] == [float(len(ids)) for ids in row["completion_ids"]]
+
+
+def test_tools_of_a_prompt_reach_its_template_and_an_answer_that_it_began_stays_open(tmp_path):
+    tokenizer = tiny.tokenizer.__wrapped__()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0]['name'] }} {% endif %}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    )
+    tiny.causal_lm(spread=2.0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}], "tools": [{"name": "one"}]}
+        for prompt in align_runs.PROMPTS
+    ]
+
+    def reward(completions, **columns):
+        return align_runs.count_o([one[0]["content"] for one in completions])
+
+    align(tmp_path / "run", iterations=1, model=str(tmp_path / "model"), prompts=rows, reward=reward)
+    for name in ("candidates", "lists"):
+        for row in rows_of(tmp_path / "run", 1, name):
+            assert tokenizer.decode(row["prompt_ids"]) == f"one {row['prompt'][0]['content']}</s>a"
+
+
+def test_several_rewards_are_weighed(tmp_path):
+    align(
+        tmp_path,
+        iterations=1,
+        reward=["tests.helpers.align_runs:count_o", "tests.helpers.align_runs:count_o"],
+        reward_weights=[1.0, -3.0],
+    )
+    for row in rows_of(tmp_path, 1, "candidates"):
+        assert row["scores"] == [-2 * count for count in align_runs.count_o(row["completions"])]
+
+
+def test_a_reward_without_an_order_leaves_the_policy_as_it_is(tmp_path, caplog):
+    def same(completions, **columns):
+        return [1.0] * len(completions)
+
+    result = align(tmp_path, iterations=1, reward=same)
+    assert result.metrics[1]["lists"] | {"seconds": 0} == result.metrics[1]["lists"] | {
+        "seconds": 0,
+        "tied_lists": 6,
+        "lists": 0,
+    }
+    assert result.metrics[1]["train"]["steps"] == 0
+    assert result.metrics[1]["evaluate"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert "no list has an order" in caplog.text
+
+
+def test_a_sequence_classifier_is_a_reward(tmp_path):
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(LlamaConfig(**tiny.SIZES, num_labels=1))
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (reward,) = _rewards(config(tmp_path / "run", reward=str(tmp_path)), torch.device("cpu"))
+    good, bad = reward(prompts=["the cat", "the cat"], completions=[" good", " bad"])
+    assert good != bad
+    with pytest.raises(ValueError, match="reward_weights has 2 values; expected one for each of the 1 rewards"):
+        _rewards(config(tmp_path / "run", reward_weights=[1.0, 2.0]), torch.device("cpu"))

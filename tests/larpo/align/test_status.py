@@ -17,12 +17,6 @@ from tests.helpers import HANGS
 from tests.helpers.align_runs import align
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("larpo.align.plots.draw", lambda *args: {})
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
 def test_where_a_run_stands_at_each_stage(tmp_path, monkeypatch):
     seen = []
 

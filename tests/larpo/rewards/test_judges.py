@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -17,7 +16,7 @@ import pytest
 pytest.importorskip("huggingface_hub")
 from larpo.rewards import Endpoint, Judge, Memory, RewardError, combined, judge, judged, score
 from larpo.rewards.finding import from_settings, what_is_said
-from tests.helpers import HANGS
+from tests.helpers import HANGS, prepared
 from tests.helpers.judge_server import serving
 
 PROMPTS, COMPLETIONS = ["p", "p", "p", "q", "q"], ["a", "bb", "ccc", "dddd", "eeeee"]
@@ -160,12 +159,13 @@ def test_what_was_answered_before_an_error_is_not_asked_again(tmp_path):
     assert asked == []
 
 
+def asks(url, folder):
+    one = from_settings({"url": url, "batch_size": 1, "max_in_flight": 2})
+    found = judged([one], ["p"] * 9, [str(i) for i in range(9)], {}, memory=Memory(folder))
+    (folder / "said").write_text(str(found))
+
+
 def test_a_process_that_is_killed_has_kept_what_it_was_told(tmp_path):
-    asking = (
-        "import sys; from larpo.rewards import Memory, from_settings, judged; from pathlib import Path\n"
-        "one = from_settings({'url': sys.argv[1], 'batch_size': 1, 'max_in_flight': 2})\n"
-        "print(judged([one], ['p'] * 9, [str(i) for i in range(9)], {}, memory=Memory(Path(sys.argv[2]))))"
-    )
     process = None
 
     def answer(body, number):
@@ -176,10 +176,10 @@ def test_a_process_that_is_killed_has_kept_what_it_was_told(tmp_path):
     with serving(answer) as server:
         lives = []
         for _ in range(2):
-            process = subprocess.Popen([sys.executable, "-c", asking, server.url, tmp_path], stdout=subprocess.PIPE, text=True)
-            said, _ = process.communicate(timeout=HANGS)
-            lives.append(process.returncode)
-    assert lives == [-9, 0] and said == f"{[[float(i) for i in range(9)]]}\n"
+            process = prepared.start(asks, server.url, tmp_path)
+            process.join(HANGS)
+            lives.append(process.exitcode)
+    assert lives == [-9, 0] and (tmp_path / "said").read_text() == f"{[[float(i) for i in range(9)]]}"
     asked = Counter(server.asked())
     assert set(asked) == {str(i) for i in range(9)} and asked.total() <= 9 + 2  # what was in flight
 

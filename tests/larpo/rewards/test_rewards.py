@@ -13,13 +13,7 @@ from larpo.rewards import from_name, score, sequence_classifier
 PROMPTS, COMPLETIONS = ["p", "p", "q"], ["a", "bb", "ccc"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only get in each other's way where a matrix has 32 columns."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def length(prompts, completions, **columns):

@@ -4,13 +4,11 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import traceback
-from pathlib import Path
+import types
 
 import pytest
 
@@ -22,11 +20,10 @@ from larpo.serving.asking import limits_of
 from larpo.serving.client import ServerError
 from larpo.serving.sampler import ServedModel, ServerSampler
 from larpo.serving.settings import server_settings
-from tests.helpers import HANGS
+from tests.helpers import HANGS, prepared
 from tests.helpers.stand_in_server import StandIn, completion
 from tests.helpers.tiny_tokenizer import WORDS, tiny_tokenizer
 
-ROOT = Path(__file__).parents[3]
 A, B, EOS = (WORDS.index(word) for word in ("a", "b", "<eos>"))
 
 
@@ -238,15 +235,12 @@ def test_a_model_that_the_server_does_not_have_is_named_with_those_it_has():
     assert len(server.asked) == 3  # in every form, for one of the prompts
 
 
+def samples(base_url, folder):
+    sampler(types.SimpleNamespace(base_url=base_url), folder, max_in_flight=2)(list("abcdef"), 2, 1.0, seed=0)
+
+
 def test_a_process_that_is_killed_loses_what_was_in_flight(tmp_path):
     """The client is in a process of its own, of which the server says when it dies."""
-    code = """
-        import pathlib, sys, types
-        from tests.larpo.serving.test_sampler import sampler
-        address, folder = sys.argv[1:]
-        server = types.SimpleNamespace(base_url=address)
-        sampler(server, pathlib.Path(folder), max_in_flight=2)(list("abcdef"), 2, 1.0, seed=0)
-    """
     client, asked = [], []
 
     def answer(body, number):
@@ -256,9 +250,9 @@ def test_a_process_that_is_killed_loses_what_was_in_flight(tmp_path):
         return of_prompt(body)
 
     with StandIn(answer) as server:
-        command = [sys.executable, "-c", textwrap.dedent(code), server.base_url, str(tmp_path)]
-        client.append(subprocess.Popen(command, cwd=ROOT))
-        assert client[0].wait(HANGS) == -signal.SIGKILL
+        client.append(prepared.start(samples, server.base_url, tmp_path))
+        client[0].join(HANGS)
+        assert client[0].exitcode == -signal.SIGKILL
         lost = len(asked) - len((tmp_path / "kept/answers.jsonl").read_text().splitlines())
         assert 1 <= lost <= 2
         before = len(asked)
