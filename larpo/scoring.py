@@ -133,9 +133,13 @@ def score_lists(
     beside = ("source", SCORED_WITH) if ref_model is None else ("source", SCORED_WITH, "ref_logps")
     scored = scored.remove_columns([name for name in beside if name in scored.column_names])
     tokenised, _ = tokenize_lists(
-        scored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation_mode,
+        scored,
+        tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        truncation=truncation_mode,
         append_eos=append_eos,
-    )  # fmt: skip
+    )
     tokenizer = text_tokenizer(tokenizer)
     collator = ListCollator(padding_id(tokenizer), slice_size=candidate_batch_size)
 

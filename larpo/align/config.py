@@ -30,18 +30,29 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "disable_tqdm": True,
 }
-OWNED = {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed", "sync_ref_model": "reference",
-         "list_top": "subset", "list_bottom": "subset", "eval_strategy": "eval_k", "load_best_model_at_end": "eval_k",
-         "do_eval": "eval_k", "do_predict": "eval_k", "resume_from_checkpoint": "output_dir",
-         "model_init_kwargs": "model_init_kwargs"}  # fmt: skip
+OWNED = {  # settings of LarPOConfig that the loop sets by itself, and its own setting to use instead
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "sync_ref_model": "reference",
+    "list_top": "subset",
+    "list_bottom": "subset",
+    "eval_strategy": "eval_k",
+    "load_best_model_at_end": "eval_k",
+    "do_eval": "eval_k",
+    "do_predict": "eval_k",
+    "resume_from_checkpoint": "output_dir",
+    "model_init_kwargs": "model_init_kwargs",
+}
 MAY_CHANGE = ("iterations", "output_dir", "report_to", "compared_prompts", "logps_tolerance")  # of a run that has begun
 
 
-def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING) -> Any:
-    """A field and what it is for."""
-    given = {"default": default} if factory is MISSING and default is not MISSING else {}
-    given |= {"default_factory": factory} if factory is not MISSING else {}
-    return field(**given, metadata={"help": text})
+def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING, choices: tuple | None = None) -> Any:
+    """A field, what it is for, and its choices, if it has only some."""
+    metadata = {"help": text} | ({} if choices is None else {"choices": choices})
+    return (
+        field(default=default, metadata=metadata) if factory is MISSING else field(default_factory=factory, metadata=metadata)
+    )
 
 
 @dataclass(kw_only=True, repr=False)
@@ -72,7 +83,9 @@ class AlignConfig:
     )
     seed: int = _arg(0, "Equal seeds on an equal machine give an equal run.")
     reference: str = _arg(
-        "iteration", "The reference policy: iteration (the policy at the start of the iteration; paper) or initial (`model`)."
+        "iteration",
+        "The reference policy: iteration (the policy at the start of the iteration; paper) or initial (`model`).",
+        choices=("iteration", "initial"),
     )
 
     # --- retrieve
@@ -98,7 +111,9 @@ class AlignConfig:
         "many as fill a batch of sample_batch_size; 64 with another sampler). Completions depend on it.",
     )
     sampler: str = _arg(
-        "transformers", "What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API)."
+        "transformers",
+        "What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API).",
+        choices=("transformers", "vllm", "server"),
     )
     sampler_options: dict[str, Any] = _arg(
         text="Keywords of vllm.LLM; for a server the settings of larpo.serving.settings: base_url, model, reload_command, ...",
@@ -124,7 +139,9 @@ class AlignConfig:
         "subtract from its score.",
     )
     on_reward_error: str = _arg(
-        "raise", "What to do if a reward fails: raise, or skip (the completions of that chunk get no score)."
+        "raise",
+        "What to do if a reward fails: raise, or skip (the completions of that chunk get no score).",
+        choices=("raise", "skip"),
     )
 
     # --- lists
@@ -134,7 +151,11 @@ class AlignConfig:
         "prompts_per_iteration lists with an order.",
     )
     refill_most: int = _arg(3, "Most rounds of refill, each of as many prompts as there are lists missing.")
-    memory: str = _arg("all", "Candidates of earlier iterations that enter the lists: none, previous or all (paper: all).")
+    memory: str = _arg(
+        "all",
+        "Candidates of earlier iterations that enter the lists: none, previous or all (paper: all).",
+        choices=("none", "previous", "all"),
+    )
     subset: Any = _arg(
         "paper",
         "What is trained on of each ranked list: all, [top, bottom], or paper: 1 against 3 for contrastive, 2 and 2 for "
@@ -144,9 +165,12 @@ class AlignConfig:
         "low",
         "What the bottom of the subset holds: low (lowest rewards; paper), hard (of the lower half by reward those that the "
         "policy finds likely), related or random (candidates of another prompt).",
+        choices=("low", "hard", "related", "random"),
     )
     baseline: str | None = _arg(
-        None, "dpo: iterative DPO, the best against the worst of the same k, so that both spend the same generations."
+        None,
+        "dpo: iterative DPO, the best against the worst of the same k, so that both spend the same generations.",
+        choices=(None, "dpo"),
     )
 
     # --- train
@@ -154,7 +178,7 @@ class AlignConfig:
     trained_layers: int | None = _arg(None, "Train only this many of the last decoder layers (None: everything).")
     peft: dict[str, Any] | None = _arg(None, "Settings of peft.LoraConfig: trains an adapter.")
     model_init_kwargs: dict[str, Any] = _arg(text="Arguments of from_pretrained: dtype, attn_implementation.", factory=dict)
-    keep_models: str = _arg("all", "Which policies stay in the run folder: all, or last.")
+    keep_models: str = _arg("all", "Which policies stay in the run folder: all, or last.", choices=("all", "last"))
 
     # --- evaluate
     eval_prompts: Any = _arg(
@@ -174,37 +198,42 @@ class AlignConfig:
             self.eval_prompts = _rows("eval_prompts", self.eval_prompts)
         for name in ("iterations", "k", "refill_most", "max_new_tokens", "sample_batch_size", "eval_k"):
             self._at_least_one(name)
-        self._check_ending()
         for name in ("prompts_per_iteration", "trained_layers", "chunk_size"):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
-        for name, allowed in {
-            "reference": ("iteration", "initial"), "sampler": ("transformers", "vllm", "server"),
-            "on_reward_error": ("raise", "skip"),
-            "memory": ("none", "previous", "all"), "negatives": ("low", "hard", "related", "random"), "baseline": (None, "dpo"),
-            "keep_models": ("all", "last"),
-        }.items():  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        self._check_rewards()
         for name in ("compared_prompts", "logps_tolerance"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        if self.refill and self.prompts_per_iteration is None:
-            raise ValueError("refill needs prompts_per_iteration: without it, an iteration has all prompts from the beginning")
+        for one in fields(self):
+            allowed, value = one.metadata.get("choices"), getattr(self, one.name)
+            if allowed is not None and value not in allowed:
+                raise ValueError(f"{one.name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         for name in ("training", "model_init_kwargs", "sampler_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must hold `name: value` settings, got {masked(getattr(self, name), name)!r}")
+        self._check_ending()
+        self._check_rewards()
         self._take_no_mask_for_a_secret()
+        self._check_temperatures()
+        self._check_combinations()
+        self._check_training_names()
+        for name, hint in get_type_hints(AlignConfig).items():
+            setattr(self, name, as_meant(name, getattr(self, name), hint))
+
+    def _check_temperatures(self) -> None:
         for iteration in range(self.iterations):
             if temperature_at(self.temperatures, iteration, self.iterations) == 0 and self.k > 1:
                 raise ValueError("temperatures must be above 0: at 0 all completions of a prompt are the same")
-        if not isinstance(self.eval_temperatures, Sequence) or 1.0 not in self.eval_temperatures:
-            raise ValueError(
-                f"eval_temperatures must hold 1.0, where reward and KL are measured; got {self.eval_temperatures!r}"
-            )
-        if any(not temperature > 0 for temperature in self.eval_temperatures):
-            raise ValueError(f"eval_temperatures must be above 0, got {self.eval_temperatures!r}")
+        held_out = self.eval_temperatures
+        if not isinstance(held_out, Sequence) or 1.0 not in held_out:
+            raise ValueError(f"eval_temperatures must hold 1.0, where reward and KL are measured; got {held_out!r}")
+        if any(not temperature > 0 for temperature in held_out):
+            raise ValueError(f"eval_temperatures must be above 0, got {held_out!r}")
+
+    def _check_combinations(self) -> None:
+        """Settings that are right by themselves, and not together."""
+        if self.refill and self.prompts_per_iteration is None:
+            raise ValueError("refill needs prompts_per_iteration: without it, an iteration has all prompts from the beginning")
         if self.k < 2 and self.memory == "none" and self.negatives in ("low", "hard"):
             raise ValueError("k must be at least 2: a list of one candidate has no order")
         if self.trained_layers is not None and self.peft is not None:
@@ -215,12 +244,9 @@ class AlignConfig:
             raise ValueError("sampler_options are of another engine: they need sampler vllm or server")
         if self.sampler == "server":
             server_settings(self.sampler_options)
-        self._check_training_names()
         _, bottom = self.top_and_bottom()
         if bottom == 0 and self.negatives != "low":
             raise ValueError(f"negatives {self.negatives!r} fill the bottom of the subset, but subset={self.subset!r} has none")
-        for name, hint in get_type_hints(AlignConfig).items():
-            setattr(self, name, as_meant(name, getattr(self, name), hint))
 
     def _at_least_one(self, name: str) -> None:
         value = getattr(self, name)

@@ -32,7 +32,7 @@ class Models:
     _name: tuple[str, torch.device] | None = None
     _model: Any = None
     _tokenizer: Any = None
-    _taken: weakref.ref | None = None
+    _trained: weakref.ref | None = None
     _initial: str = field(init=False)
 
     def __post_init__(self):
@@ -51,15 +51,15 @@ class Models:
         """The model of this name or folder, in eval mode, on the device; an adapter's folder gives its model with it."""
         return self._held(str(name), self.device)
 
-    def take(self, name: str | Path) -> PreTrainedModel:
+    def load_for_training(self, name: str | Path) -> PreTrainedModel:
         """As `load`, to be trained: the next `load` of this name reads it again."""
         model = self._held(str(name), self._device_to_train_from())
         self._name = self._model = None
-        self._taken = weakref.ref(model)
+        self._trained = weakref.ref(model)
         return model
 
-    def to_train_beside(self) -> PreTrainedModel:
-        """The initial model as the reference of the one that was taken."""
+    def load_reference(self) -> PreTrainedModel:
+        """The initial model as the reference of the one that is trained."""
         return self._held(self.initial(), self._device_to_train_from())
 
     def _device_to_train_from(self) -> torch.device:
@@ -68,22 +68,22 @@ class Models:
     def _held(self, name: str, device: torch.device) -> PreTrainedModel:
         if (name, device) != self._name:
             if self._model is not None:
-                self.drop()
+                self.release()
             self._model = self._load(name).to(device).eval()
             self._name = name, device
         return self._model
 
-    def drop(self) -> None:
+    def release(self) -> None:
         """Frees the model that is held."""
         held = None if self._model is None else weakref.ref(self._model)
         self._name = self._model = None
         self._freed(held)
 
-    def forget(self) -> None:
-        """Frees the model that is held, and the one that was taken, with the trainer that is done with it."""
-        self.drop()
-        self._freed(self._taken)
-        self._taken = None
+    def release_all(self) -> None:
+        """Frees the model that is held, and the one that was trained, with the trainer that is done with it."""
+        self.release()
+        self._freed(self._trained)
+        self._trained = None
 
     def _freed(self, model: weakref.ref | None) -> None:
         """A trainer and its model hold each other. To look for such circles takes longer than to load a small model, so it is

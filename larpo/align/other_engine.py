@@ -42,8 +42,11 @@ def counts_of_tokens(rows: Rows) -> dict[str, Any]:
             "%d of %d completions, and %d of %d prompts, have another number of tokens here than in the server, which gives "
             "or takes text: it has a chat template or a tokenizer of its own, or sampled tokens that their text does not give "
             "back; what is trained on is near to what was sampled, and not the same",
-            counts["not_exact"], len(exact), counts["prompts_not_exact"], len(rows),
-        )  # fmt: skip
+            counts["not_exact"],
+            len(exact),
+            counts["prompts_not_exact"],
+            len(rows),
+        )
     return counts
 
 
@@ -64,8 +67,11 @@ def gap(
             "the sampler's log-likelihoods are %.3g nats per token from the trainer's own on average, and %.3g at most, where "
             "logps_tolerance is %g: completions are not quite the policy's. The usual causes: another precision (dtype), a "
             "prompt that is read as other tokens (chat template, BOS), other weights (a server that has not been told)%s",
-            found["logps_apart"], found["logps_apart_most"], tolerance, at,
-        )  # fmt: skip
+            found["logps_apart"],
+            found["logps_apart_most"],
+            tolerance,
+            at,
+        )
     return found
 
 

@@ -191,20 +191,13 @@ def train(run: Run, iteration: int) -> dict[str, Any]:
     """LarPOTrainer on the lists, from the policy at the start of the iteration; see `larpo.align.training`."""
     folder, model = run.folder.iteration(iteration), run.folder.model(iteration)
     rows = run.rows(folder / "lists.parquet")
+    task = training.Task(run.policy(iteration - 1), model, folder / "checkpoints", run.seed(0, iteration))
     if not run.ranks.first(model.exists):
-        with (
-            remembered(folder, {}, run.ranks),
-            run.ranks.said_once(),
-        ):  # a run's folder has the run's settings: what diverged was this
-            run.ranks.together(
-                lambda: training.train(
-                    run.config, rows, run.models,
-                    policy=run.policy(iteration - 1), model=model, checkpoints=folder / "checkpoints",
-                    seed=run.seed(0, iteration), progress=run.progress, ranks=run.ranks,
-                )
-            )  # fmt: skip
-        run.models.forget()
-    run.remove(folder / "checkpoints")
+        # Without settings to compare: a run's folder has the run's, so what diverged there was this.
+        with remembered(folder, {}, run.ranks), run.ranks.said_once():
+            run.ranks.together(lambda: training.train(run, rows, task))
+        run.models.release_all()
+    run.remove(task.checkpoints)
     return run.ranks.first(lambda: training.report(model))
 
 

@@ -74,11 +74,15 @@ def status(path: str | Path) -> Status:
     iteration = settings["iterations"] if now is None else now[0]
     why = folder.iteration(iteration) / DIVERGED
     return Status(
-        folder, at_work, settings["iterations"], done, now,
+        folder,
+        at_work,
+        settings["iterations"],
+        done,
+        now,
         kept="" if now is None else _kept(folder, *now),
         diverged=read_json(why)["why"] if why.exists() else None,
         quiet=_seconds_since_a_file(folder.iteration(iteration)),
-    )  # fmt: skip
+    )
 
 
 def _stages(folder: RunFolder, settings: dict[str, Any]) -> Iterator[tuple[int, str, Path]]:

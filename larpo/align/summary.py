@@ -89,10 +89,18 @@ def _lists(metrics: Metrics) -> str:
     for one in metrics[1:]:
         sampled, lists = one["sample"], one["lists"]
         cells = (
-            one["iteration"], f"{sampled['temperature']:g}", sampled["candidates"], lists["duplicates"], lists["unscored"],
-            lists["memorised_candidates"], lists["tied_lists"], one["refill"]["prompts"] if "refill" in one else "–",
-            lists["lists"], lists["candidates"], one["train"]["steps"],
-        )  # fmt: skip
+            one["iteration"],
+            f"{sampled['temperature']:g}",
+            sampled["candidates"],
+            lists["duplicates"],
+            lists["unscored"],
+            lists["memorised_candidates"],
+            lists["tied_lists"],
+            one["refill"]["prompts"] if "refill" in one else "–",
+            lists["lists"],
+            lists["candidates"],
+            one["train"]["steps"],
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.files import Rows, plain, read_json, write_whole
-from ..runs.ranks import ALONE, Ranks, shown
+from ..runs.ranks import shown
 from .config import AlignConfig
 
 if TYPE_CHECKING:
     from .models import Models
+    from .run_state import Run
 
 logger = logging.getLogger(__name__)
 
@@ -20,20 +22,18 @@ REPORTED = ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "ndcg"
 STATE = "trainer_state.json"
 
 
-def train(
-    config: AlignConfig,
-    rows: Rows,
-    models: Models,
-    *,
-    policy: str,
-    model: Path,
-    checkpoints: Path,
-    seed: int,
-    progress: bool,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Trains `policy` (a name or folder) on lists and writes the result, with the trainer's log, as the folder `model`.
-    All processes train, the first one writes.
+@dataclass(frozen=True)
+class Task:
+    """One iteration's training: which policy (a name or folder) is trained, and where the result and its checkpoints go."""
+
+    policy: str
+    model: Path
+    checkpoints: Path
+    seed: int
+
+
+def train(run: Run, rows: Rows, task: Task) -> None:
+    """Trains a policy on lists and writes the result, with the trainer's log. All processes train, the first one writes.
 
     The reference is the policy before training, or the initial model with reference="initial". Without lists the policy
     is written as it is, with a warning.
@@ -46,32 +46,33 @@ def train(
     from ..training.nonfinite import refuse_nonfinite_weights
     from .models import train_last_layers
 
+    config, models, ranks = run.config, run.models, run.ranks
     if not rows:
-        ranks.first(lambda: _write_as_it_is(model, models, policy))
+        ranks.first(lambda: _write_as_it_is(task, models))
         return
-    own = models.take(policy)
+    policy = models.load_for_training(task.policy)
     if config.trained_layers is not None:
-        train_last_layers(own, config.trained_layers)
+        train_last_layers(policy, config.trained_layers)
     settings = config.training_settings()
     trainer = LarPOTrainer(
-        own,
-        models.to_train_beside() if config.reference == "initial" and not settings.get("reference_free") else None,
-        arguments(config, str(checkpoints), seed),
+        policy,
+        models.load_reference() if config.reference == "initial" and not settings.get("reference_free") else None,
+        arguments(config, str(task.checkpoints), task.seed),
         train_dataset=_dataset(rows),
         processing_class=models.tokenizer,
-        peft_config=_peft_config(config, own),
+        peft_config=_peft_config(config, policy),
     )
     if settings["precompute_ref_log_probs"]:
         trainer.reference.release()  # its log-probs are in the data now
-        models.drop()
-    _quiet(trainer, progress)
-    trainer.train(resume_from_checkpoint=ranks.first(lambda: last_whole_checkpoint(checkpoints, trainer.args)))
+        models.release()
+    _show_a_bar(trainer, run.progress)
+    trainer.train(resume_from_checkpoint=ranks.first(lambda: last_whole_checkpoint(task.checkpoints, trainer.args)))
     sharded = is_sharded(trainer.accelerator)
-    refuse_nonfinite_weights(trainer.model, model, trainer.accelerator if sharded else None)
+    refuse_nonfinite_weights(trainer.model, task.model, trainer.accelerator if sharded else None)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # whole, in the first process
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    ranks.first(lambda: _write(model, trained, models.tokenizer, weights, trainer.state))
-    ranks.each(lambda: shown(model))
+    ranks.first(lambda: _write(task.model, trained, models.tokenizer, weights, trainer.state))
+    ranks.each(lambda: shown(task.model))
 
 
 def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
@@ -104,9 +105,9 @@ def report(model: Path) -> dict[str, Any]:
     return {"steps": log["global_step"], "log": steps}
 
 
-def _write_as_it_is(folder: Path, models: Models, policy: str) -> None:
-    logger.warning("no list has an order to learn from: the policy stays as it is (%s)", folder.parent)
-    _write(folder, models.load(policy), models.tokenizer)
+def _write_as_it_is(task: Task, models: Models) -> None:
+    logger.warning("no list has an order to learn from: the policy stays as it is (%s)", task.model.parent)
+    _write(task.model, models.load(task.policy), models.tokenizer)
 
 
 def _write(folder: Path, model: Any, tokenizer: Any, weights: Any = None, state: Any = None) -> None:
@@ -142,7 +143,7 @@ def _peft_config(config: AlignConfig, policy: Any) -> Any:
     return lora_config(config.peft)
 
 
-def _quiet(trainer: Any, progress: bool) -> None:
+def _show_a_bar(trainer: Any, progress: bool) -> None:
     """A bar instead of a dict per logged step: the log goes into the policy's folder."""
     from transformers import PrinterCallback
     from transformers.trainer_callback import ProgressCallback

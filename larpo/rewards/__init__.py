@@ -25,6 +25,20 @@ from .memory import Memory
 from .text import Text, text_of
 
 __all__ = [
-    "BUILT_IN", "Endpoint", "Judge", "Memory", "Reward", "RewardError", "SequenceClassifier", "Text", "combined", "from_name",
-    "from_settings", "judged", "name_of", "score", "sequence_classifier", "text_of",
-]  # fmt: skip
+    "BUILT_IN",
+    "Endpoint",
+    "Judge",
+    "Memory",
+    "Reward",
+    "RewardError",
+    "SequenceClassifier",
+    "Text",
+    "combined",
+    "from_name",
+    "from_settings",
+    "judged",
+    "name_of",
+    "score",
+    "sequence_classifier",
+    "text_of",
+]

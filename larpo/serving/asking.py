@@ -99,16 +99,12 @@ async def ask(
     client: openai.AsyncOpenAI, settings: ServerSettings, model: str, form: Form, wanted: Wanted, limits: Limits
 ) -> Answer:
     """Raises openai.OpenAIError where the client gave up."""
-    common: dict[str, Any] = dict(
-        model=model, n=wanted.n, temperature=wanted.temperature, top_p=limits.top_p, max_tokens=limits.max_new_tokens,
-        seed=wanted.seed,
-    )  # fmt: skip
+    common: dict[str, Any] = {"model": model, "n": wanted.n, "temperature": wanted.temperature, "seed": wanted.seed}
+    common |= {"top_p": limits.top_p, "max_tokens": limits.max_new_tokens}
     extra: dict[str, Any] = {}
     if form.token_ids:
-        extra |= dict(
-            return_token_ids=True, stop_token_ids=list(limits.end_token_ids), ignore_eos=limits.only_these_end,
-            min_tokens=limits.min_new_tokens, **NOTHING_ELSE,
-        )  # fmt: skip
+        extra |= {"return_token_ids": True, "min_tokens": limits.min_new_tokens, **NOTHING_ELSE}
+        extra |= {"stop_token_ids": list(limits.end_token_ids), "ignore_eos": limits.only_these_end}
         if limits.top_k:
             extra["top_k"] = limits.top_k
         if limits.stop:

@@ -120,8 +120,9 @@ class ServerSampler:
             logger.warning(
                 "all completions of a prompt are the same, for each of %d prompts: does the server at %s sample at all, or do "
                 "the model's generation settings have it take the likeliest token (do_sample)?",
-                len(several), self.settings.base_url,
-            )  # fmt: skip
+                len(several),
+                self.settings.base_url,
+            )
 
     def sampled(self, wanted: Wanted, answer: Answer) -> list[Sampled]:
         """The completions of an answer."""

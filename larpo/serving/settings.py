@@ -62,9 +62,9 @@ class ServerSettings:
             raise ValueError(f"{_named('base_url')} must be an address like http://localhost:8000/v1, got {self.base_url!r}")
         if url.username or url.password or url.query:
             raise ValueError(f"{_named('base_url')} must hold no user, password or query: a key is read from api_key_env")
-        for name, kinds, least in (
-            ("max_in_flight", int, 1), ("retries", int, 0), ("timeout", int | float, 0), ("reload_timeout", int | float, 0),
-        ):  # fmt: skip
+        whole, seconds = int, int | float
+        least_of = {"max_in_flight": (whole, 1), "retries": (whole, 0), "timeout": (seconds, 0), "reload_timeout": (seconds, 0)}
+        for name, (kinds, least) in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{_named(name)} must be a number of at least {least}, got {value!r}")

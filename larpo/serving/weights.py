@@ -37,8 +37,9 @@ class ServedWeights:
             logger.warning(
                 "nobody tells the server at %s of the weights after iteration %d (allow_stale_weights): its completions are of "
                 "the weights that it was started with",
-                self.settings.base_url, iteration,
-            )  # fmt: skip
+                self.settings.base_url,
+                iteration,
+            )
         self.told = checkpoint
         return self.settings.reload_command is not None
 

@@ -29,18 +29,18 @@ def held(tmp_path):
 
 def test_a_model_without_a_trainer_is_freed_without_a_search_for_circles(held, collections):
     first = weakref.ref(held.load(held.initial()))
-    held.drop()
+    held.release()
     assert first() is None and collections == []
 
 
 def test_a_model_that_a_trainer_holds_in_a_circle_is_freed_once_training_is_done(held, collections):
-    model = held.take(held.initial())
+    model = held.load_for_training(held.initial())
     model.trainer = {"of": model}
     trained = weakref.ref(model)
     del model
-    held.drop()
+    held.release()
     assert trained() is not None and collections == []  # in training
-    held.forget()
+    held.release_all()
     assert trained() is None and len(collections) == 1
-    held.forget()
+    held.release_all()
     assert len(collections) == 1
