@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import larpo_kernels as lk  # noqa: E402
-from larpo_kernels.linear import schedules  # noqa: E402
+from larpo_kernels.linear import dtypes  # noqa: E402
 
 TOKENS, HIDDEN, VOCAB = 512, 128, 4096
 STDS = (1, 2, 4, 8, 16, 32)
@@ -33,11 +33,11 @@ def target_dot(hidden, weight, labels):
 
 def ours(native):
     def run(hidden, weight, labels):
-        schedules.native_bf16, kept = (lambda *_: native), schedules.native_bf16
+        dtypes.native_bf16, kept = (lambda *_: native), dtypes.native_bf16
         try:
             return lk.linear_token_logps(hidden, weight, labels, schedule="recompute")
         finally:
-            schedules.native_bf16 = kept
+            dtypes.native_bf16 = kept
 
     return run
 

@@ -101,7 +101,7 @@ POLICIES = (
 )
 PASSES = 1 + 1 + 1 + 2  # forwards' worth of the layers: reference, policy, recomputed for the backward, backward
 HEAD_GEMMS = 1 + 3  # score_only for the reference, list_hold for the policy
-TILE = 1 << 30  # bytes of a tile of logits (larpo_kernels.linear.schedules.GPU_TILE_BYTES)
+TILE = 1 << 30  # bytes of a tile of logits (larpo_kernels.linear.tile_shapes.GPU_TILE_BYTES)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ if __package__ in (None, ""):  # run as a file
 from benchmarks.gpu import device
 from benchmarks.gpu.timing import medians
 from benchmarks.reporting.tables import aligned
-from larpo_kernels.linear import schedules
+from larpo_kernels.linear import tile_shapes
 
 NO_GPU = "tune needs a GPU that torch can use, and there is none here: torch.cuda.is_available() is False."
 NOISE = 0.02  # a candidate must be faster by this share
-SCHEDULE_VALUES = ("GPU_TILE_BYTES", "GPU_TILE_TOKENS")  # names in linear/schedules.py; the rest are fields of Launch
+SCHEDULE_VALUES = ("GPU_TILE_BYTES", "GPU_TILE_TOKENS")  # names in linear/tile_shapes.py; the rest are fields of Launch
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def shipped(arch: str) -> dict[str, int]:
     from larpo_kernels.backends.triton import launch
 
     entry = {name: value for name, value in asdict(launch.TABLE[arch]).items() if name != "origin"}
-    return entry | {name: getattr(schedules, name) for name in SCHEDULE_VALUES}
+    return entry | {name: getattr(tile_shapes, name) for name in SCHEDULE_VALUES}
 
 
 def place(values: dict[str, int], arch: str) -> None:
@@ -111,7 +111,7 @@ def place(values: dict[str, int], arch: str) -> None:
     launch.TABLE[arch] = replace(entry, **{name: value for name, value in values.items() if name in known})
     launch.for_device.cache_clear()
     for name in SCHEDULE_VALUES:
-        setattr(schedules, name, values.get(name, getattr(schedules, name)))
+        setattr(tile_shapes, name, values.get(name, getattr(tile_shapes, name)))
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def using(values: dict[str, int], arch: str) -> Iterator[None]:
     """Launches and schedules take these values inside."""
     from larpo_kernels.backends.triton import launch
 
-    entry, before = launch.TABLE[arch], {name: getattr(schedules, name) for name in SCHEDULE_VALUES}
+    entry, before = launch.TABLE[arch], {name: getattr(tile_shapes, name) for name in SCHEDULE_VALUES}
     place(values, arch)
     try:
         yield
@@ -293,7 +293,7 @@ def table(group: Group, rows: list[dict], most: int = 8) -> str:
 
 
 def entry(arch: str, values: dict[str, int], origin: str) -> str:
-    """A line of launch.TABLE, and lines of linear/schedules.py."""
+    """A line of launch.TABLE, and lines of linear/tile_shapes.py."""
     launch = {name: value for name, value in values.items() if name not in SCHEDULE_VALUES}
     line = f'    "{arch}": Launch({", ".join(f"{name}={value}" for name, value in launch.items())}, origin="{origin}"),'
     return "\n".join([line, *(f"{name} = {_bytes(values[name])}  # {origin}" for name in SCHEDULE_VALUES)])

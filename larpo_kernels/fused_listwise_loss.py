@@ -7,10 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from . import backends, ops, validation
-from .logps import LinearTokens, counted
+from . import ops, validation
+from .linear.schedules import Request
 from .objectives import Objective, checked_relevance, resolve
 from .outputs import ListwiseLossOutput
+from .vocabulary_side import LinearHeadCall, LogitsCall, LogitTransform
 
 
 def fused_listwise_loss(
@@ -49,17 +50,23 @@ def fused_listwise_loss(
             reference-free loss. With length_normalized it must be normalised too.
         beta: scale of the implicit reward, > 0.
         length_normalized: L_s is the mean over a candidate's tokens instead of the sum (the paper sums).
+        ignore_index: tokens with this label do not count; None: every label counts.
+        logit_scale: the number that the model multiplies its logits by, after the head.
+        softcap: the bound of the model's soft cap, if it has one.
         reduction: over lists; the terms inside a list are summed.
-        others: as in `token_logps`.
+        return_stats: also per-token entropy and top-1 hit, from the same read, without gradient.
+        inplace_backward: write the gradient over the logits, which are lost then; see `token_logps`.
+        backend: "torch", "triton" or None for the best one on this device.
 
     Returns:
         ListwiseLossOutput(loss, logps, scores, entropy, top1): loss differentiable in logits; logps and scores [S]
-        detached; entropy and top1 of the labels' shape with return_stats, else None.
+            detached; entropy and top1 of the labels' shape with return_stats, else None.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what it should be, before anything is computed. On a
-        GPU values are not inspected (that would stop the host): a label out of range or lists that do not cover the
-        candidates give NaN.
+        TypeError: an argument has the wrong type or dtype; the message names it. Nothing was computed yet.
+        ValueError: an argument has the wrong shape or value; the message names it, and says what it should be. On a GPU
+            values are not inspected (that would stop the host): there a label out of range, or lists that do not cover the
+            candidates, give NaN.
 
     Source: "LLM Alignment as Retriever Optimization", arXiv 2502.03699, table 1 and algorithm 1.
 
@@ -71,21 +78,10 @@ def fused_listwise_loss(
     >>> tuple(out.scores.shape), tuple(logits.grad.shape)
     ((4,), (4, 5, 100))
     """
-    tokens = validation.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
-    validation.check_options(logit_scale=logit_scale, softcap=softcap)
-    lists = Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    backend = backends.pick(backend, logits)
-    step = ops.token_step(
-        tokens,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        stats=return_stats,
-        inplace_backward=inplace_backward,
-        backend=backend,
-    )
-    mean_over = counted(tokens.labels, ignore_index, length_normalized)
-    return ListwiseLossOutput(*ops.run(*step, *lists.step(mean_over, backend))[: 5 if return_stats else 3])
+    transform = LogitTransform(ignore_index, logit_scale, softcap)
+    call = LogitsCall(logits, labels, cu_seqlens, transform, backend, inplace_backward)
+    lists = ListwiseProblem(call.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
+    return lists.loss_of(call, length_normalized, return_stats)
 
 
 def fused_linear_listwise_loss(
@@ -118,14 +114,29 @@ def fused_linear_listwise_loss(
 
     Args:
         hidden: [S, T, H] padded, or [N, H] packed with cu_seqlens; what the head is applied to.
-        weight: [V, H], the head as `torch.nn.Linear` stores it. bias: [V] or None.
-        schedule, memory_budget, tail_threshold: what is kept for the backward, and whether gradients are those of all rows of
-            the head; see `linear_token_logps` and `plan`.
-        others: as in `fused_listwise_loss`.
+        weight: [V, H], the head as `torch.nn.Linear` stores it.
+        labels: [S, T] or [N], integer, aligned with hidden (already shifted); ignore_index where not counted.
+        relevance: [S] reward of each candidate, higher is better.
+        list_sizes: candidates per list: an int m (S = lists * m), or sizes (sequence or int tensor) that sum to S.
+        bias: [V] or None.
+        schedule: what is kept for the backward; see `linear_token_logps` and `plan`.
+        memory_budget: bytes that schedule "auto" may use beyond the gradients; by default half of what is free.
+        tail_threshold: a probability; gradients of the rows that some token gives more; see `linear_token_logps`.
+        cu_seqlens: [S+1] integer token borders of packed candidates, from 0 to N.
+        objective: "pairwise", "contrastive", "listmle", "lambdarank", "listnet", or an objective object.
+        ref_logps: [S] log-likelihood of each candidate under the reference policy; None for a reference-free loss.
+        beta: scale of the implicit reward, > 0.
+        length_normalized: L_s is the mean over a candidate's tokens instead of the sum (the paper sums).
+        ignore_index: tokens with this label do not count; None: every label counts.
+        logit_scale: the number that the model multiplies its logits by, after the head.
+        softcap: the bound of the model's soft cap, if it has one.
+        reduction: over lists; the terms inside a list are summed.
+        return_stats: also per-token entropy and top-1 hit, from the same walk, without gradient.
+        backend: "torch", "triton" or None for the best one on this device.
 
     Returns:
         As `fused_listwise_loss`; loss is differentiable in hidden, weight and bias. What does not require grad costs
-        neither a GEMM nor a buffer.
+            neither a GEMM nor a buffer.
 
     >>> _ = torch.manual_seed(0)
     >>> hidden, weight = torch.randn(4, 5, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
@@ -135,39 +146,26 @@ def fused_linear_listwise_loss(
     >>> tuple(weight.grad.shape)
     (100, 16)
     """
-    head = LinearTokens(
-        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index, logit_scale, softcap,
-        backend,
-    )  # fmt: skip
-    lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
-    out = ops.run(*head.step(return_stats), *lists.step(mean_over, head.backend))
-    return ListwiseLossOutput(*out[: 5 if return_stats else 3])
+    transform, asked = LogitTransform(ignore_index, logit_scale, softcap), Request(schedule, memory_budget, tail_threshold)
+    call = LinearHeadCall(hidden, weight, labels, bias, cu_seqlens, asked, transform, backend)
+    lists = ListwiseProblem(call.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
+    return lists.loss_of(call, length_normalized, return_stats)
 
 
-class Lists:
-    """The list side of a fused loss: checked when made, a step for `ops.run` on demand."""
+class ListwiseProblem:
+    """The list side of a fused loss, validated when made."""
 
-    def __init__(self, tokens, relevance, list_sizes, ref_logps, objective, beta, reduction):
+    def __init__(self, tokens: validation.Tokens, relevance, list_sizes, ref_logps, objective, beta, reduction):
         validation.check_options(beta=beta, reduction=reduction)
-        n = tokens.num_candidates
-        self.objective, self.beta, self.reduction = resolve(objective), beta, reduction
-        self.cu_tokens = tokens.cu_tokens
-        self.cu_lists, self.list_size = validation.lists(list_sizes, n, tokens.values.device)
-        self.relevance = checked_relevance(relevance, self.objective, self.cu_lists, tokens.values, n)
-        self.ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
+        n, cu_tokens = tokens.num_candidates, tokens.cu_tokens
+        objective = resolve(objective)
+        cu_lists, list_size = validation.lists(list_sizes, n, tokens.values.device)
+        relevance = checked_relevance(relevance, objective, cu_lists, tokens.values, n)
+        ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
+        self.arguments = (cu_tokens, cu_lists, list_size, relevance, ref_logps, objective)
+        self.options = {"beta": beta, "reduction": reduction}
 
-    def step(self, counted, backend) -> ops.Step:
-        """loss, logps, scores of token log-probs; counted: the tokens that a mean runs over, None for a sum."""
-        return ops.list_step(
-            counted,
-            self.cu_tokens,
-            self.cu_lists,
-            self.list_size,
-            self.relevance,
-            self.ref_logps,
-            self.objective,
-            beta=self.beta,
-            reduction=self.reduction,
-            backend=backend,
-        )
+    def loss_of(self, call: LogitsCall | LinearHeadCall, length_normalized: bool, stats: bool) -> ListwiseLossOutput:
+        mean_mask = call.mean_mask(length_normalized)
+        step = ops.list_step(mean_mask, *self.arguments, **self.options, backend=call.backend)
+        return ListwiseLossOutput(*call.run(step, stats)[: 5 if stats else 3])

@@ -6,10 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from . import backends, ops, validation
-from .linear import schedules
-from .linear.vocab_shard import IGNORED
+from .linear.schedules import Plan, Request
 from .outputs import TokenLogps
+from .vocabulary_side import LinearHeadCall, LogitsCall, LogitTransform
 
 
 def token_logps(
@@ -34,7 +33,8 @@ def token_logps(
         labels: [S, T] or [N], any integer dtype, aligned with the logits (already shifted).
         ignore_index: tokens with this label give 0 and exactly zero gradient; their logits are never read. None: every
             label counts.
-        logit_scale, softcap: what a model does to its logits after the head.
+        logit_scale: the number that the model multiplies its logits by, after the head.
+        softcap: the bound of the model's soft cap, if it has one.
         return_stats: also per-token entropy and top-1 hit, from the same read, without gradient.
         inplace_backward: write the gradient over the logits instead of allocating it. The logits are lost then, and
             autograd raises if anything else still needs them. Under torch.compile it has no effect. On a GPU programs
@@ -43,28 +43,18 @@ def token_logps(
 
     Returns:
         [S, T] or [N] float32 (float64 for float64 logits), never above 0; with return_stats a `TokenLogps`.
-        A target logit of -inf gives -inf and no gradient. On a GPU a label out of range gives NaN.
+            A target logit of -inf gives -inf and no gradient. On a GPU a label out of range gives NaN.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what it should be.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        ValueError: an argument has the wrong shape or value; the message names it, and says what it should be.
 
     >>> logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 0.0, 0.0, 0.0]])
     >>> token_logps(logits, torch.tensor([2, -100]))
     tensor([-1.3863,  0.0000])
     """
-    tokens = validation.tokens(logits, labels, None, name="logits", ignore_index=ignore_index, need_candidates=False)
-    validation.check_options(logit_scale=logit_scale, softcap=softcap)
-    step = ops.token_step(
-        tokens,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        stats=return_stats,
-        inplace_backward=inplace_backward,
-        backend=backends.pick(backend, logits),
-    )
-    out = ops.run(*step)
-    return TokenLogps(*out) if return_stats else out[0]
+    transform = LogitTransform(ignore_index, logit_scale, softcap)
+    return LogitsCall(logits, labels, None, transform, backend, inplace_backward, candidates=False).token_logps(return_stats)
 
 
 def sequence_logps(
@@ -82,10 +72,15 @@ def sequence_logps(
     """Log-likelihood of each candidate: L_s = sum of `token_logps` over its tokens. Differentiable, for any loss.
 
     Args:
-        logits, labels: padded [S, T, V] with [S, T], or packed [N, V] with [N] and cu_seqlens.
+        logits: [S, T, V] padded, or [N, V] packed with cu_seqlens; see `token_logps`.
+        labels: [S, T] or [N], any integer dtype, aligned with the logits (already shifted).
         cu_seqlens: [S+1] integer borders of the candidates in packed input, from 0 to N, not decreasing.
         length_normalized: the mean over the tokens that count instead of the sum.
-        others: as in `token_logps`.
+        ignore_index: tokens with this label do not count; None: every label counts.
+        logit_scale: the number that the model multiplies its logits by, after the head.
+        softcap: the bound of the model's soft cap, if it has one.
+        inplace_backward: write the gradient over the logits, which are lost then; see `token_logps`.
+        backend: "torch", "triton" or None for the best one on this device.
 
     Returns:
         [S] float32 (float64 for float64 logits); 0 for a candidate without tokens.
@@ -95,19 +90,8 @@ def sequence_logps(
     >>> sequence_logps(logits, labels)
     tensor([-6.9078, -2.3026])
     """
-    tokens = validation.tokens(logits, labels, cu_seqlens, name="logits", ignore_index=ignore_index)
-    validation.check_options(logit_scale=logit_scale, softcap=softcap)
-    backend = backends.pick(backend, logits)
-    step = ops.token_step(
-        tokens,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        inplace_backward=inplace_backward,
-        backend=backend,
-    )
-    mean_over = counted(tokens.labels, ignore_index, length_normalized)
-    return ops.run(*step, *ops.candidate_step(mean_over, tokens.cu_tokens, backend))[0]
+    transform = LogitTransform(ignore_index, logit_scale, softcap)
+    return LogitsCall(logits, labels, cu_seqlens, transform, backend, inplace_backward).sequence_logps(length_normalized)
 
 
 def linear_token_logps(
@@ -149,17 +133,18 @@ def linear_token_logps(
             is sure of itself (docs/numerics.md has the errors). The log-probs stay exact; None: the gradients too. Where a
             block has too little of a tail, under torch.compile and while a CUDA graph is captured all is exact. On a GPU
             the host waits for the device once a block.
-        others: as in `token_logps`.
+        ignore_index: tokens with this label give 0 and exactly zero gradient; None: every label counts.
+        logit_scale: the number that the model multiplies its logits by, after the head.
+        softcap: the bound of the model's soft cap, if it has one.
+        return_stats: also per-token entropy and top-1 hit, from the same walk, without gradient.
+        backend: "torch", "triton" or None for the best one on this device.
 
     Returns:
         As `token_logps`. Gradients come in the dtype of what they belong to, summed up in float32.
     """
-    head = LinearTokens(
-        hidden, weight, labels, bias, None, schedule, memory_budget, tail_threshold, ignore_index, logit_scale, softcap,
-        backend, candidates=False,
-    )  # fmt: skip
-    out = ops.run(*head.step(return_stats))
-    return TokenLogps(*out) if return_stats else out[0]
+    transform, asked = LogitTransform(ignore_index, logit_scale, softcap), Request(schedule, memory_budget, tail_threshold)
+    head = LinearHeadCall(hidden, weight, labels, bias, None, asked, transform, backend, candidates=False)
+    return head.token_logps(return_stats)
 
 
 def linear_sequence_logps(
@@ -178,22 +163,36 @@ def linear_sequence_logps(
     softcap: float | None = None,
     backend: Literal["torch", "triton"] | None = None,
 ) -> Tensor:
-    """`sequence_logps` straight from hidden states and the head: [S], differentiable in hidden, weight and bias.
+    """`sequence_logps` straight from hidden states and the head, differentiable in hidden, weight and bias.
 
-    Arguments as in `linear_token_logps` and `sequence_logps`. Under torch.no_grad() it scores (one GEMM), for example
-    the reference policy.
+    Under torch.no_grad() it scores (one GEMM), for example the reference policy.
+
+    Args:
+        hidden: [S, T, H] padded, or [N, H] packed with cu_seqlens; what the head is applied to.
+        weight: [V, H], the head as `torch.nn.Linear` stores it.
+        labels: [S, T] or [N], aligned with hidden (already shifted).
+        bias: [V] or None.
+        schedule: what is kept for the backward; see `linear_token_logps` and `plan`.
+        memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
+        tail_threshold: a probability; gradients of the rows that some token gives more; see `linear_token_logps`.
+        cu_seqlens: [S+1] integer borders of the candidates in packed input, from 0 to N, not decreasing.
+        length_normalized: the mean over the tokens that count instead of the sum.
+        ignore_index: tokens with this label do not count; None: every label counts.
+        logit_scale: the number that the model multiplies its logits by, after the head.
+        softcap: the bound of the model's soft cap, if it has one.
+        backend: "torch", "triton" or None for the best one on this device.
+
+    Returns:
+        [S] float32 (float64 for float64 operands); 0 for a candidate without tokens.
 
     >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(10, 8)
     >>> labels = torch.tensor([[1, 2, 3], [4, -100, -100]])
     >>> linear_sequence_logps(hidden, weight, labels)
     tensor([-6.9078, -2.3026])
     """
-    head = LinearTokens(
-        hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index, logit_scale, softcap,
-        backend,
-    )  # fmt: skip
-    mean_over = counted(head.tokens.labels, ignore_index, length_normalized)
-    return ops.run(*head.step(), *ops.candidate_step(mean_over, head.tokens.cu_tokens, head.backend))[0]
+    transform, asked = LogitTransform(ignore_index, logit_scale, softcap), Request(schedule, memory_budget, tail_threshold)
+    head = LinearHeadCall(hidden, weight, labels, bias, cu_seqlens, asked, transform, backend)
+    return head.sequence_logps(length_normalized)
 
 
 def plan(
@@ -206,70 +205,25 @@ def plan(
     memory_budget: int | None = None,
     tail_threshold: float | None = None,
     ignore_index: int | None = -100,
-) -> schedules.Plan:
+) -> Plan:
     """The schedule that the linear ops would take for these tensors, why, and what it costs in GEMMs and bytes.
 
     With tail_threshold these are the most that it can cost: how many rows of the vocabulary count is known once they are
     formed, and `TailShares` tells it then.
 
+    Args:
+        hidden: [S, T, H] or [N, H], requiring grad if the call's will.
+        weight: [V, H], likewise.
+        labels: [S, T] or [N]; ignored tokens cost nothing.
+        bias: [V] or None.
+        schedule: "auto", or the one to be priced.
+        memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
+        tail_threshold: see `linear_token_logps`.
+        ignore_index: label of tokens that do not count; None: every label counts.
+
     >>> hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(1000, 32)
     >>> print(plan(hidden, weight, torch.zeros(64, dtype=torch.int64)))  # doctest: +ELLIPSIS
     frozen_head: 2 GEMMs, ... MiB extra (only hidden requires grad)
     """
-    return LinearTokens(
-        hidden, weight, labels, bias, None, schedule, memory_budget, tail_threshold, ignore_index, 1.0, None, None,
-        candidates=False,
-    ).plan  # fmt: skip
-
-
-class LinearTokens:
-    """The vocabulary side of the linear ops: checked and planned when made, a step for `ops.run` on demand.
-
-    shard: weight and bias are the rows of this `shards.VocabShard`; labels are of the whole vocabulary.
-    """
-
-    def __init__(
-        self, hidden, weight, labels, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index, logit_scale,
-        softcap, backend, candidates=True, shard=None,
-    ):  # fmt: skip
-        validation.check_head(hidden, weight, bias)
-        self.tokens = validation.tokens(
-            hidden, labels, cu_seqlens, name="hidden", vocab_size=weight.shape[0] if shard is None else shard.size,
-            ignore_index=ignore_index,
-            need_candidates=candidates,
-        )  # fmt: skip
-        validation.check_options(logit_scale=logit_scale, softcap=softcap)
-        if tail_threshold is not None:
-            validation.probability("tail_threshold", tail_threshold)
-        self.weight, self.bias, self.shard, self.ignore_index = weight, bias, shard, ignore_index
-        self.labels, self.keep = self.tokens.labels, self.tokens.keep
-        compute = schedules.dtype_of_tiles(hidden, weight, sharded=shard is not None)
-        self.backend = backends.pick(backend, hidden, compute)
-        self.options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, backend=self.backend)
-        if not self.tokens.checked:
-            self.keep = ops.counted_tokens(self.labels, ignore_index)
-        if shard is not None:
-            self.labels = shard.local_labels(self.labels, ignore_index)
-            self.options |= dict(ignore_index=None if ignore_index is None else IGNORED, group=shard.name)
-        num_tokens = self.labels.numel() if self.keep is None else self.keep.shape[0]
-        self.plan = schedules.plan_for(
-            hidden, weight, bias, num_tokens, schedule, memory_budget, tail_threshold, None if shard is None else shard.size,
-            one_tile=self.tokens.checked and self.backend == "torch" and shard is None,
-        )  # fmt: skip
-
-    def step(self, stats: bool = False) -> ops.Step:
-        """logps, entropy, top1 of the labels' shape."""
-        return ops.linear_step(
-            self.tokens.values, self.weight, self.bias, self.labels, self.keep, self.tokens.checked, self.plan, stats=stats,
-            **self.options,
-        )  # fmt: skip
-
-    def sharded_logps(self) -> Tensor:
-        """What the step gives on each of the ranks that share the vocabulary."""
-        logps, _, _ = ops.run(*self.step())
-        return self.shard.nan_where_out_of_range(logps, self.tokens.labels, self.ignore_index)
-
-
-def counted(labels: Tensor, ignore_index: int | None, length_normalized: bool) -> Tensor | None:
-    """Which tokens a mean runs over; None for a sum."""
-    return validation.counted(labels, ignore_index) if length_normalized else None
+    transform, asked = LogitTransform(ignore_index), Request(schedule, memory_budget, tail_threshold)
+    return LinearHeadCall(hidden, weight, labels, bias, None, asked, transform, None, candidates=False).plan

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .objectives import Objective, listwise_loss, resolve
+from .objectives import Objective, implicit_rewards, listwise_loss, resolve
 from .outputs import ListwiseLossOutput
 
 
@@ -39,14 +39,18 @@ def backward_in_slices(
     Args:
         logps: given a slice of the candidate axis, returns their log-likelihoods [n] with a graph to the parameters
             (`linear_sequence_logps` of that slice, say). Called twice for each slice.
-        relevance, list_sizes, objective, ref_logps, beta, reduction: as in `fused_listwise_loss`; reduction is "mean" or
-            "sum". Lists may span slices.
-        loss: another loss of the same numbers, instead of objective, beta and reduction: given all log-likelihoods [S] and
-            ref_logps, returns (one number, scores [S]). Only what it does with the log-likelihoods gets a gradient.
+        relevance: [S] reward of each candidate, higher is better.
+        list_sizes: candidates per list: an int m (S = lists * m), or sizes that sum to S. Lists may span slices.
         slice_size: candidates per slice, >= 1; the last slice may be smaller.
         num_slices: run at least so many slices, the last ones with no candidate. Where a forward or a backward is
             collective (FSDP, DDP) all ranks must run as many: pass the largest number on any rank. For an empty slice
             `logps` returns [0], with a graph through the whole model: `logps_of_any_candidate[:0]`.
+        objective: "pairwise", "contrastive", "listmle", "lambdarank", "listnet", or an objective object.
+        ref_logps: [S] log-likelihood of each candidate under the reference policy; None for a reference-free loss.
+        beta: scale of the implicit reward, > 0.
+        reduction: over lists, "mean" or "sum".
+        loss: another loss of the same numbers, instead of objective, beta and reduction: given all log-likelihoods [S] and
+            ref_logps, returns (one number, scores [S]). Only what it does with the log-likelihoods gets a gradient.
         backward: called with each slice's scalar instead of `Tensor.backward` (`accelerator.backward`, a loss scaler).
         no_sync: makes a context for all but the last backward (`ddp_model.no_sync`): gradients are reduced once.
         replay_rng: run each slice's second pass with the random state of its first, so that dropout draws the same
@@ -80,7 +84,7 @@ def backward_in_slices(
     ref = validation.ref_logps(ref_logps, s, all_logps)
     with torch.enable_grad():
         if loss is None:
-            scores = beta * (all_logps if ref is None else all_logps - ref)
+            scores = implicit_rewards(all_logps, ref, beta)
             value = listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective, reduction=reduction)
         else:
             value, scores = loss(all_logps, ref)

@@ -132,6 +132,11 @@ class ListNet:
             raise ValueError(f"ListNet temperature must be a finite float > 0, got {self.temperature!r}")
 
 
+def implicit_rewards(logps: torch.Tensor, ref_logps: torch.Tensor | None, beta: float) -> torch.Tensor:
+    """The scores that a policy gives its candidates: beta * (log pi - log pi_ref); without a reference beta * log pi."""
+    return beta * (logps if ref_logps is None else logps - ref_logps)
+
+
 def _check_ties(objective: Any, allowed: tuple[str, ...]) -> None:
     if objective.ties not in allowed:
         *most, last = map(repr, allowed)
@@ -156,7 +161,7 @@ def resolve(objective: str | Objective) -> Objective:
 def checked_relevance(
     x, objective: Objective, cu_lists: torch.Tensor | None, like: torch.Tensor, num_candidates: int
 ) -> torch.Tensor:
-    """The caller's relevance as `ops.list_stage` takes it for this objective."""
+    """The caller's relevance as `ops.scores_and_listwise_loss` takes it for this objective."""
     gains = isinstance(objective, LambdaRank) and objective.weighting is not None
     x = validation.relevance(x, cu_lists, like, num_candidates, by_value=gains or isinstance(objective, ListNet))
     if gains and validation.readable(x) and x.numel() and not bool(((x >= 0) & (x <= LARGEST_GRADE)).all()):
@@ -196,10 +201,11 @@ def listwise_loss(
 
     Returns:
         A scalar, or [lists] for reduction "none"; float64 for float64 scores, else float32.
-        A list of one candidate contributes 0 and counts in the mean.
+            A list of one candidate contributes 0 and counts in the mean.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what it should be.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        ValueError: an argument has the wrong shape or value; the message names it, and says what it should be.
 
     >>> scores = torch.tensor([0.0, 0.0, 1.0, 3.0])
     >>> relevance = torch.tensor([1.0, 0.0, 5.0, 2.0])
@@ -215,4 +221,4 @@ def listwise_loss(
     op, args = ops.list_step(
         None, None, cu_lists, list_size, relevance, None, objective, beta=1.0, reduction=reduction, backend=backend
     )
-    return ops.run(op, (scores, *args))[0]
+    return ops.run(op, op.arguments(scores, *args[1:]))[0]

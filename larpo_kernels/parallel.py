@@ -21,16 +21,18 @@ Every function here is collective: all ranks of the group call it, in the same o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import backends, ops, validation
-from .fused_listwise_loss import Lists
-from .linear.vocab_shard import VocabShard, process_group
-from .logps import LinearTokens, counted
+from . import logps as single
+from . import validation
+from .fused_listwise_loss import fused_linear_listwise_loss as single_linear_loss
+from .fused_listwise_loss import fused_listwise_loss as single_loss
+from .linear.vocab_shard import Sharded, VocabShard, process_group
 from .objectives import Objective
 from .outputs import ListwiseLossOutput
 
@@ -50,6 +52,51 @@ __all__ = [
 # --- a vocabulary over ranks ------------------------------------------------------------------------------------
 
 
+class LogitOptions(TypedDict, total=False):
+    """Options as in `larpo_kernels.token_logps`."""
+
+    ignore_index: int | None
+    logit_scale: float
+    softcap: float | None
+    backend: Literal["torch", "triton"] | None
+
+
+class CandidateOptions(LogitOptions, total=False):
+    """Options as in `larpo_kernels.sequence_logps`."""
+
+    cu_seqlens: Tensor | None
+    length_normalized: bool
+
+
+class ListOptions(CandidateOptions, total=False):
+    """Options as in `larpo_kernels.fused_listwise_loss`; ref_logps are replicated."""
+
+    objective: str | Objective
+    ref_logps: Tensor | None
+    beta: float
+    reduction: Literal["mean", "sum", "none"]
+
+
+class ScheduleOptions(TypedDict, total=False):
+    """Options as in `larpo_kernels.linear_token_logps`; a schedule is chosen for this rank's rows."""
+
+    schedule: str
+    memory_budget: int | None
+    tail_threshold: float | None
+
+
+class HeadOptions(ScheduleOptions, LogitOptions, total=False):
+    """Options as in `larpo_kernels.linear_token_logps`."""
+
+
+class HeadCandidateOptions(ScheduleOptions, CandidateOptions, total=False):
+    """Options as in `larpo_kernels.linear_sequence_logps`."""
+
+
+class HeadListOptions(ScheduleOptions, ListOptions, total=False):
+    """Options as in `larpo_kernels.fused_linear_listwise_loss`."""
+
+
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -57,30 +104,24 @@ def linear_token_logps(
     *,
     shard: VocabShard | None = None,
     bias: Tensor | None = None,
-    schedule: str = "auto",
-    memory_budget: int | None = None,
-    tail_threshold: float | None = None,
-    ignore_index: int | None = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: Literal["torch", "triton"] | None = None,
+    **options: Unpack[HeadOptions],
 ) -> Tensor:
     """`larpo_kernels.linear_token_logps` where each rank owns some rows of the head.
 
     Args:
-        hidden, labels: replicated; labels are those of the whole vocabulary.
+        hidden: replicated.
         weight: [V_r, H], the rows that this rank owns, or a DTensor of the whole [V, H] with placement Shard(0).
+        labels: replicated, of the whole vocabulary.
         shard: which rows those are (`VocabShard.of` or `.even`); None for a DTensor, which says it itself.
         bias: [V_r] or None; a DTensor with Shard(0) if weight is one.
-        others: as in `larpo_kernels.linear_token_logps`. The schedule is chosen for this rank's rows.
+        **options: keywords of `larpo_kernels.linear_token_logps` but return_stats; its defaults are the defaults.
 
     Returns:
         As there, the same on every rank. d hidden is summed over the ranks in float32 (frozen_head does so in the
-        forward); d weight and d bias are this rank's.
+            forward); d weight and d bias are this rank's.
     """
-    head = _head(hidden, weight, labels, shard, bias, None, schedule, memory_budget, tail_threshold, ignore_index,
-                 logit_scale, softcap, backend, candidates=False)  # fmt: skip
-    return head.sharded_logps()
+    weight, bias = _own_rows(weight, bias, shard)
+    return single.linear_token_logps(hidden, weight, labels, bias=bias, **options)
 
 
 def linear_sequence_logps(
@@ -90,23 +131,20 @@ def linear_sequence_logps(
     *,
     shard: VocabShard | None = None,
     bias: Tensor | None = None,
-    schedule: str = "auto",
-    memory_budget: int | None = None,
-    tail_threshold: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    length_normalized: bool = False,
-    ignore_index: int | None = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: Literal["torch", "triton"] | None = None,
+    **options: Unpack[HeadCandidateOptions],
 ) -> Tensor:
     """`larpo_kernels.linear_sequence_logps` where each rank owns some rows of the head: [S], the same on every rank.
 
-    Arguments as in `linear_token_logps` here and as there.
+    Args:
+        hidden: replicated.
+        weight: this rank's rows, or a DTensor; see `linear_token_logps` here.
+        labels: replicated, of the whole vocabulary.
+        shard: which rows those are; None for a DTensor.
+        bias: this rank's, or a DTensor.
+        **options: keywords of `larpo_kernels.linear_sequence_logps`; its defaults are the defaults.
     """
-    head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index,
-                 logit_scale, softcap, backend)  # fmt: skip
-    return _candidates(head.sharded_logps(), head.tokens, ignore_index, length_normalized, head.backend)
+    weight, bias = _own_rows(weight, bias, shard)
+    return single.linear_sequence_logps(hidden, weight, labels, bias=bias, **options)
 
 
 def fused_linear_listwise_loss(
@@ -118,73 +156,52 @@ def fused_linear_listwise_loss(
     list_sizes: int | Sequence[int] | Tensor,
     shard: VocabShard | None = None,
     bias: Tensor | None = None,
-    schedule: str = "auto",
-    memory_budget: int | None = None,
-    tail_threshold: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    objective: str | Objective = "contrastive",
-    ref_logps: Tensor | None = None,
-    beta: float = 0.1,
-    length_normalized: bool = False,
-    ignore_index: int | None = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
-    backend: Literal["torch", "triton"] | None = None,
+    **options: Unpack[HeadListOptions],
 ) -> ListwiseLossOutput:
-    """`larpo_kernels.fused_linear_listwise_loss` where each rank owns some rows of the head.
+    """`larpo_kernels.fused_linear_listwise_loss` where each rank owns some rows of the head: the same on every rank.
 
-    Arguments as in `linear_token_logps` here and as there; relevance and ref_logps are replicated. The output is the
-    same on every rank.
+    Args:
+        hidden: replicated.
+        weight: this rank's rows, or a DTensor; see `linear_token_logps` here.
+        labels: replicated, of the whole vocabulary.
+        relevance: replicated.
+        list_sizes: candidates per list, replicated.
+        shard: which rows those are; None for a DTensor.
+        bias: this rank's, or a DTensor.
+        **options: keywords of `larpo_kernels.fused_linear_listwise_loss` but return_stats; its defaults are the defaults.
     """
-    head = _head(hidden, weight, labels, shard, bias, cu_seqlens, schedule, memory_budget, tail_threshold, ignore_index,
-                 logit_scale, softcap, backend)  # fmt: skip
-    lists = Lists(head.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    return _loss(lists, head.sharded_logps(), head.tokens, ignore_index, length_normalized, head.backend)
+    weight, bias = _own_rows(weight, bias, shard)
+    return single_linear_loss(hidden, weight, labels, relevance, list_sizes=list_sizes, bias=bias, **options)
 
 
-def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    shard: VocabShard,
-    ignore_index: int | None = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: Literal["torch", "triton"] | None = None,
-) -> Tensor:
+def token_logps(logits: Tensor, labels: Tensor, *, shard: VocabShard, **options: Unpack[LogitOptions]) -> Tensor:
     """`larpo_kernels.token_logps` of logits whose vocabulary axis is cut over ranks.
+
+    Beside the reads of one device the forward looks for each token's largest logit: the linear functions are leaner where
+    the hidden states are at hand.
 
     Args:
         logits: [S, T, V_r] or [N, V_r], the columns that `shard` describes.
         labels: [S, T] or [N], replicated, of the whole vocabulary.
-        others: as in `larpo_kernels.token_logps`.
+        shard: which columns those are.
+        **options: keywords of `larpo_kernels.token_logps` but return_stats and inplace_backward.
 
     Returns:
-        As there, the same on every rank; the gradient is that of this rank's logits. Beside the reads of one device the
-        forward looks for each token's largest logit. The linear functions are leaner where the hidden states are at hand.
+        As there, the same on every rank; the gradient is that of this rank's logits.
     """
-    tokens = _logits(logits, labels, shard, None, ignore_index, logit_scale, softcap, candidates=False)
-    return _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backends.pick(backend, logits))
+    return single.token_logps(_own_columns(logits, shard), labels, **options)
 
 
-def sequence_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    shard: VocabShard,
-    cu_seqlens: Tensor | None = None,
-    length_normalized: bool = False,
-    ignore_index: int | None = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: Literal["torch", "triton"] | None = None,
-) -> Tensor:
-    """`larpo_kernels.sequence_logps` of logits whose vocabulary axis is cut over ranks: [S]; see `token_logps` here."""
-    tokens = _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap)
-    backend = backends.pick(backend, logits)
-    logps = _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend)
-    return _candidates(logps, tokens, ignore_index, length_normalized, backend)
+def sequence_logps(logits: Tensor, labels: Tensor, *, shard: VocabShard, **options: Unpack[CandidateOptions]) -> Tensor:
+    """`larpo_kernels.sequence_logps` of logits whose vocabulary axis is cut over ranks: [S], the same on every rank.
+
+    Args:
+        logits: [S, T, V_r] or [N, V_r], the columns that `shard` describes.
+        labels: [S, T] or [N], replicated, of the whole vocabulary.
+        shard: which columns those are.
+        **options: keywords of `larpo_kernels.sequence_logps` but inplace_backward.
+    """
+    return single.sequence_logps(_own_columns(logits, shard), labels, **options)
 
 
 def fused_listwise_loss(
@@ -194,37 +211,27 @@ def fused_listwise_loss(
     *,
     list_sizes: int | Sequence[int] | Tensor,
     shard: VocabShard,
-    cu_seqlens: Tensor | None = None,
-    objective: str | Objective = "contrastive",
-    ref_logps: Tensor | None = None,
-    beta: float = 0.1,
-    length_normalized: bool = False,
-    ignore_index: int | None = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
-    backend: Literal["torch", "triton"] | None = None,
+    **options: Unpack[ListOptions],
 ) -> ListwiseLossOutput:
-    """`larpo_kernels.fused_listwise_loss` of logits whose vocabulary axis is cut over ranks; see `token_logps` here."""
-    tokens = _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap)
-    lists = Lists(tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    backend = backends.pick(backend, logits)
-    logps = _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend)
-    return _loss(lists, logps, tokens, ignore_index, length_normalized, backend)
+    """`larpo_kernels.fused_listwise_loss` of logits whose vocabulary axis is cut over ranks: the same on every rank.
+
+    Args:
+        logits: [S, T, V_r] or [N, V_r], the columns that `shard` describes.
+        labels: [S, T] or [N], replicated, of the whole vocabulary.
+        relevance: replicated.
+        list_sizes: candidates per list, replicated.
+        shard: which columns those are.
+        **options: keywords of `larpo_kernels.fused_listwise_loss` but return_stats and inplace_backward.
+    """
+    return single_loss(_own_columns(logits, shard), labels, relevance, list_sizes=list_sizes, **options)
 
 
-def _head(hidden, weight, labels, shard, bias, *options, candidates=True) -> LinearTokens:
-    weight, bias, shard = _own_rows(weight, bias, shard)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] != shard.rows:
-        raise ValueError(f"weight must be [{shard.rows}, H], the rows of its shard, got shape {validation.shape(weight)}")
-    return LinearTokens(hidden, weight, labels, bias, *options, candidates=candidates, shard=shard)
-
-
-def _own_rows(weight, bias, shard) -> tuple[Tensor, Tensor | None, VocabShard]:
+def _own_rows(weight: Any, bias: Any, shard: Any) -> tuple[Sharded, Tensor | None]:
     if not hasattr(weight, "device_mesh"):
-        if not isinstance(shard, VocabShard):
-            raise TypeError(f"shard must be a VocabShard (its rows of the vocabulary), got {type(shard).__name__}")
-        return weight, bias, shard
+        _check_shard(shard)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] != shard.rows:
+            raise ValueError(f"weight must be [{shard.rows}, H], the rows of its shard, got shape {validation.shape(weight)}")
+        return Sharded(weight, shard), bias
     if shard is not None:
         raise ValueError("shard is given, but weight is a DTensor, which knows its shard: leave shard out")
     mesh = weight.device_mesh
@@ -233,54 +240,37 @@ def _own_rows(weight, bias, shard) -> tuple[Tensor, Tensor | None, VocabShard]:
         if x is not None and (mesh.ndim != 1 or placements == "none" or not x.placements[0].is_shard(0)):
             raise ValueError(f"{name} must be a DTensor with placements (Shard(0),) on a mesh of one axis, got {placements}")
     shard = VocabShard.even(weight.shape[0], mesh.get_group())
-    return weight.to_local(), None if bias is None else bias.to_local(), shard
+    return Sharded(weight.to_local(), shard), None if bias is None else bias.to_local()
 
 
-def _logits(logits, labels, shard, cu_seqlens, ignore_index, logit_scale, softcap, candidates=True) -> validation.Tokens:
+def _own_columns(logits: Any, shard: Any) -> Sharded:
+    _check_shard(shard)
+    if isinstance(logits, Tensor) and logits.dim() in (2, 3) and logits.shape[-1] != shard.rows:
+        raise ValueError(f"logits must have {shard.rows} columns, those of its shard, got shape {validation.shape(logits)}")
+    return Sharded(logits, shard)
+
+
+def _check_shard(shard: Any) -> None:
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard (its rows of the vocabulary), got {type(shard).__name__}")
-    tokens = validation.tokens(
-        logits, labels, cu_seqlens, name="logits", vocab_size=shard.size, ignore_index=ignore_index, need_candidates=candidates
-    )
-    if logits.shape[-1] != shard.rows:
-        raise ValueError(f"logits must have {shard.rows} columns, those of its shard, got shape {validation.shape(logits)}")
-    validation.check_options(logit_scale=logit_scale, softcap=softcap)
-    return tokens
-
-
-def _token_logps(tokens, shard, ignore_index, logit_scale, softcap, backend) -> Tensor:
-    logps = ops.sharded_token_logps(
-        tokens.values,
-        shard.local_labels(tokens.labels, ignore_index),
-        logit_scale=logit_scale,
-        softcap=softcap,
-        group=shard.name,
-        backend=backend,
-    )
-    return shard.nan_where_out_of_range(logps, tokens.labels, ignore_index)
-
-
-def _candidates(logps, tokens, ignore_index, length_normalized, backend) -> Tensor:
-    op, args = ops.candidate_step(counted(tokens.labels, ignore_index, length_normalized), tokens.cu_tokens, backend)
-    return ops.run(op, (logps, *args))[0]
-
-
-def _loss(lists, logps, tokens, ignore_index, length_normalized, backend) -> ListwiseLossOutput:
-    op, args = lists.step(counted(tokens.labels, ignore_index, length_normalized), backend)
-    return ListwiseLossOutput(*ops.run(op, (logps, *args)))
 
 
 # --- a list, or a candidate, over ranks -------------------------------------------------------------------------
 
 
 def gather_logps(logps: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """One number per candidate, from all ranks in rank order: [S_0 + S_1 + ...]; differentiable.
-
-    logps: [S_r], any floating dtype, as many as this rank has (0 too). The same call gathers relevance and ref_logps.
+    """One number per candidate, from all ranks in rank order; differentiable. It gathers relevance and ref_logps as well.
 
     Each rank computes the loss of whole lists from the gathered numbers; backward hands a rank its own slice of the
     gradient, without communication. Gradients of parameters are then to be summed over the group (see this module's
     docstring for DDP).
+
+    Args:
+        logps: [S_r], any floating dtype, as many as this rank has (0 too).
+        group: None for all processes.
+
+    Returns:
+        [S_0 + S_1 + ...], the same on every rank.
 
     >>> # rank 0 ran 3 candidates of a prompt, rank 1 the other 5
     >>> scores = beta * (gather_logps(logps) - gather_logps(ref_logps))                                # doctest: +SKIP
@@ -294,9 +284,12 @@ def gather_logps(logps: Tensor, group: dist.ProcessGroup | None = None) -> Tenso
 def sum_logps(logps: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sums over ranks of one number per candidate, [S] on each: a candidate whose tokens lie on several ranks.
 
-    logps: each rank's sums over its own tokens (`sequence_logps` of them), 0 for a candidate without tokens here. Means
-    over tokens are sums of logps over sums of counts. Backward hands each rank the gradient of the sum; see
+    Means over tokens are sums of logps over sums of counts. Backward hands each rank the gradient of the sum; see
     `gather_logps` for what that means under DDP.
+
+    Args:
+        logps: [S], each rank's sums over its own tokens (`sequence_logps` of them), 0 for a candidate without tokens here.
+        group: None for all processes.
     """
     validation.check_floats("logps", logps, (1,), "[S], one per candidate")
     return _Sum.apply(logps, process_group(group))

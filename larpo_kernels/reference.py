@@ -18,35 +18,39 @@ from .outputs import ListwiseLossOutput, TokenLogps
 
 def token_logps(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=None, return_stats=False):
     """l_t = z[t, y_t] - logsumexp(z[t]), z = scale * logits, soft-capped; 0 where ignored. Shape of labels."""
-    keep = validation.counted(labels, ignore_index)
-    z = logits[keep]
+    mask = validation.token_mask(labels, ignore_index)
+    z = logits[mask]
     z = (z if z.dtype == torch.float64 else z.float()) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    y = labels[keep].long()[:, None]
+    y = labels[mask].long()[:, None]
     logps = z.log_softmax(-1).gather(1, y)[:, 0]
-    scatter = lambda x: torch.zeros(labels.shape, dtype=x.dtype, device=x.device).masked_scatter(keep, x)  # noqa: E731
     if not return_stats:
-        return scatter(logps)
+        return _of_all_tokens(logps, mask)
     z = z.detach()
     entropy = torch.special.entr(z.softmax(-1)).sum(-1)
     top1 = (z.gather(1, y)[:, 0] >= z.amax(-1)).to(logps.dtype)
-    return TokenLogps(scatter(logps), scatter(entropy), scatter(top1))
+    return TokenLogps(*(_of_all_tokens(x, mask) for x in (logps, entropy, top1)))
+
+
+def _of_all_tokens(x, mask):
+    """x of the tokens that count -> of the mask's shape, 0 where ignored."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
 
 
 def sequence_logps(logits, labels, *, cu_seqlens=None, length_normalized=False, ignore_index=-100, **options):
     """L_s = sum of l_t over the tokens of candidate s (their mean if length_normalized; 0 if it has none). [S]"""
     logps = token_logps(logits, labels, ignore_index=ignore_index, **options)
-    return _per_candidate(logps, validation.counted(labels, ignore_index), cu_seqlens, length_normalized)
+    return _per_candidate(logps, validation.token_mask(labels, ignore_index), cu_seqlens, length_normalized)
 
 
-def _per_candidate(logps, keep, cu_seqlens, length_normalized):
+def _per_candidate(logps, mask, cu_seqlens, length_normalized):
     if cu_seqlens is None:
-        total, count = logps.sum(1), keep.sum(1)
+        total, count = logps.sum(1), mask.sum(1)
     else:
         lengths = cu_seqlens.diff().tolist()
         total = torch.stack([x.sum() for x in logps.split(lengths)] or [logps.sum()])[: len(lengths)]
-        count = torch.tensor([int(x.sum()) for x in keep.split(lengths)], device=logps.device)
+        count = torch.tensor([int(x.sum()) for x in mask.split(lengths)], device=logps.device)
     return total / count.clamp(min=1) if length_normalized else total
 
 
@@ -123,7 +127,6 @@ def lambda_weights(objective, g, r):
     m, k = len(g), objective.k or len(g)
     if objective.weighting is None:
         return torch.ones(m, m, dtype=g.dtype, device=g.device)
-    discount = lambda rank: 1 / torch.log2(1 + rank)  # noqa: E731
     position = torch.arange(1, m + 1, dtype=g.dtype, device=g.device)
     r = r.to(g.dtype).clamp(*_range(g))
     top = r.max().clamp(min=0)  # gains are divided by 2^top, as the ideal is: they have no largest number then
@@ -131,17 +134,21 @@ def lambda_weights(objective, g, r):
     def gain_difference(a, b):  # 2^a - 2^b, without cancellation
         return (a - b).sign() * torch.exp2(torch.maximum(a, b) - top) * -torch.expm1(-math.log(2) * (a - b).abs())
 
-    ideal = (gain_difference(r, torch.zeros_like(r)).sort(descending=True).values * discount(position))[:k].sum().abs()
+    ideal = (gain_difference(r, torch.zeros_like(r)).sort(descending=True).values * _discount(position))[:k].sum().abs()
     rank = torch.empty_like(g).index_copy(0, g.argsort(descending=True, stable=True), position)
     if objective.weighting == "dcg":
-        d = torch.where(rank <= k, discount(rank), 0)
+        d = torch.where(rank <= k, _discount(rank), 0)
         change = (d[:, None] - d[None, :]).abs()
     else:
         apart = (rank[:, None] - rank[None, :]).abs()
         lower = torch.maximum(rank[:, None], rank[None, :])
-        change = torch.where(apart > 0, (discount(apart) - discount(apart + 1)).abs(), 0)
-        change = change * torch.where(lower > k, 1 / (1 - discount(lower)), 1)
+        change = torch.where(apart > 0, (_discount(apart) - _discount(apart + 1)).abs(), 0)
+        change = change * torch.where(lower > k, 1 / (1 - _discount(lower)), 1)
     return gain_difference(r[:, None], r[None, :]).abs() / torch.where(ideal == 0, 1, ideal) * change
+
+
+def _discount(rank):
+    return 1 / torch.log2(1 + rank)
 
 
 def _range(x):
@@ -171,7 +178,7 @@ def fused_listwise_loss(
     options = dict(ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
     tokens = token_logps(logits, labels, return_stats=return_stats, **options)
     logps = tokens.logps if return_stats else tokens
-    logps = _per_candidate(logps, validation.counted(labels, ignore_index), cu_seqlens, length_normalized)
+    logps = _per_candidate(logps, validation.token_mask(labels, ignore_index), cu_seqlens, length_normalized)
     scores = beta * (logps if ref_logps is None else logps - ref_logps.detach())
     loss = listwise_loss(scores, relevance, list_sizes=list_sizes, objective=objective, reduction=reduction)
     stats = (tokens.entropy, tokens.top1) if return_stats else (None, None)

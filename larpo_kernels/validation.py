@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
     labels: torch.Tensor  # [S, T] or [N], int32 or int64
     cu_tokens: torch.Tensor | None  # [candidates + 1] of packed ones; None if padded, or nothing was said of candidates
     checked: bool  # the labels were read: each lies in the vocabulary or is ignored
-    keep: torch.Tensor | None  # [n] positions on the flat token axis of those that count, if checked; None: all count
+    token_indices: torch.Tensor | None  # [n] positions on the flat token axis of those that count, if checked; None: all count
 
     @property
     def num_candidates(self) -> int:
@@ -108,35 +108,35 @@ def tokens(
     if vocab_size == 0 or values.shape[-1] == 0:
         raise ValueError(f"{name} must have a last axis of at least 1, got shape {shape(values)}")
     checked = readable(labels)
-    keep = _counted(labels, vocab_size, ignore_index) if checked else None
+    token_indices = _token_indices(labels, vocab_size, ignore_index) if checked else None
     if values.dim() == 3:
         if cu_seqlens is not None:
             raise ValueError(f"cu_seqlens belongs to packed {name} [N, {last}]; got it with padded {name} {shape(values)}")
-        return Tokens(values, labels, None, checked, keep)
+        return Tokens(values, labels, None, checked, token_indices)
     if need_candidates:
         cu_seqlens = _borders(cu_seqlens, values.shape[0], name, values)
-    return Tokens(values, labels, cu_seqlens, checked, keep)
+    return Tokens(values, labels, cu_seqlens, checked, token_indices)
 
 
-def counted(labels: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
+def token_mask(labels: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
     """Whether each label counts; without ignore_index all do."""
     return torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
 
 
-def _counted(labels: torch.Tensor, vocab_size: int, ignore_index: int | None) -> torch.Tensor | None:
+def _token_indices(labels: torch.Tensor, vocab_size: int, ignore_index: int | None) -> torch.Tensor | None:
     """Positions of the tokens that count, None if all do; labels that are neither in range nor ignored are refused."""
     if labels.numel() == 0 or _are_all_columns(labels, vocab_size, but=-1 if ignore_index is None else ignore_index):
         return None
     flat = labels.reshape(-1)
-    keep = counted(flat, ignore_index).nonzero().view(-1)
-    if keep.shape[0] and not _are_all_columns(flat[keep], vocab_size):
-        wrong = counted(labels, ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    token_indices = token_mask(flat, ignore_index).nonzero().view(-1)
+    if token_indices.shape[0] and not _are_all_columns(flat[token_indices], vocab_size):
+        wrong = token_mask(labels, ignore_index) & ((labels < 0) | (labels >= vocab_size))
         where = tuple(int(i) for i in wrong.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, {vocab_size}){_or_be(ignore_index)}, "
             f"got {int(labels[where])} at position {where} ({int(wrong.sum())} out of range)"
         )
-    return keep if keep.shape[0] < flat.shape[0] else None
+    return token_indices if token_indices.shape[0] < flat.shape[0] else None
 
 
 def _or_be(ignore_index: int | None) -> str:

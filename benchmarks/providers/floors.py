@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.core.problem import IGNORE, Problem
 from benchmarks.providers.registry import Output, provider
-from larpo_kernels.linear.schedules import tile_shape
+from larpo_kernels.linear.tile_shapes import tile_shape
 
 
 def _scored_only(dtype: torch.dtype | None) -> Callable[[Problem], Problem]:
@@ -66,7 +66,7 @@ def _tiled(logits_products: int, d_hidden: bool, d_weight: bool, **use: bool):
 
 FLOORS = {  # (mode, GEMMs): on the tiles of score_only, frozen_head, recompute with a frozen head, list_hold, recompute
     ("score", 1): _tiled(1, False, False),
-    ("frozen", 2): _tiled(1, True, False, one_pass=True),
+    ("frozen", 2): _tiled(1, True, False, fuse_hidden_grad=True),
     ("frozen", 3): _tiled(2, True, False),
     ("trainable", 3): _tiled(1, True, True, in_place=True),
     ("trainable", 4): _tiled(2, True, True),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from unittest.mock import patch
 
-from larpo_kernels.linear import schedules
+from larpo_kernels.linear import schedules, tile_shapes
 
 
 def in_blocks_of(tokens: int) -> AbstractContextManager:
     """So many tokens share the rows that are kept, instead of as many as are fastest on a CPU."""
-    return patch.object(schedules, "TAIL_CPU_TOKENS", schedules.walked_tokens(tokens))
+    return patch.object(tile_shapes, "TAIL_CPU_TOKENS", tile_shapes.walked_tokens(tokens))
 
 
 def for_small_heads() -> AbstractContextManager:

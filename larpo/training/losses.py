@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 import larpo_kernels as lk
-from larpo_kernels.objectives import OBJECTIVES, Objective, resolve
+from larpo_kernels.objectives import OBJECTIVES, Objective, implicit_rewards, resolve
 
 TIES = {"pairwise": "mean", "contrastive": "mean", "listmle": "efron"}  # where nothing else is asked for
 UNIFORM = ("contrastive", "listnet")  # objectives with a distribution for a target
@@ -112,7 +112,7 @@ class ListLoss:
         logps, ref_logps: [S] sums over a candidate's counted tokens, or means with length_normalized; nats.
         inputs: a batch of `ListCollator`: relevance [S], list_sizes [L], num_tokens [S].
         """
-        scores = self.beta * (logps if ref_logps is None else logps - ref_logps)
+        scores = implicit_rewards(logps, ref_logps, self.beta)
         lists = _Lists(inputs["relevance"], inputs["list_sizes"], getattr(self.objective, "ties", "mean"))
         shifted = scores + (self.margin * lists.behind_best()).to(scores.dtype) if self.margin else scores
         loss = self._ranking(shifted, self.objective, inputs["relevance"], inputs)

@@ -1,9 +1,11 @@
 """Two backends, one set of primitives. A backend is a module with
 
 token_logps, token_logps_backward           rows of given logits (one read; one read and one write)
-candidate_logps, list_stage                 a few numbers per candidate
+candidate_logps, scores_and_listwise_loss   a few numbers per candidate
 scale_rows                                  hidden states times a number per token (one read and one write)
-Tiles                                       tiles of logits formed from hidden x weight (linear/walk.py walks them)
+ForwardTiles, Tiles                         tiles of logits formed from hidden x weight (linear/walk.py walks them)
+
+arguments.py says what they take.
 
 `pytorch` (backend="torch") serves every device and dtype; `triton` serves GPUs (and, for tests, CPU tensors in Triton's
 interpreter).

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from . import KernelReport
 
 COLUMNS = (
-    "kernel", "logits", "target", "warps", "registers", "spills", "shared", "loads", "stores", "exps per element",
-    "instructions", "warps/SM",
-)  # fmt: skip
+    *("kernel", "logits", "target", "warps", "registers", "spills", "shared", "loads", "stores"),
+    *("exps per element", "instructions", "warps/SM"),
+)
 ABOUT = """\
 logits: their dtype; "odd" if rows are not 16-byte aligned. registers: of a thread. spills: instructions on local memory.
 shared: KB of a program, of the target's limit. loads, stores: what a thread issues to global memory in one turn of the
@@ -84,12 +84,11 @@ def _row(k: KernelReport) -> tuple[str, ...]:
     if k.error:
         return *name, "error", *[""] * (len(COLUMNS) - len(name) - 1)
     loop = k.main_loop
-    return (
-        *name, str(k.warps), str(k.registers), str(k.spills), f"{k.shared_bytes / 1024:.1f} of {k.shared_limit // 1024}",
-        _widths((loop or k).loads), _widths((loop or k).stores),
-        *("" if x is None else f"{x:.2f}" for x in (k.exps_per_element, k.instructions_per_element)),
-        f"{k.occupancy.warps} of {k.occupancy.most}, {k.occupancy.limit}",
-    )  # fmt: skip
+    shared = f"{k.shared_bytes / 1024:.1f} of {k.shared_limit // 1024}"
+    accesses = _widths((loop or k).loads), _widths((loop or k).stores)
+    per_element = ("" if x is None else f"{x:.2f}" for x in (k.exps_per_element, k.instructions_per_element))
+    occupancy = f"{k.occupancy.warps} of {k.occupancy.most}, {k.occupancy.limit}"
+    return *name, str(k.warps), str(k.registers), str(k.spills), shared, *accesses, *per_element, occupancy
 
 
 def _widths(counts: dict[int, int]) -> str:

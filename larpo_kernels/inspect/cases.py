@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..backends.arguments import CandidateArguments, ListwiseArguments, LogitRows, TargetTerm
 from ..backends.triton import lists, rows, states, tiles
 from ..linear import walk
 
@@ -30,26 +31,30 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def forward(dtype, aligned, vocab_size=None, logit_scale=1.0, softcap=None, stats=False):
     logits, labels = empty(*BATCH, vocab_size or VOCABULARY[aligned], dtype=dtype), empty(*BATCH, dtype=torch.int64)
-    rows.token_logps(logits, labels, IGNORE, logit_scale, softcap, stats)
+    rows.token_logps(LogitRows(logits, labels, None, False, IGNORE, logit_scale, softcap), stats)
 
 
 def backward(dtype, aligned, logit_scale=1.0, softcap=None):
     logits, labels = empty(*BATCH, VOCABULARY[aligned], dtype=dtype), empty(*BATCH, dtype=torch.int64)
     grad, logps = empty(*BATCH), empty(*BATCH)
-    rows.token_logps_backward(grad, logits, labels, logps, IGNORE, logit_scale, softcap, torch.empty_like(logits))
+    given = LogitRows(logits, labels, None, False, IGNORE, logit_scale, softcap)
+    rows.token_logps_backward(given, grad, logps, torch.empty_like(logits))
 
 
 def candidate_logps(dtype, aligned, mean=False, padded=False):
     shape = (64, 64) if padded else (4096,)
-    counted = empty(*shape, dtype=torch.bool) if mean else None
-    lists.candidate_logps(empty(*shape), counted, None if padded else empty(65, dtype=torch.int64))
+    mean_mask = empty(*shape, dtype=torch.bool) if mean else None
+    cu_tokens = None if padded else empty(65, dtype=torch.int64)
+    lists.candidate_logps(CandidateArguments(empty(*shape), mean_mask, cu_tokens, "triton"))
 
 
 def list_losses(dtype, aligned, objective, weighting="none", ties="order", list_size=0):
     """list_size: of every list; 0: their borders are given."""
     scores, relevance = empty(64), empty(64, dtype=torch.float64)
     cu_lists = None if list_size else empty(9, dtype=torch.int64)
-    lists.list_stage(scores, None, None, cu_lists, list_size, relevance, None, 0.1, objective, weighting, 0, 1.0, ties)
+    of_objective = (0.1, objective, weighting, 0, 1.0, ties)
+    layout = (None, None, cu_lists, list_size)
+    lists.scores_and_listwise_loss(ListwiseArguments(scores, *layout, relevance, None, *of_objective, "none", "triton"))
 
 
 def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for_grad=True, step=None):
@@ -57,14 +62,14 @@ def tile(dtype, aligned, again=False, bias=False, softcap=None, stats=False, for
     tokens, hidden_size, vocabulary = TOKENS[aligned], 256, VOCABULARY[True]
     weight = empty(vocabulary, hidden_size, dtype=dtype)
     head = walk.Head(weight, empty(vocabulary, dtype=dtype) if bias else None, 1.0, softcap, dtype)
-    known = {"centre": empty(tokens), "level": empty(tokens)} if again else {}
     hidden, labels = empty(tokens, hidden_size, dtype=dtype), empty(tokens, dtype=torch.int64)
-    formed = tiles.Tiles(head, hidden, labels, stats=stats, **known)
     e = empty(2048, tokens, dtype=dtype)
     if again:
-        formed.form_again(0, weight[:2048], e, empty(tokens))
-    elif step == "rescale":
-        tiles.Raised(empty(tokens)).rescale(hidden.float())
+        tiles.Tiles(head, hidden, labels, empty(tokens), empty(tokens)).form_again(0, weight[:2048], e, empty(tokens))
+        return
+    formed = tiles.ForwardTiles(head, hidden, labels, stats=stats)
+    if step == "rescale":
+        tiles.Rescale(empty(tokens)).apply(hidden.float())
     elif step == "put_target":
         formed.put_target(e, 0, empty(tokens))
     elif step == "shares":
@@ -86,8 +91,9 @@ def scale_rows(dtype, aligned, widened=False, targets=False):
     width, tokens = 4096 if aligned else 4093, TOKENS[True]
     out = empty(tokens, width, dtype=dtype)
     x = empty(tokens, width) if widened else out
-    more = (empty(tokens), empty(VOCABULARY[True], width, dtype=dtype), empty(tokens, dtype=torch.int64)) if targets else ()
-    states.scale_rows(x, empty(tokens), out, *more)
+    weight, labels = empty(VOCABULARY[True], width, dtype=dtype), empty(tokens, dtype=torch.int64)
+    more = TargetTerm(empty(tokens), weight, labels) if targets else None
+    states.scale_rows(x, empty(tokens), out, more)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ OBJECTIVES = {name: {"objective": name} for name in ("pairwise", "contrastive", 
 OBJECTIVES |= {f"lambdarank-{w}": {"objective": "lambdarank", "weighting": w} for w in ("dcg", "dcg2")}
 OBJECTIVES |= {f"{name}-mean": {"objective": name, "ties": "mean"} for name in ("pairwise", "contrastive")}
 OBJECTIVES |= {"listmle-efron": {"objective": "listmle", "ties": "efron"}}
-TILE_DTYPES = ("bf16", "fp32")  # schedules.compute_dtype knows no others
+TILE_DTYPES = ("bf16", "fp32")  # linear/dtypes.py: compute_dtype knows no others
 
 KERNELS = (
     Kernel(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .tiles import BlockTiles, Rescale
+
 
 class Part(NamedTuple):
     """What is kept of the tile of vocabulary rows start : stop."""
@@ -16,7 +18,7 @@ class Part(NamedTuple):
     rows: Tensor | None  # [K] of the tile, rising, that count; None: all of them
     e: Tensor | None  # E of those rows, [K, tokens]; None: the backward forms it again
 
-    def within(self, tiles) -> tuple[object, int]:
+    def within(self, tiles: BlockTiles) -> tuple[BlockTiles, int]:
         """The tiles that these rows are one of, and where it starts."""
         return (tiles, self.start) if self.rows is None else (tiles.over(self.start + self.rows), 0)
 
@@ -24,7 +26,7 @@ class Part(NamedTuple):
 class WholeBlock:
     """All rows count. E of the first of them stays where it was formed, that of the others is formed again."""
 
-    def __init__(self, tiles, held: Tensor, scratch: Tensor):
+    def __init__(self, tiles: BlockTiles, held: Tensor, scratch: Tensor):
         """held [held_rows, tokens]; scratch: flat, of a tile in its own dtype, empty where all of E is held in that dtype."""
         self.tiles, self.held, self.scratch = tiles, held, scratch
 
@@ -45,9 +47,9 @@ class WholeBlock:
             self.held[start:stop] = e
         return Part(start, stop, None, e)
 
-    def rescale(self, raised, stop: int) -> None:
-        """What was kept of the rows up to `stop`: some tokens' k was raised."""
-        raised.rescale(self.held[:stop].t())
+    def rescale(self, rescale: Rescale, stop: int) -> None:
+        """What was kept of the rows up to `stop`: some tokens' shift has grown."""
+        rescale.apply(self.held[:stop].t())
 
     def finish(self, at_target: Tensor) -> None:
         """E at the targets, once it is known."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .kept import Part
+from .tiles import ForwardSums, Rescale
 from .vocab_shard import ranks
 
 MOST_ROWS = 0.75  # of a tile: gathering more saves nothing
@@ -63,7 +64,7 @@ class Tail:
     tile: tuple[int, int]  # tokens and rows
     stored: torch.dtype  # of E where it is held
     most_held_bytes: int  # that E may take; what does not fit is formed again
-    one_pass: bool = False  # nothing is left to the backward
+    fuse_hidden_grad: bool = False  # nothing is left to the backward
     blocks: list[Block] = field(default_factory=list)
     scratch: Tensor | None = None  # of a tile, during the forward
     shares: TailShares = field(default_factory=lambda: TailShares())
@@ -134,13 +135,13 @@ _open: ContextVar[tuple[TailShares, ...]] = ContextVar("larpo_kernels.tail_share
 class TailBlock:
     """A block of tokens on its walk: where its tiles are formed, and what is kept of each."""
 
-    def __init__(self, tail: Tail, tiles, first: int):
+    def __init__(self, tail: Tail, tiles: ForwardSums, first: int):
         """first: position of its first token in the call."""
         self.tail, self.tiles = tail, tiles
         self.count = min(max(tail.tokens - first, 0), tiles.hidden.shape[0])  # tokens that count
         self.parts: list[Part] = []
         tokens, width = tiles.hidden.shape
-        self.rest, self.row, self.given = (tiles.centre.new_zeros(size) for size in (tokens, width, ()))
+        self.rest, self.row, self.given = (tiles.shift.new_zeros(size) for size in (tokens, width, ()))
         self.merged, self.most_merged = 0.0, MOST_MERGED * self.count / ranks(tiles.head.group)  # of all tokens together
         self.skip, self.skipped = 0, 0  # tiles not to look at, and how many that were last time
 
@@ -163,7 +164,7 @@ class TailBlock:
         stop, count = start + e.shape[0], e.shape[0] if rows is None else rows.shape[0]
         shares.kept += count * self.count
         shares.seen += e.shape[0] * self.count
-        if tail.one_pass:
+        if tail.fuse_hidden_grad:
             return Part(start, stop, rows, e if rows is None else e.index_select(0, rows))
         part = Part(start, stop, rows, None)
         size = count * e.shape[1] * tail.stored.itemsize
@@ -202,12 +203,12 @@ class TailBlock:
         self.given += given.sum()
         return _where(kept, int(count))
 
-    def rescale(self, raised, stop: int) -> None:
-        """What was kept of the rows up to `stop`: some tokens' k was raised."""
+    def rescale(self, rescale: Rescale, stop: int) -> None:
+        """What was kept of the rows up to `stop`: some tokens' shift has grown."""
         for part in self.parts:
             if part.e is not None:
-                raised.rescale(part.e.t())
-        raised.rescale(self.rest[:, None])
+                rescale.apply(part.e.t())
+        rescale.apply(self.rest[:, None])
 
     def finish(self, at_target: Tensor) -> Block:
         """E at the targets, once it is known."""
@@ -217,7 +218,7 @@ class TailBlock:
                 tiles.put_target(part.e, start, at_target)
         mean = self.row / self.given.clamp(min=torch.finfo(self.given.dtype).tiny)
         block = Block(self.parts, self.rest, mean)
-        if not self.tail.one_pass:
+        if not self.tail.fuse_hidden_grad:
             self.tail.blocks.append(block)
         self.tail.shares.tokens += self.count
         self.tail.shares.probability += self.merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,8 +69,20 @@ class VocabShard:
         """A label that no rank owns, its gradients too: where labels can be read, validation has refused it."""
         if validation.readable(labels):
             return logps
-        wrong = validation.counted(labels, ignore_index) & ((labels < 0) | (labels >= self.size))
+        wrong = validation.token_mask(labels, ignore_index) & ((labels < 0) | (labels >= self.size))
         return logps * torch.where(wrong, torch.nan, 1.0)
+
+
+class Sharded(NamedTuple):
+    """Logits or a head of which this rank has its own part of the vocabulary. `larpo_kernels.parallel` hands them to the public
+    functions in place of a tensor."""
+
+    values: Tensor
+    shard: VocabShard
+
+    @staticmethod
+    def parts(x: Any) -> tuple[Any, VocabShard | None]:
+        return x if isinstance(x, Sharded) else (x, None)
 
 
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -1,7 +1,7 @@
 """The walk over hidden x weight: forward and back, once for every schedule and every backend.
 
 It visits tiles of the logits, vocabulary-major: rows a:b of the weight times a block of tokens, [b - a, tokens]. Every
-token is centred on its target before anything is rounded (k its target logit, s the sum over the other tokens):
+token is shifted by its target logit k before anything is rounded (s: the sum over the rest of the vocabulary):
 
     E = exp(z - k), target left out     l = -log1p(s / e0)     d l / dz = -(E, with -s at the target) / (e0 + s)
 
@@ -19,7 +19,7 @@ before the walk and s after it, and the rows of d hidden; d weight stays where i
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,9 +27,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .kept import WholeBlock, whole_parts
-from .schedules import tile_shape, widened_entries
+from ..backends.arguments import TargetTerm
+from . import tile_shapes
+from .kept import Part, WholeBlock, whole_parts
+from .memory import widened_entries
 from .tail import Tail, TailBlock
+from .tiles import BlockTiles, ForwardSums, TokenResults
 from .vocab_shard import add_up
 
 # torch 2.8 and 2.9 refuse an accumulator that is wider than the operands (pytorch/pytorch#167931)
@@ -58,16 +61,13 @@ class Head:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
-class Kept(NamedTuple):
-    """What the forward walk leaves: results per token, and what the backward needs. All over the n tokens that count."""
+class Saved(NamedTuple):
+    """What the forward walk saves for the backward, beside the log-probs. All over the n tokens that count."""
 
-    logps: Tensor  # [n]
-    entropy: Tensor  # [n], empty without stats
-    top1: Tensor  # [n], empty without stats
     total: Tensor  # [n] e0 + s
-    centre: Tensor  # [n] what the GEMM subtracts
-    level: Tensor  # [n] what is subtracted on top, 0 but for rare tokens
-    unit_grad: Tensor  # [n, H] in the dtype of sums: d l / d hidden, frozen_head only
+    shift: Tensor  # [n] what the GEMM subtracts
+    shift_correction: Tensor  # [n] what is subtracted on top, 0 but for rare tokens
+    dlogp_dhidden: Tensor  # [n, H] in the dtype of sums, where d hidden is fused into the forward; else [0, H]
     held: Tensor  # [held_rows, n] E with -s at the target, stored block of tokens after block (see _of_block)
 
 
@@ -76,15 +76,16 @@ def _blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
         yield a, min(a + size, n)
 
 
-def _tile(head: Head, hidden: Tensor, held: Tensor, tail: Tail | None, one_pass: bool = False) -> tuple[int, int, bool]:
+def _tile(head: Head, hidden: Tensor, held: Tensor, tail: Tail | None, fuse: bool = False) -> tuple[int, int, bool]:
     """Tokens and vocabulary rows of a tile, and whether all tiles are formed where they are held."""
     (n, h), v = hidden.shape, head.weight.shape[0]
     in_place = held.shape[0] == v and held.dtype == head.dtype
     if tail:
         return *tail.tile, in_place
     # ranks that share the vocabulary walk the same blocks of tokens, whatever rows each of them has
-    use = {} if head.group else {"one_pass": one_pass, "in_place": in_place}
-    return *tile_shape(n, h, v, head.dtype, hidden.device, casts=head.weight.dtype != head.dtype, **use), in_place
+    use = {} if head.group else {"fuse_hidden_grad": fuse, "in_place": in_place}
+    casts = head.weight.dtype != head.dtype
+    return *tile_shapes.tile_shape(n, h, v, head.dtype, hidden.device, casts=casts, **use), in_place
 
 
 def _of_block(held: Tensor, t0: int, t1: int) -> Tensor:
@@ -112,60 +113,63 @@ def forward(
     *,
     held_rows: int,
     held_dtype: torch.dtype,
-    one_pass: bool,
+    fuse_hidden_grad: bool,
     stats: bool,
     backend: str,
     tail: Tail | None = None,  # keeps what the backward reads instead of held rows
-) -> Kept:
+) -> tuple[TokenResults, Saved]:
     """hidden [n, H] and labels [n] of the tokens that count."""
-    (n, h), v = hidden.shape, head.weight.shape[0]
-    per_token = lambda n: hidden.new_empty(n, dtype=head.sums)  # noqa: E731
-    kept = Kept(
-        logps=per_token(n),
-        entropy=per_token(n if stats else 0),
-        top1=per_token(n if stats else 0),
-        total=per_token(n),
-        centre=per_token(n),
-        level=per_token(n),
-        unit_grad=hidden.new_empty((n, h) if one_pass else (0, h), dtype=head.sums),
-        held=hidden.new_empty((held_rows, n), dtype=held_dtype),
-    )
+    n, h = hidden.shape
+    per_token = functools.partial(hidden.new_empty, n, dtype=head.sums)
+    results = TokenResults(per_token(), *(per_token() if stats else None for _ in range(2)))
+    dlogp_dhidden = hidden.new_empty((n if fuse_hidden_grad else 0, h), dtype=head.sums)
+    held = hidden.new_empty((held_rows, n), dtype=held_dtype)
+    saved = Saved(per_token(), per_token(), per_token(), dlogp_dhidden, held)
     primitives = backends.get(backend)
-    tokens, rows, in_place = _tile(head, hidden, kept.held, tail, one_pass)
+    tokens, rows, in_place = _tile(head, hidden, held, tail, fuse_hidden_grad)
     scratch = hidden.new_empty(0 if in_place or tail else rows * tokens, dtype=head.dtype)
     for t0, t1 in _blocks(n, tokens):
-        tiles = primitives.Tiles(head, hidden[t0:t1].to(head.dtype), labels[t0:t1], stats=stats)
-        block = TailBlock(tail, tiles, t0) if tail else WholeBlock(tiles, _of_block(kept.held, t0, t1), scratch)
-        acc = kept.unit_grad[t0:t1] if one_pass else None
-        for a, b in _blocks(v, rows):
-            e, weight = block.room(a, b), head.rows(a, b)
-            raised = tiles.form(a, weight, e, for_grad=one_pass or block.holds(b))
-            if raised is not None:
-                block.rescale(raised, a)
-                if acc is not None and a > 0:
-                    raised.rescale(acc)
-            part = block.keep(a, e, weight)
-            if acc is not None:
-                _product(acc, part.e.t(), weight if part.rows is None else weight.index_select(0, part.rows), add=a > 0)
-        raised = tiles.merge_ranks() if head.group else None
-        if raised is not None:
-            block.rescale(raised, v)
-            if acc is not None:
-                raised.rescale(acc)
-        ends = tiles.finish()
-        for name, x in ends.items():
-            getattr(kept, name)[t0:t1] = x
-        at_target = tiles.at_target(ends["logps"], ends["total"])
+        tiles = primitives.ForwardTiles(head, hidden[t0:t1].to(head.dtype), labels[t0:t1], stats=stats)
+        block = TailBlock(tail, tiles, t0) if tail else WholeBlock(tiles, _of_block(held, t0, t1), scratch)
+        acc = dlogp_dhidden[t0:t1] if fuse_hidden_grad else None
+        _form_block(tiles, block, rows, acc)
+        of_block, total_of_block = tiles.finish()
+        found = (*of_block, total_of_block, tiles.shift, tiles.shift_correction)
+        for whole, part in zip((*results, *saved[: len(found) - len(results)]), found, strict=True):
+            if whole is not None:
+                whole[t0:t1] = part
+        at_target = tiles.at_target(of_block.logps, total_of_block)
         merged = block.finish(at_target)
         if acc is not None:
             if merged is not None:
                 merged.add_rest(acc)
-            factor = _factor(head, ends["logps"], ends["total"])
-            primitives.scale_rows(acc, factor, acc, at_target, head.weight, tiles.labels)
+            r = _factor(head, of_block.logps, total_of_block)
+            primitives.scale_rows(acc, r, acc, TargetTerm(at_target, head.weight, tiles.labels))
             add_up(acc, head.group)
     if tail is not None:
         tail.close()
-    return kept
+    return results, saved
+
+
+def _form_block(tiles: ForwardSums, block: WholeBlock | TailBlock, rows: int, acc: Tensor | None) -> None:
+    """Forms every tile of a block of tokens, a number of rows each: the sums grow in `tiles`, and E^T W in acc."""
+    head = tiles.head
+    v = head.weight.shape[0]
+    for a, b in _blocks(v, rows):
+        e, weight = block.room(a, b), head.rows(a, b)
+        rescale = tiles.form(a, weight, e, for_grad=acc is not None or block.holds(b))
+        if rescale is not None:
+            block.rescale(rescale, a)
+            if acc is not None and a > 0:
+                rescale.apply(acc)
+        part = block.keep(a, e, weight)
+        if acc is not None:
+            _product(acc, part.e.t(), weight if part.rows is None else weight.index_select(0, part.rows), add=a > 0)
+    rescale = tiles.merge_ranks() if head.group else None
+    if rescale is not None:
+        block.rescale(rescale, v)
+        if acc is not None:
+            rescale.apply(acc)
 
 
 @_in_own_dtypes
@@ -174,7 +178,8 @@ def backward(
     hidden: Tensor,
     labels: Tensor,
     grad: Tensor,  # [n] upstream gradient of each token's log-prob
-    kept: Kept,
+    logps: Tensor,  # [n]
+    saved: Saved,
     *,
     d_hidden: Tensor | None,  # [n, H], written
     d_weight: Tensor | None,  # [V, H], written
@@ -182,7 +187,7 @@ def backward(
     backend: str,
     tail: Tail | None = None,  # as the forward filled it
 ) -> None:
-    """The gradients that are wanted, from E held or formed again."""
+    """The gradients that are needed, from E held or formed again."""
     n, v = hidden.shape[0], head.weight.shape[0]
     if n == 0:
         for x in (d_hidden, d_weight, d_bias):
@@ -190,64 +195,91 @@ def backward(
                 x.zero_()
         return
     primitives = backends.get(backend)
-    tokens, rows, all_held = _tile(head, hidden, kept.held, tail)
-    entries = tail.stored if tail else kept.held.dtype if kept.held.shape[0] else head.dtype  # the dtype of E
-    in_place = entries == head.dtype
+    tokens, rows, all_held = _tile(head, hidden, saved.held, tail)
+    stored = tail.stored if tail else saved.held.dtype if saved.held.shape[0] else head.dtype  # the dtype of E
     scratch = hidden.new_empty(0 if all_held else rows * tokens, dtype=head.dtype)
-    once = n <= tokens  # then a slice of d weight is one GEMM, and nothing is added up
-    direct = d_weight is None or once or d_weight.dtype == head.sums
-    sum_weight = d_weight if direct else d_weight.new_empty(d_weight.shape, dtype=head.sums)
-    sum_bias = None if d_bias is None else d_bias.new_zeros(v, dtype=head.sums)
-    factors = _factor(head, kept.logps, kept.total, grad.to(head.sums))
+    factors = _factor(head, logps, saved.total, grad.to(head.sums))
+    parameters = _ParameterGradients(head, d_weight, d_bias, direct=n <= tokens)
     if tail is not None:  # rows of which no part is left count 0, or NaN where a token has no gradient
-        for x in (sum_weight, sum_bias):
-            if x is not None:
-                x.copy_((0 * factors).sum())
+        parameters.fill((0 * factors).sum())
     for i, (t0, t1) in enumerate(_blocks(n, tokens)):
-        at, held = slice(t0, t1), _of_block(kept.held, t0, t1)
-        logps, total = kept.logps[at], kept.total[at]
-        tiles = primitives.Tiles(head, hidden[at].to(head.dtype), labels[at], centre=kept.centre[at], level=kept.level[at])
-        at_target = tiles.at_target(logps, total)
-        rounded = at_target.to(entries).to(head.sums)
-        r = factors[at]
+        at, r = slice(t0, t1), factors[t0:t1]
+        tiles = primitives.Tiles(head, hidden[at].to(head.dtype), labels[at], saved.shift[at], saved.shift_correction[at])
+        at_target = tiles.at_target(logps[at], saved.total[at])
+        rounded = at_target.to(stored).to(head.sums)
         # The target is the largest entry of its column. What rounding does to it is made good: for the parameters by a
         # factor, which is exact where it matters most; for d hidden by a term, so that a column still sums to 0.
-        rp = r * torch.where(rounded == 0, 1, at_target / rounded)
-        rh = acc = None
-        if d_weight is not None:
-            rh = torch.empty_like(tiles.hidden, memory_format=torch.contiguous_format)
-            primitives.scale_rows(tiles.hidden, rp, rh)
-        parts = tail.blocks[i].parts if tail else list(whole_parts(held, v, rows))
+        parameters.start_block(tiles.hidden, r * torch.where(rounded == 0, 1, at_target / rounded), primitives.scale_rows)
+        parts = tail.blocks[i].parts if tail else list(whole_parts(_of_block(saved.held, t0, t1), v, rows))
+        acc = None
         if d_hidden is not None:
             acc = (tiles.hidden.new_empty if parts else tiles.hidden.new_zeros)(tiles.hidden.shape, dtype=head.sums)
         for j, part in enumerate(parts):
-            a, b = part.start, part.stop
-            weight = head.rows(a, b, part.rows)
-            e = part.e if part.e is not None and in_place else scratch[: len(weight) * (t1 - t0)].view(-1, t1 - t0)
-            if part.e is None:
-                again, start = part.within(tiles)
-                again.form_again(start, weight, e, rounded)
-            elif not in_place:
-                e.copy_(part.e)
+            e, weight = _e_of(part, tiles, scratch, rounded)
             if acc is not None:
                 _product(acc, e.t(), weight, add=j > 0)
-            if sum_weight is not None:
-                _add_rows(sum_weight[a:b], part.rows, e, rh, add=t0 > 0)
-            if sum_bias is not None:
-                sums = _row_sums(e, rp)
-                sum_bias[a:b] += sums if part.rows is None else sums.new_zeros(b - a).index_copy_(0, part.rows, sums)
-        if acc is not None:
-            if tail is not None:
-                tail.blocks[i].add_rest(acc)
-            out = acc if head.group else d_hidden[at]
-            left = None if entries == head.sums else at_target - rounded
-            primitives.scale_rows(acc, r, out, left, head.weight, tiles.labels)
-            if head.group:
-                d_hidden[at] = add_up(acc, head.group)
-    if not direct:
-        d_weight.copy_(sum_weight)
-    if d_bias is not None:
-        d_bias.copy_(sum_bias)
+            parameters.add(part, e, add=t0 > 0)
+        if acc is None:
+            continue
+        if tail is not None:
+            tail.blocks[i].add_rest(acc)
+        left = None if stored == head.sums else TargetTerm(at_target - rounded, head.weight, tiles.labels)
+        primitives.scale_rows(acc, r, acc if head.group else d_hidden[at], left)
+        if head.group:
+            d_hidden[at] = add_up(acc, head.group)
+    parameters.finish()
+
+
+def _e_of(part: Part, tiles: BlockTiles, scratch: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor]:
+    """E of a part in the dtype of tiles, held or formed again, and the weight of its rows."""
+    weight, tokens = tiles.head.rows(part.start, part.stop, part.rows), tiles.hidden.shape[0]
+    if part.e is not None and part.e.dtype == scratch.dtype:
+        return part.e, weight
+    e = scratch[: len(weight) * tokens].view(-1, tokens)
+    if part.e is not None:
+        e.copy_(part.e)
+    else:
+        again, start = part.within(tiles)
+        again.form_again(start, weight, e, at_target)
+    return e, weight
+
+
+class _ParameterGradients:
+    """d weight and d bias, summed over blocks of tokens in the dtype of sums."""
+
+    def __init__(self, head: Head, d_weight: Tensor | None, d_bias: Tensor | None, direct: bool):
+        """direct: there is one block, so that a slice of d weight is one GEMM and nothing is added up."""
+        self.d_weight, self.d_bias = d_weight, d_bias
+        self.weight, self.bias = d_weight, None
+        if d_weight is not None and not direct and d_weight.dtype != head.sums:
+            self.weight = d_weight.new_empty(d_weight.shape, dtype=head.sums)
+        if d_bias is not None:
+            self.bias = d_bias.new_zeros(d_bias.shape, dtype=head.sums)
+
+    def fill(self, value: Tensor) -> None:
+        for x in (self.weight, self.bias):
+            if x is not None:
+                x.copy_(value)
+
+    def start_block(self, hidden: Tensor, r: Tensor, scale_rows: Callable) -> None:
+        """r [tokens]: what each token's column of E is multiplied by."""
+        self.r, self.rh = r, None
+        if self.weight is not None:
+            self.rh = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            scale_rows(hidden, r, self.rh)
+
+    def add(self, part: Part, e: Tensor, add: bool) -> None:
+        a, b, rows = part.start, part.stop, part.rows
+        if self.weight is not None:
+            _add_rows(self.weight[a:b], rows, e, self.rh, add)
+        if self.bias is not None:
+            sums = _row_sums(e, self.r)
+            self.bias[a:b] += sums if rows is None else sums.new_zeros(b - a).index_copy_(0, rows, sums)
+
+    def finish(self) -> None:
+        for whole, sums in ((self.d_weight, self.weight), (self.d_bias, self.bias)):
+            if sums is not None and sums is not whole:
+                whole.copy_(sums)
 
 
 def _factor(head: Head, logps: Tensor, total: Tensor, grad: Tensor | float = 1.0) -> Tensor:

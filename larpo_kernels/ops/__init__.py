@@ -1,10 +1,10 @@
 """The autograd graph, once: ops that are opaque to torch.compile, the same on every backend (operator.py).
 
-    token_logps     logits, labels        -> l_t                      backward: one row pass over the logits
-    linear_logps    hidden, weight        -> l_t                      backward: GEMMs (linear/schedules.py)
-    small_linear_logps, the same of a few tokens and a small head on a CPU
-    candidate_logps l_t                   -> L_s                      backward: a gather
-    list_stage      l_t                   -> loss, L_s, g_s           backward: a gather of c_s, formed in the forward
+    token_logps                logits, labels  -> l_t               backward: one row pass over the logits
+    linear_logps               hidden, weight  -> l_t               backward: GEMMs (linear/schedules.py)
+    small_linear_logps         the same of a few tokens and a small head on a CPU
+    candidate_logps            l_t             -> L_s               backward: a gather
+    scores_and_listwise_loss   l_t             -> loss, L_s, g_s    backward: a gather of c_s, formed in the forward
 
 `sharded_token_logps` is `token_logps` of a vocabulary cut over ranks, a plain autograd function.
 
@@ -12,7 +12,7 @@ The vocabulary side ends in l_t, one number per token; the list side starts ther
 `run(*vocabulary_step, *list_step)` is a fused loss.
 """
 
-from .linear import counted_tokens, linear_step
+from .linear import find_token_indices, linear_step
 from .lists import candidate_step, list_step
 from .logits import logps_dtype, token_step
 from .operator import Step, run
@@ -21,7 +21,7 @@ from .sharded_logits import sharded_token_logps
 __all__ = [
     "Step",
     "candidate_step",
-    "counted_tokens",
+    "find_token_indices",
     "linear_step",
     "list_step",
     "logps_dtype",

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.arguments import CandidateArguments, ListwiseArguments
 from ..validation import owners
 from .logits import logps_dtype
 from .operator import Differentiable, Operator, Step
 
 
-def candidate_logps(
-    logps: Tensor,  # [N], 0 where ignored; without cu_tokens [S, T]
-    counted: Tensor | None,  # likewise, bool: given, the mean over the tokens that count; None, the sum
-    cu_tokens: Tensor | None,  # [S+1]
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # L [S], dL/dl of each candidate's tokens [S]
-    return backends.get(backend).candidate_logps(logps, counted, cu_tokens)
+def candidate_logps(a: CandidateArguments) -> tuple[Tensor, Tensor]:
+    """L [S], dL/dl of each candidate's tokens [S]."""
+    return backends.get(a.backend).candidate_logps(a)
 
 
-def _fake_candidates(logps, counted, cu_tokens, backend):
-    out = logps.new_empty(logps.shape[0] if cu_tokens is None else cu_tokens.shape[0] - 1)
+def _fake_candidates(a: CandidateArguments):
+    out = a.logps.new_empty(a.logps.shape[0] if a.cu_tokens is None else a.cu_tokens.shape[0] - 1)
     return out, torch.empty_like(out)
 
 
-def _save_candidates(args, out):
-    logps, _, cu_tokens, _ = args
-    return (cu_tokens, out[1]), logps.shape
+def _save_candidates(a: CandidateArguments, out):
+    return (a.cu_tokens, out[1]), a.logps.shape
 
 
 def _candidates_gradient(tensors, shape, grad, needs):
@@ -36,7 +34,13 @@ def _candidates_gradient(tensors, shape, grad, needs):
 
 
 _candidate_logps = Differentiable(
-    candidate_logps, _fake_candidates, inputs=1, outputs=1, save=_save_candidates, backward=_candidates_gradient
+    candidate_logps,
+    CandidateArguments,
+    fake=_fake_candidates,
+    inputs=1,
+    outputs=1,
+    save=_save_candidates,
+    backward=_candidates_gradient,
 )
 
 
@@ -54,42 +58,22 @@ def _spread(per_segment: Tensor, cu: Tensor, n: int) -> Tensor:
     return per_segment[owners(cu, n)]
 
 
-def candidate_step(counted: Tensor | None, cu_tokens: Tensor | None, backend: str) -> Step:
-    """L of token log-probs, the first argument, which is not here."""
-    return _candidate_logps, (counted, cu_tokens, backend)
+def candidate_step(mean_mask: Tensor | None, cu_tokens: Tensor | None, backend: str) -> Step:
+    """L of the token log-probs of the step before."""
+    return _candidate_logps, CandidateArguments(None, mean_mask, cu_tokens, backend)
 
 
-def list_stage(
-    logps: Tensor,  # [N], 0 where ignored; without cu_tokens [S, T], or [S] where a token is a candidate
-    counted: Tensor | None,  # likewise, bool: given, candidates average over the tokens that count; None, they sum
-    cu_tokens: Tensor | None,  # [S+1]
-    cu_lists: Tensor | None,  # [L+1]
-    list_size: int,  # candidates of every list, without cu_lists
-    relevance: Tensor,  # [S]
-    ref_logps: Tensor | None,  # [S]
-    beta: float,
-    objective: str,
-    weighting: str,
-    k: int,
-    temperature: float,
-    ties: str,
-    reduction: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss, logps [S], scores [S], c = d its list's loss / d a candidate's token [S]
-    loss, *others = backends.get(backend).list_stage(
-        logps, counted, cu_tokens, cu_lists, list_size, relevance, ref_logps, beta, objective, weighting, k, temperature, ties
-    )
-    if reduction != "none":  # no lists: 0
-        loss = loss.mean() if reduction == "mean" and loss.shape[0] else loss.sum()
+def scores_and_listwise_loss(a: ListwiseArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, logps [S], scores [S], c = d its list's loss / d a candidate's token [S]."""
+    loss, *others = backends.get(a.backend).scores_and_listwise_loss(a)
+    if a.reduction != "none":  # no lists: 0
+        loss = loss.mean() if a.reduction == "mean" and loss.shape[0] else loss.sum()
     return loss, *others
 
 
-def _fake_lists(
-    logps, counted, cu_tokens, cu_lists, list_size, relevance, ref_logps, beta, objective, weighting, k, temperature, ties,
-    reduction, backend,
-):  # fmt: skip
-    out = logps.new_empty(relevance.shape, dtype=logps_dtype(logps))
-    loss = out.new_empty(_num_lists(out, cu_lists, list_size) if reduction == "none" else ())
+def _fake_lists(a: ListwiseArguments):
+    out = a.logps.new_empty(a.relevance.shape, dtype=logps_dtype(a.logps))
+    loss = out.new_empty(_num_lists(out, a.cu_lists, a.list_size) if a.reduction == "none" else ())
     return loss, out, torch.empty_like(out), torch.empty_like(out)
 
 
@@ -97,45 +81,56 @@ def _num_lists(candidates: Tensor, cu_lists: Tensor | None, list_size: int) -> i
     return candidates.shape[0] // list_size if cu_lists is None else cu_lists.shape[0] - 1
 
 
-def list_stage_backward(
-    grad: Tensor,
-    logps: Tensor,
-    cu_tokens: Tensor | None,
-    cu_lists: Tensor | None,
-    c: Tensor,
-    list_size: int,
-    reduction: str,
-) -> Tensor:
+class BackwardArguments(NamedTuple):
+    grad: Tensor
+    logps: Tensor
+    cu_tokens: Tensor | None
+    cu_lists: Tensor | None
+    c: Tensor
+    list_size: int
+    reduction: str
+
+
+def listwise_loss_backward(a: BackwardArguments) -> Tensor:
     """d logps. An op of its own, with logps among its inputs: c depends on them, so that a second derivative must be
     refused, not be zero."""
-    if reduction == "none":
-        grad = grad.repeat_interleave(list_size) if cu_lists is None else _spread(grad, cu_lists, c.shape[0])
-    elif reduction == "mean":
-        grad = grad / max(_num_lists(c, cu_lists, list_size), 1)
-    return _to_tokens(c * grad, cu_tokens, logps.shape).to(logps.dtype)
+    grad = a.grad
+    if a.reduction == "none":
+        grad = grad.repeat_interleave(a.list_size) if a.cu_lists is None else _spread(grad, a.cu_lists, a.c.shape[0])
+    elif a.reduction == "mean":
+        grad = grad / max(_num_lists(a.c, a.cu_lists, a.list_size), 1)
+    return _to_tokens(a.c * grad, a.cu_tokens, a.logps.shape).to(a.logps.dtype)
 
 
-def _fake_lists_backward(grad, logps, cu_tokens, cu_lists, c, list_size, reduction):
-    return torch.empty_like(logps, memory_format=torch.contiguous_format)
+def _fake_lists_backward(a: BackwardArguments):
+    return torch.empty_like(a.logps, memory_format=torch.contiguous_format)
 
 
-def _save_lists(args, out):
-    logps, _, cu_tokens, cu_lists, list_size, *_, reduction, _ = args
-    return (logps, cu_tokens, cu_lists, out[3]), (list_size, reduction)
+def _save_lists(a: ListwiseArguments, out):
+    return (a.logps, a.cu_tokens, a.cu_lists, out[3]), (a.list_size, a.reduction)
 
 
 def _lists_gradient(tensors, rest, grad, needs):
-    return (_list_stage_backward(grad, *tensors, *rest),)
+    return (_listwise_loss_backward(grad, *tensors, *rest),)
 
 
-_list_stage_backward = Operator(list_stage_backward, _fake_lists_backward)
-_list_stage = Differentiable(list_stage, _fake_lists, inputs=1, outputs=3, save=_save_lists, backward=_lists_gradient)
+_listwise_loss_backward = Operator(listwise_loss_backward, BackwardArguments, fake=_fake_lists_backward)
+_scores_and_listwise_loss = Differentiable(
+    scores_and_listwise_loss,
+    ListwiseArguments,
+    fake=_fake_lists,
+    inputs=1,
+    outputs=3,
+    save=_save_lists,
+    backward=_lists_gradient,
+)
 
 
-def list_step(counted, cu_tokens, cu_lists, list_size, relevance, ref_logps, objective, *, beta, reduction, backend) -> Step:
-    """loss (differentiable), logps [S], scores [S] of token log-probs, the first argument, which is not here."""
-    return _list_stage, (
-        counted,
+def list_step(mean_mask, cu_tokens, cu_lists, list_size, relevance, ref_logps, objective, *, beta, reduction, backend) -> Step:
+    """loss (differentiable), logps [S], scores [S] of the token log-probs of the step before."""
+    return _scores_and_listwise_loss, ListwiseArguments(
+        None,
+        mean_mask,
         cu_tokens,
         cu_lists,
         list_size,

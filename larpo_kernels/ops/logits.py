@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.arguments import LogitRows
 from .operator import Differentiable, Operator, Step
 
 
@@ -13,81 +16,68 @@ def logps_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def token_logps_backward(
-    grad: Tensor,  # the labels' shape, any strides
-    logits: Tensor,
-    labels: Tensor,
-    keep: Tensor | None,
-    logps: Tensor,
-    checked: bool,
-    ignore_index: int | None,
-    logit_scale: float,
-    softcap: float | None,
-    backend: str,
-) -> Tensor:  # d logits, contiguous
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backends.get(backend).token_logps_backward(
-        grad, logits, labels, logps, ignore_index, logit_scale, softcap, out, keep=keep, checked=checked
-    )
+class Arguments(NamedTuple):
+    """The first ones are those of `LogitRows`."""
+
+    logits: Tensor
+    labels: Tensor
+    token_indices: Tensor | None
+    checked: bool
+    ignore_index: int | None
+    logit_scale: float
+    softcap: float | None
+    stats: bool
+    inplace_backward: bool
+    backend: str
+
+
+class BackwardArguments(NamedTuple):
+    grad: Tensor  # the labels' shape, any strides
+    logits: Tensor
+    labels: Tensor
+    token_indices: Tensor | None
+    logps: Tensor
+    checked: bool
+    ignore_index: int | None
+    logit_scale: float
+    softcap: float | None
+    backend: str
+
+
+def _rows(a: Arguments | BackwardArguments) -> LogitRows:
+    return LogitRows(a.logits, a.labels, a.token_indices, a.checked, a.ignore_index, a.logit_scale, a.softcap)
+
+
+def token_logps(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """logps, entropy, top1 of the labels' shape; no last two without stats."""
+    return backends.get(a.backend).token_logps(_rows(a), a.stats)
+
+
+def _fake(a: Arguments):
+    out = a.logits.new_empty(a.labels.shape, dtype=logps_dtype(a.logits))
+    return out, *((torch.empty_like(out), torch.empty_like(out)) if a.stats else (None, None))
+
+
+def token_logps_backward(a: BackwardArguments) -> Tensor:
+    """d logits, contiguous."""
+    out = torch.empty(a.logits.shape, dtype=a.logits.dtype, device=a.logits.device)
+    backends.get(a.backend).token_logps_backward(_rows(a), a.grad, a.logps, out)
     return out
 
 
-def token_logps_backward_(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    keep: Tensor | None,
-    logps: Tensor,
-    checked: bool,
-    ignore_index: int | None,
-    logit_scale: float,
-    softcap: float | None,
-    backend: str,
-) -> None:
+def token_logps_backward_(a: BackwardArguments) -> None:
     """The same, written over the logits."""
-    backends.get(backend).token_logps_backward(
-        grad, logits, labels, logps, ignore_index, logit_scale, softcap, logits, keep=keep, checked=checked
-    )
-    torch.autograd.graph.increment_version(logits)
+    backends.get(a.backend).token_logps_backward(_rows(a), a.grad, a.logps, a.logits)
+    torch.autograd.graph.increment_version(a.logits)
 
 
-def _fake_backward(grad, logits, labels, keep, logps, checked, ignore_index, logit_scale, softcap, backend):
-    return logits.new_empty(logits.shape)
+_backward = Operator(token_logps_backward, BackwardArguments, fake=lambda a: a.logits.new_empty(a.logits.shape))
+_backward_ = Operator(token_logps_backward_, BackwardArguments, fake=lambda a: None, mutates=("logits",))
 
 
-def _fake_backward_(grad, logits, labels, keep, logps, checked, ignore_index, logit_scale, softcap, backend):
-    pass
-
-
-_backward = Operator(token_logps_backward, _fake_backward)
-_backward_ = Operator(token_logps_backward_, _fake_backward_, mutates=("logits",))
-
-
-def token_logps(
-    logits: Tensor,  # [S, T, V] or [N, V], unit stride on V
-    labels: Tensor,  # [S, T] or [N]
-    keep: Tensor | None,  # [n] positions on the flat token axis of those that count; None: not known, or all if checked
-    checked: bool,  # the labels have been read: each lies in the vocabulary or is ignored
-    ignore_index: int | None,
-    logit_scale: float,
-    softcap: float | None,
-    stats: bool,
-    inplace_backward: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # logps, entropy, top1 of the labels' shape; no last two without stats
-    return backends.get(backend).token_logps(
-        logits, labels, ignore_index, logit_scale, softcap, stats, keep=keep, checked=checked
-    )
-
-
-def _fake(logits, labels, keep, checked, ignore_index, logit_scale, softcap, stats, inplace_backward, backend):
-    out = logits.new_empty(labels.shape, dtype=logps_dtype(logits))
-    return out, *((torch.empty_like(out), torch.empty_like(out)) if stats else (None, None))
-
-
-def _save(args, out):
-    logits, labels, keep, checked, ignore_index, logit_scale, softcap, _, inplace, backend = args
-    return (logits, labels, keep, out[0]), (inplace, (checked, ignore_index, logit_scale, softcap, backend))
+def _save(a: Arguments, out):
+    rest = (a.checked, a.ignore_index, a.logit_scale, a.softcap, a.backend)
+    return (a.logits, a.labels, a.token_indices, out[0]), (a.inplace_backward, rest)
 
 
 def _gradient(tensors, rest, grad, needs):
@@ -110,13 +100,14 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
-_token_logps = Differentiable(token_logps, _fake, inputs=1, outputs=3, save=_save, backward=_gradient)
+_token_logps = Differentiable(token_logps, Arguments, fake=_fake, inputs=1, outputs=3, save=_save, backward=_gradient)
 
 
-def token_step(tokens, *, ignore_index, logit_scale, softcap, stats=False, inplace_backward=False, backend) -> Step:
-    """logps, entropy, top1 of validation.Tokens holding logits."""
+def token_step(
+    tokens, *, ignore_index, logit_scale, softcap, stats: bool = False, inplace_backward: bool = False, backend: str
+) -> Step:
+    """logps, entropy, top1 of `validation.Tokens`."""
     logits = tokens.values if tokens.values.stride(-1) == 1 else tokens.values.contiguous()
-    return _token_logps, (
-        logits, tokens.labels, tokens.keep, tokens.checked, ignore_index, float(logit_scale), softcap, stats,
-        inplace_backward, backend,
-    )  # fmt: skip
+    transform = (ignore_index, float(logit_scale), softcap)
+    options = (stats, inplace_backward, backend)
+    return _token_logps, Arguments(logits, tokens.labels, tokens.token_indices, tokens.checked, *transform, *options)

@@ -12,12 +12,13 @@ torch._dynamo at the first call, which takes more than a second.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from inspect import Parameter, Signature
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from .flops import known_to_counters
+from .flops import FORMULAS, known_to_counters
 
 NAMESPACE = "larpo_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -38,14 +39,31 @@ def looked_at(args: Sequence[Any]) -> bool:
 
 
 class Operator:
-    """A function of tensors and plain values, and the same one registered under its name."""
+    """A function of tensors and plain values, and the same one registered under its name.
 
-    def __init__(self, function: Callable, fake: Callable, *, mutates: tuple[str, ...] = ()):
-        self.function, self.name = function, (name := function.__name__)
-        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates), tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, _returning_tensors(function), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _returning_tensors(fake), lib=LIBRARY)
-        self.registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    function: takes one named tuple.
+    arguments: the type of that, whose fields are the arguments of the registered op.
+    fake: the same function of tensors without values.
+    flops: (shapes of the arguments, shapes of the results) -> operations that a counter is to count.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        arguments: type[tuple],
+        *,
+        fake: Callable,
+        mutates: tuple[str, ...] = (),
+        flops: Callable | None = None,
+    ):
+        self.function, self.arguments, self.name = function, arguments, (name := function.__name__)
+        LIBRARY.define(name + _schema(function, arguments, mutates), tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, _registered(function, arguments), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _registered(fake, arguments), lib=LIBRARY)
+        packet = getattr(getattr(torch.ops, NAMESPACE), name)
+        self.registered = packet.default
+        if flops:
+            FORMULAS[packet] = lambda *args, out_shape, **options: flops(arguments(*args, **options), out_shape)
         if not mutates:
             self._register_autograd()
 
@@ -54,23 +72,39 @@ class Operator:
 
     def __call__(self, *args):
         if not looked_at(args):
-            return self.eagerly(*args)
+            return self.eagerly(self.arguments(*args))
         known_to_counters()
         return self.registered(*args)
 
-    def eagerly(self, *args):
+    def eagerly(self, args: tuple):
         """The function itself, under the name of the op where a profiler asks for one."""
         if not torch.autograd._profiler_enabled():
-            return self.function(*args)
+            return self.function(args)
         with torch.profiler.record_function(f"{NAMESPACE}::{self.name}"):
-            return self.function(*args)
+            return self.function(args)
 
 
-def _returning_tensors(function: Callable) -> Callable:
-    """What a registered op returns are dense tensors: an empty one where there is none."""
+def _schema(function: Callable, arguments: type[tuple], mutates: tuple[str, ...]) -> str:
+    """Of a function that takes the fields of `arguments` one by one."""
+    result, defaults = get_type_hints(function)["return"], arguments._field_defaults
+    parameters = [
+        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=hint, default=defaults.get(name, Parameter.empty))
+        for name, hint in get_type_hints(arguments).items()
+    ]
+
+    def flat():
+        pass
+
+    flat.__signature__ = Signature(parameters, return_annotation=None if result is type(None) else result)
+    return torch.library.infer_schema(flat, mutates_args=mutates)
+
+
+def _registered(function: Callable, arguments: type[tuple]) -> Callable:
+    """The function as a registered op: it takes the fields one by one, and what it returns are dense tensors, an empty one
+    where there is none."""
 
     def run(*args, **kwargs):
-        out = function(*args, **kwargs)
+        out = function(arguments(*args, **kwargs))
         if not isinstance(out, tuple):
             return out if out is None else out.contiguous()
         like = next(x for x in out if x is not None)
@@ -82,21 +116,32 @@ def _returning_tensors(function: Callable) -> Callable:
 class Differentiable(Operator):
     """An op with a derivative.
 
-    function: its first `inputs` arguments are differentiable. It returns `outputs` results, the first of them
-        differentiable, and after them whatever the backward wants (only tensors where it is registered).
-    save: (arguments, what the function returned) -> the tensors that the backward wants, and the rest that it wants.
-    backward: (those tensors, that rest, the gradient, which inputs want one) -> the gradient of each input.
+    function: the first `inputs` of its arguments are differentiable. It returns `outputs` results, the first of them
+        differentiable, and after them whatever the backward needs (only tensors where it is registered).
+    save: (arguments, what the function returned) -> the tensors that the backward needs, and the rest that it needs.
+    backward: (those tensors, that rest, the gradient, which inputs need one) -> the gradient of each input.
     """
 
-    def __init__(self, function: Callable, fake: Callable, *, inputs: int, outputs: int, save: Callable, backward: Callable):
+    def __init__(
+        self,
+        function: Callable,
+        arguments: type[tuple],
+        *,
+        fake: Callable,
+        inputs: int,
+        outputs: int,
+        save: Callable,
+        backward: Callable,
+        flops: Callable | None = None,
+    ):
         self.inputs, self.outputs, self.save, self.backward = inputs, outputs, save, backward
-        super().__init__(function, fake)
+        super().__init__(function, arguments, fake=fake, flops=flops)
 
     def _register_autograd(self) -> None:
-        num_args = len(self.registered._schema.arguments)
+        num_args = len(self.arguments._fields)
 
         def setup_context(ctx, inputs, output):
-            tensors, ctx.rest = self.save(inputs, output)
+            tensors, ctx.rest = self.save(self.arguments(*inputs), output)
             ctx.save_for_backward(*tensors)
             ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)
@@ -114,26 +159,28 @@ class EagerOnly(Differentiable):
     """A Differentiable whose shapes depend on values, or that takes what no schema knows. Where somebody looks at operators
     `otherwise` runs in its place, a registered op of the same arguments but the last."""
 
-    def __init__(self, function: Callable, otherwise: Differentiable, *, save: Callable, backward: Callable):
-        self.function, self.save, self.backward = function, save, backward
+    def __init__(
+        self, function: Callable, arguments: type[tuple], otherwise: Differentiable, *, save: Callable, backward: Callable
+    ):
+        self.function, self.arguments, self.save, self.backward = function, arguments, save, backward
         self.name, self.inputs, self.outputs = otherwise.name, otherwise.inputs, otherwise.outputs
         self.registered = lambda *args: otherwise.registered(*args[:-1])
 
 
-Step = tuple["Differentiable", tuple]  # an op and its arguments
+Step = tuple[Differentiable, tuple]  # an op and its arguments; the first is None where the step before it gives it
 
 
 def run(op: Differentiable, args: tuple, then: Differentiable | None = None, then_args: tuple = ()) -> tuple:
-    """The outputs of op; with `then`, which takes the first of them and then_args, its outputs and the other ones of op."""
+    """The outputs of op; with `then`, whose first argument is the first of them, its outputs and the other ones of op."""
     if looked_at((*args, *then_args)):
         known_to_counters()
         out = op.registered(*args)[: op.outputs]
-        return out if then is None else (*then.registered(out[0], *then_args)[: then.outputs], *out[1:])
+        return out if then is None else (*then.registered(out[0], *then_args[1:])[: then.outputs], *out[1:])
     inputs = args[: op.inputs]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _Chain.apply(op, args[op.inputs :], then, then_args, *inputs)[:-1]
-    out = op.eagerly(*args)[: op.outputs]
-    return out if then is None else (*then.eagerly(out[0], *then_args)[: then.outputs], *out[1:])
+    out = op.eagerly(args)[: op.outputs]
+    return out if then is None else (*then.eagerly(then.arguments(out[0], *then_args[1:]))[: then.outputs], *out[1:])
 
 
 class _Chain(torch.autograd.Function):
@@ -145,14 +192,14 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, options, then, then_args, *inputs):
-        args = (*inputs, *options)
-        out = op.eagerly(*args)
+        args = op.arguments(*inputs, *options)
+        out = op.eagerly(args)
         tensors, ctx.rest = op.save(args, out)
         ctx.op, ctx.then, ctx.of_op = op, then, len(tensors)
         results = out[: op.outputs]
         if then is not None:
-            then_args = (out[0], *then_args)
-            last = then.eagerly(*then_args)
+            then_args = then.arguments(out[0], *then_args[1:])
+            last = then.eagerly(then_args)
             of_then, ctx.rest_of_then = then.save(then_args, last)
             tensors = (*tensors, *of_then)
             results = (*last[: then.outputs], *results[1:])

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..backends.pytorch.rows import FAR
+from ..backends.arguments import LogitRows
+from ..backends.pytorch.rows import UNLIKELY_LOGP
 from ..linear.vocab_shard import ELSEWHERE, IGNORED, add_up, largest
 from .logits import logps_dtype
 
@@ -25,12 +26,12 @@ class _ShardedTokenLogps(torch.autograd.Function):
     def forward(ctx, logits, labels, logit_scale, softcap, group, backend):
         ctx.options = (logit_scale, softcap, backend)
         best = logits.argmax(-1) if logit_scale >= 0 else logits.argmin(-1)
-        at = lambda labels: logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # noqa: E731
-        own, z = (_transformed(at(y), logit_scale, softcap).double() for y in (labels, best))
-        far = (labels >= 0) & (own - z < FAR) & (own > -torch.inf)
+        own, z = (_logit_at(y, logits, logit_scale, softcap).double() for y in (labels, best))
+        far = (labels >= 0) & (own - z < UNLIKELY_LOGP) & (own > -torch.inf)
         stands_in = far | (labels == ELSEWHERE)
         stand_in, z = torch.where(stands_in, best, labels), torch.where(stands_in, z, own)
-        local, _, _ = backends.get(backend).token_logps(logits, stand_in, IGNORED, logit_scale, softcap, False)
+        given = LogitRows(logits, stand_in, None, False, IGNORED, logit_scale, softcap)
+        local, _, _ = backends.get(backend).token_logps(given, False)
         local = local.double()
         k = add_up(torch.where(labels >= 0, own, 0), group)
         others = torch.where(stands_in, -local, -local + torch.log1p(-local.exp()))  # log of the sum here, less z
@@ -49,10 +50,11 @@ class _ShardedTokenLogps(torch.autograd.Function):
         logit_scale, softcap, backend = ctx.options
         logits, labels, stand_in, stands_in, far, logps, z, own = ctx.saved_tensors
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backends.get(backend).token_logps_backward(
-            grad, logits, stand_in, logps, IGNORED, logit_scale, softcap, out, whole=False
-        )
-        slope = lambda z: logit_scale if softcap is None else logit_scale * (1 - (z / softcap).square())  # noqa: E731
+        given = LogitRows(logits, stand_in, None, False, IGNORED, logit_scale, softcap)
+        backends.get(backend).token_logps_backward(given, grad, logps, out, whole=False)
+
+        def slope(z):
+            return logit_scale if softcap is None else logit_scale * (1 - (z / softcap).square())
 
         def put(at, where, value):
             at, value = at.clamp(min=0)[..., None], value.to(out.dtype)[..., None]
@@ -63,7 +65,9 @@ class _ShardedTokenLogps(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
-def _transformed(x: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+def _logit_at(labels: Tensor, logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """z of each token at its label, scaled and soft-capped."""
+    x = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     z = x.to(logps_dtype(x)) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 

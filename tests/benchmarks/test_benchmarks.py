@@ -477,7 +477,7 @@ def test_log_probs_of_tokens_that_were_rounded_are_wrong_unless_that_is_said():
 
 @pytest.mark.parametrize(
     ("mode", "count", "use"),
-    [("score", 1, {}), ("frozen", 2, {"one_pass": True}), ("trainable", 3, {"in_place": True}), ("trainable", 4, {})],
+    [("score", 1, {}), ("frozen", 2, {"fuse_hidden_grad": True}), ("trainable", 3, {"in_place": True}), ("trainable", 4, {})],
 )
 def test_a_floor_walks_the_tiles_of_its_schedule(monkeypatch, mode, count, use):
     asked = []

@@ -318,14 +318,14 @@ def test_all_launch_parameters_are_tuned():
 
 def test_a_candidate_is_in_place_only_while_it_is_measured():
     launch = pytest.importorskip("larpo_kernels.backends.triton.launch")
-    from larpo_kernels.linear import schedules
+    from larpo_kernels.linear import tile_shapes
 
-    shipped, tokens = launch.TABLE["sm_90"], schedules.GPU_TILE_TOKENS
+    shipped, tokens = launch.TABLE["sm_90"], tile_shapes.GPU_TILE_TOKENS
     with pytest.raises(KeyError), tune.using({"row_block": 512, "GPU_TILE_TOKENS": 77}, "sm_90"):
         assert launch.TABLE["sm_90"].row_block == 512 and launch.TABLE["sm_90"].row_warps == shipped.row_warps
-        assert schedules.GPU_TILE_TOKENS == 77
+        assert tile_shapes.GPU_TILE_TOKENS == 77
         raise KeyError
-    assert launch.TABLE["sm_90"] is shipped and tokens == schedules.GPU_TILE_TOKENS
+    assert launch.TABLE["sm_90"] is shipped and tokens == tile_shapes.GPU_TILE_TOKENS
 
 
 def test_the_fastest_wins_only_if_it_beats_noise():
@@ -357,10 +357,10 @@ def test_problems_past_the_deadline_are_not_measured(monkeypatch):
 def test_a_candidate_that_raises_is_left_out_and_the_others_are_measured(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv(device.DRY_RUN, "1")
-    from larpo_kernels.linear import schedules
+    from larpo_kernels.linear import tile_shapes
 
     def run():
-        if schedules.GPU_TILE_TOKENS == 2:
+        if tile_shapes.GPU_TILE_TOKENS == 2:
             raise RuntimeError("too many resources requested")
 
     monkeypatch.setattr(tune, "problems", lambda group: iter([("first", run), ("second", run)]))
@@ -439,7 +439,7 @@ def test_limits_are_the_arithmetic_of_the_documentation():
 
 
 def test_limits_use_the_tiles_of_the_walk():
-    from larpo_kernels.linear.schedules import GPU_TILE_BYTES, GPU_TILE_TOKENS, tile_shape
+    from larpo_kernels.linear.tile_shapes import GPU_TILE_BYTES, GPU_TILE_TOKENS, tile_shape
 
     for t in (1000, 8192, 16384):
         for v in (32000, 128256, 262144):

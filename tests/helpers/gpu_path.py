@@ -20,8 +20,9 @@ torch.ops.load_library(sys.argv[1])
 
 import larpo_kernels as lk
 from larpo_kernels.backends import triton as primitives
+from larpo_kernels.backends.arguments import CandidateArguments, ListwiseArguments, LogitRows
 from larpo_kernels.backends.triton import launch, lists, rows, states, tiles
-from larpo_kernels.linear import schedules, walk
+from larpo_kernels.linear import memory, tile_shapes, walk
 from larpo_kernels.ops import linear, operator
 
 S, T, H, V = 8, 16, 256, 1088  # a head that is not small
@@ -71,40 +72,40 @@ def the_walk():
             hidden, weight = randn(n, H, dtype=dtype), randn(V, H, dtype=dtype)
             bias = randn(V, dtype=dtype) if biased else None
             head = walk.Head(weight, bias, 1.0, softcap, dtype)
-            kept = walk.forward(
-                head, hidden, labels(n), held_rows=held_rows, held_dtype=BF16, one_pass=schedule == "frozen_head",
-                stats=biased, backend="triton",
-            )  # fmt: skip
+            keeps = {"held_rows": held_rows, "held_dtype": BF16, "fuse_hidden_grad": schedule == "frozen_head"}
+            results, saved = walk.forward(head, hidden, labels(n), **keeps, stats=biased, backend="triton")
             if schedule not in ("score_only", "frozen_head"):
                 new = [None if x is None else torch.empty_like(x) for x in (hidden, weight, bias)]
                 outputs = dict(zip(("d_hidden", "d_weight", "d_bias"), new, strict=True))
-                walk.backward(head, hidden, labels(n), randn(n), kept, **outputs, backend="triton")
+                walk.backward(head, hidden, labels(n), randn(n), results.logps, saved, **outputs, backend="triton")
 
 
 def the_ops():
     """Around the walk: tokens that count or all of them, padding, and back."""
     hidden, weight, y = randn(130, H, dtype=BF16), randn(V, H, dtype=BF16), labels(130)
-    for keep in (None, torch.arange(100, device="cuda")):
-        for one_pass, held_rows in ((True, 0), (False, V)):
-            out = linear.linear_logps(
-                hidden, weight, None, y, keep, False, -100, 1.0, None, BF16, BF16, held_rows, one_pass, True, "triton"
-            )
+    for token_indices in (None, torch.arange(100, device="cuda")):
+        for fuse_hidden_grad, held_rows in ((True, 0), (False, V)):
+            given, transform = (hidden, weight, None, y, token_indices), (False, -100, 1.0, None, BF16)
+            keeps = (BF16, held_rows, fuse_hidden_grad)
+            out = linear.linear_logps(linear.Arguments(*given, *transform, *keeps, True, "triton"))
+            needs = (True, not fuse_hidden_grad, False)
             grads = linear.linear_logps_backward(
-                randn(130), hidden, weight, None, y, keep, out[0], *out[3:], False, -100, 1.0, None, BF16, True, not one_pass,
-                False, "triton",
-            )  # fmt: skip
+                linear.BackwardArguments(randn(130), *given, out[0], *out[3:], *transform, *needs, "triton")
+            )
             assert out[0].shape == y.shape and grads[0].shape == hidden.shape
 
 
 def the_rows_and_lists():
     logits, y = randn(S, T, V, dtype=BF16), labels(S, T)
-    logps, _, _ = primitives.token_logps(logits, y, -100, 1.0, None, True)
-    primitives.token_logps_backward(randn(S, T), logits, y, logps, -100, 1.0, None, torch.empty_like(logits))
+    given = LogitRows(logits, y, None, False, -100, 1.0, None)
+    logps, _, _ = primitives.token_logps(given, True)
+    primitives.token_logps_backward(given, randn(S, T), logps, torch.empty_like(logits))
     borders = torch.arange(S + 1, device="cuda") * T
-    primitives.candidate_logps(logps.view(-1), y.view(-1) != -100, borders)
-    terms = (randn(S), randn(S), 0.1, "listmle", "none", 0, 1.0, "order")
-    primitives.list_stage(logps.view(-1), None, borders, torch.arange(3, device="cuda") * 4, 0, *terms)
-    primitives.list_stage(logps, y != -100, None, None, 4, *terms)
+    primitives.candidate_logps(CandidateArguments(logps.view(-1), y.view(-1) != -100, borders, "triton"))
+    terms = (randn(S), randn(S), 0.1, "listmle", "none", 0, 1.0, "order", "none", "triton")
+    cu_lists = torch.arange(3, device="cuda") * 4
+    primitives.scores_and_listwise_loss(ListwiseArguments(logps.view(-1), None, borders, cu_lists, 0, *terms))
+    primitives.scores_and_listwise_loss(ListwiseArguments(logps, y != -100, None, None, 4, *terms))
 
 
 def the_api():
@@ -132,7 +133,7 @@ def the_trainer():
     from larpo.modeling.policy import Policy
 
     capturing, torch.cuda.is_current_stream_capturing = torch.cuda.is_current_stream_capturing, lambda: False
-    schedules.free_bytes = lambda device: 1 << 36
+    memory.free_bytes = lambda device: 1 << 36
     config = SimpleNamespace(model_type="llama", get_text_config=lambda: config)
     head = torch.nn.Linear(H, V, bias=False, device="cuda", dtype=BF16)
     lm = SimpleNamespace(config=config, get_output_embeddings=lambda: head)
@@ -189,9 +190,9 @@ if __name__ == "__main__":
         the_api()
         the_rows_and_lists()
         the_ops()
-        for widens, tile in ((True, schedules.GPU_TILE_BYTES), (False, 1 << 22)):
+        for widens, tile in ((True, tile_shapes.GPU_TILE_BYTES), (False, 1 << 22)):
             walk.ADDMM_WIDENS = widens  # torch 2.9's addmm does not write float32
-            schedules.GPU_TILE_BYTES = tile  # the vocabulary in one tile, and in several
+            tile_shapes.GPU_TILE_BYTES = tile  # the vocabulary in one tile, and in several
             the_walk()
         the_trainer()
         the_costs()

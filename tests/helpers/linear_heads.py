@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import larpo_kernels as lk
-from larpo_kernels.linear import schedules, walk
+from larpo_kernels.linear import tile_shapes
 from tests.helpers import slow_loop
 from tests.helpers.batches import IGNORE, leaf
 from tests.helpers.regimes import REGIMES
@@ -101,14 +101,13 @@ def use_small_tiles(monkeypatch, tokens=20, rows=40, by_use=False):
     by_use: of another shape where E is held in place, and with the whole vocabulary in one pass, as on a GPU.
     """
 
-    def tile_shape(num_tokens, hidden_size, vocab_size, dtype, device, *, casts=True, one_pass=False, in_place=False):
+    def tile_shape(num_tokens, hidden_size, vocab_size, dtype, device, *, casts=True, fuse_hidden_grad=False, in_place=False):
         t, r = tokens, rows
         if by_use:
-            t, r = (t + 7, r + 9) if in_place and not casts else (t, vocab_size if one_pass else r)
+            t, r = (t + 7, r + 9) if in_place and not casts else (t, vocab_size if fuse_hidden_grad else r)
         return max(1, min(num_tokens, t)), min(vocab_size, r)
 
-    monkeypatch.setattr(schedules, "tile_shape", tile_shape)
-    monkeypatch.setattr(walk, "tile_shape", tile_shape)
+    monkeypatch.setattr(tile_shapes, "tile_shape", tile_shape)
 
 
 def plan_of(head, wanted=ALL, **options):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import larpo_kernels as lk
 from larpo_kernels import parallel, validation
-from larpo_kernels.linear import schedules, walk
+from larpo_kernels.linear import dtypes, schedules, tile_shapes
 from tests.helpers import linear_heads, slow_loop
 from tests.helpers.batches import IGNORE, leaf, make_batch
 from tests.helpers.regimes import REGIMES
@@ -49,7 +49,7 @@ def small_tiles(tokens=7, rows=4):
     def tile_shape(num_tokens, hidden_size, vocab_size, dtype, device, **use):
         return max(1, min(num_tokens, tokens)), min(vocab_size, rows)
 
-    schedules.tile_shape = walk.tile_shape = tile_shape
+    tile_shapes.tile_shape = tile_shape
 
 
 def assert_like_one_device(head, shard, wanted=linear_heads.ALL, *, exact=1e-13, **options):
@@ -135,7 +135,7 @@ def check_bfloat16_is_as_close_to_float64_as_eager(rank, ranks):
     """With bf16 tiles too, where the machine's own choice would be float32."""
     shard = shard_of(rank, (100, 27, 400))
     for native, schedule in itertools.product((True, False), ("list_hold", "recompute")):
-        schedules.native_bf16 = lambda *_, native=native: native
+        dtypes.native_bf16 = lambda *_, native=native: native
         head = linear_heads.make_head(527, 31, (12,), dtype=torch.bfloat16, regime="initialisation")
         logps, grads = linear_heads.run(sharded(head, shard, schedule=schedule), head, ("hidden", "weight"))
         for name in ("weight",):  # sums of zeros and one bf16 number are exact

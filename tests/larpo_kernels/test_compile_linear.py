@@ -226,7 +226,7 @@ def test_the_ops_of_small_heads_are_opcheck_clean():
 
 @pytest.mark.parametrize("name", ["linear_logps", "linear_logps_backward"])
 def test_opcheck_with_all_tokens_walked(name):
-    """As in a compiled graph, where shapes may not depend on labels: `keep` is None."""
+    """As in a compiled graph, where shapes may not depend on labels: token_indices is None."""
     ops = torch.ops.larpo_kernels
 
     head = make_head(31, 8, (6,), bias=True)

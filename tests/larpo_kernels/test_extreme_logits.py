@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import larpo_kernels as lk
-from larpo_kernels.backends.pytorch import tiles as plain
-from larpo_kernels.linear import schedules
+from larpo_kernels.linear import dtypes, tile_shapes
 from tests.helpers import linear_heads, slow_loop
 from tests.helpers.batches import IGNORE
 from tests.helpers.linear_heads import WALKS, make_head, ours, run, scheduled, true
@@ -31,7 +30,7 @@ def small_tiles(monkeypatch):
 
 def bf16_tiles(monkeypatch):
     """As where bfloat16 GEMMs are native: tiles are rounded to bfloat16 once they are centred."""
-    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
 
 
 @pytest.fixture(params=["float16", "bfloat16", "bfloat16_tiles"])
@@ -53,7 +52,7 @@ def test_any_logits_in_float32(backend, device, regime, schedule):
 def test_any_logits_in_half_precision(fast_backend, device, regime, schedule, half):
     head = make_head(VOCABULARY, 64, (16,), half, device, regime)
     wanted, options = scheduled(schedule, head)
-    in_tiles = schedules.compute_dtype(half, half, device, head.weight.numel()) == torch.bfloat16
+    in_tiles = dtypes.compute_dtype(half, half, device, head.weight.numel()) == torch.bfloat16
     # logits of -200 make a weight whose rows nearly cancel in d hidden: each tile's product is rounded before they do
     linear_heads.assert_matches_float64(head, fast_backend, wanted, times=2.5 if in_tiles else None, **options)
 
@@ -87,7 +86,7 @@ def test_a_target_so_far_below_the_rest_costs_no_precision(backend, device, sche
 @pytest.fixture
 def hidden_competitors(monkeypatch):
     """Of all rows only the first is looked at for a centre, so that competitors come as a surprise."""
-    monkeypatch.setattr(plain, "seen_step", lambda vocab_size: vocab_size)
+    monkeypatch.setattr(tile_shapes, "seen_step", lambda vocab_size: vocab_size)
 
 
 def climbing(device, dtype=torch.float32):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import larpo_kernels as lk
 from larpo_kernels import backends
-from larpo_kernels.linear import schedules
+from larpo_kernels.linear import tile_shapes
 from tests.helpers import linear_heads, slow_loop
 from tests.helpers.batches import IGNORE, leaf
 from tests.helpers.linear_heads import (
@@ -84,7 +84,7 @@ def test_sizes_that_no_tile_divides(backend, device, dtype, vocabulary, hidden_s
 @pytest.mark.parametrize("schedule", ["auto_holding_a_part", "frozen_head"])
 def test_a_real_vocabulary(fast_backend, device, dtype, schedule, monkeypatch):
     for name in ("CPU_TILE_BYTES", "GPU_TILE_BYTES"):
-        monkeypatch.setattr(schedules, name, 1 << 18)
+        monkeypatch.setattr(tile_shapes, name, 1 << 18)
     head = make_head(50257, 64, (40,), dtype, device)
     wanted, options = scheduled(schedule, head)
     if schedule == "auto_holding_a_part":

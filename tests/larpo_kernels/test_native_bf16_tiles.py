@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import larpo_kernels as lk
-from larpo_kernels.linear import schedules
+from larpo_kernels.linear import dtypes, tile_shapes
 from tests.helpers import linear_heads
 from tests.helpers.linear_heads import WALKS, eager, make_head, ours, run, scheduled, true
 from tests.helpers.tolerance import rms
@@ -18,14 +18,14 @@ TRAINING = [name for name in WALKS if name != "score_only"]
 @pytest.fixture(params=["default", "bf16_tiles"])
 def compute(request, monkeypatch):
     if request.param == "bf16_tiles":
-        monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
-        assert schedules.compute_dtype(torch.bfloat16, torch.bfloat16, "cpu") == torch.bfloat16
-    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", 1 << 18)
+        monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
+        assert dtypes.compute_dtype(torch.bfloat16, torch.bfloat16, "cpu") == torch.bfloat16
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", 1 << 18)
 
 
 @pytest.fixture
 def bf16_tiles(monkeypatch):
-    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
     linear_heads.use_small_tiles(monkeypatch, by_use=True)
 
 
@@ -124,9 +124,9 @@ def test_autocast_rounds_float32_inputs(device, fast_backend, bf16_tiles):
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_a_small_head_is_computed_in_float32_where_that_costs_nothing(monkeypatch, device_type):
-    monkeypatch.setattr(schedules, "CPU_HAS_BF16", True)
-    most = schedules.SMALL_HEAD
-    answers = [schedules.compute_dtype(torch.bfloat16, torch.bfloat16, device_type, size) for size in (most - 1, most)]
+    monkeypatch.setattr(dtypes, "CPU_HAS_BF16", True)
+    most = dtypes.SMALL_HEAD
+    answers = [dtypes.compute_dtype(torch.bfloat16, torch.bfloat16, device_type, size) for size in (most - 1, most)]
     assert answers == [torch.float32, torch.bfloat16]
     part = torch.zeros(1, 1, dtype=torch.bfloat16)
-    assert schedules.dtype_of_tiles(part, part, sharded=True) == torch.bfloat16  # whatever part a rank has
+    assert dtypes.dtype_of_tiles(part, part, sharded=True) == torch.bfloat16  # whatever part a rank has

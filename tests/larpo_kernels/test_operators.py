@@ -8,9 +8,9 @@ import larpo_kernels as lk
 from larpo_kernels.objectives import OBJECTIVES
 
 STEPS = {
-    "fused_listwise_loss": ["token_logps", "list_stage", "list_stage_backward", "token_logps_backward"],
+    "fused_listwise_loss": ["token_logps", "scores_and_listwise_loss", "listwise_loss_backward", "token_logps_backward"],
     "sequence_logps": ["token_logps", "candidate_logps", "token_logps_backward"],
-    "list_hold": ["linear_logps", "list_stage", "list_stage_backward", "linear_logps_backward"],
+    "list_hold": ["linear_logps", "scores_and_listwise_loss", "listwise_loss_backward", "linear_logps_backward"],
 }
 
 
@@ -124,4 +124,7 @@ def test_export_keeps_the_ops(device):
 
     graph = torch.export.export(Module(), (x,)).graph
     names = [node.target._schema.name for node in graph.nodes if node.op == "call_function" and hasattr(node.target, "_schema")]
-    assert [n for n in names if n.startswith("larpo_kernels")] == ["larpo_kernels::token_logps", "larpo_kernels::list_stage"]
+    assert [n for n in names if n.startswith("larpo_kernels")] == [
+        "larpo_kernels::token_logps",
+        "larpo_kernels::scores_and_listwise_loss",
+    ]

@@ -8,7 +8,8 @@ import torch
 
 import larpo_kernels as lk
 from larpo_kernels.backends.pytorch import states as plain
-from larpo_kernels.linear import schedules
+from larpo_kernels.linear import dtypes, memory, schedules, tile_shapes
+from larpo_kernels.linear.schedules import Request
 from tests.helpers.batches import IGNORE, leaf
 from tests.helpers.costs import costs
 from tests.helpers.linear_heads import ALL, WALKS, make_head, plan_of, scheduled
@@ -22,8 +23,8 @@ COUNTED, WALKED = 300, 304  # of 500 tokens; tokens are walked in multiples of 1
 @pytest.fixture(params=[1000, 130], ids=["one_block_of_tokens", "blocks_of_tokens"])
 def tiles(request, monkeypatch):
     """Tiles of at least 256 vocabulary rows by at most this many tokens."""
-    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", TILE_BYTES)
-    monkeypatch.setattr(schedules, "CPU_TILE_TOKENS", request.param)
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", TILE_BYTES)
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_TOKENS", request.param)
     monkeypatch.setattr(plain, "STEP", 32)  # rows at a time where a float32 copy is needed
     return request.param
 
@@ -69,8 +70,8 @@ def test_no_grad_mode_scores(device):
 
 
 def test_the_budget_decides_how_much_is_held(device, monkeypatch):
-    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", TILE_BYTES)
-    monkeypatch.setattr(schedules, "GPU_TILE_BYTES", TILE_BYTES)
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", TILE_BYTES)
+    monkeypatch.setattr(tile_shapes, "GPU_TILE_BYTES", TILE_BYTES)
     head = a_head()
     least, most = (plan_of(head, schedule=name).extra_bytes for name in ("recompute", "list_hold"))
     plans = [plan_of(head, memory_budget=budget) for budget in range(0, most + 1, most // 20)] + [
@@ -98,7 +99,7 @@ def test_nothing_to_walk_has_a_plan(device):
 
 
 def test_a_plan_explains_itself(device, monkeypatch):
-    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", 16 << 10)  # several tiles: of one there is little to tell
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", 16 << 10)  # several tiles: of one there is little to tell
     head = make_head(1000, 16, (8,), device=device)
     for wanted, options, words in (
         ((), {}, ["score_only", "1 GEMM", "nothing requires grad"]),
@@ -131,8 +132,8 @@ def test_schedules_that_cannot_be_raise(backend, device):
 @pytest.mark.parametrize("vocabulary", [1, 200, 50257])
 def test_tiles_are_within_their_bounds(tokens, vocabulary):
     for device, kind in (("cpu", "CPU"), ("cuda", "GPU")):
-        t, rows = schedules.tile_shape(tokens, 64, vocabulary, torch.float32, torch.device(device))
-        budget, most = (getattr(schedules, f"{kind}_TILE_{what}") for what in ("BYTES", "TOKENS"))
+        t, rows = tile_shapes.tile_shape(tokens, 64, vocabulary, torch.float32, torch.device(device))
+        budget, most = (getattr(tile_shapes, f"{kind}_TILE_{what}") for what in ("BYTES", "TOKENS"))
         assert 1 <= t <= min(tokens, most) and 1 <= rows <= vocabulary
         assert rows >= min(vocabulary, 256)
         assert rows == min(vocabulary, 256) or t * rows * 4 <= budget
@@ -141,50 +142,53 @@ def test_tiles_are_within_their_bounds(tokens, vocabulary):
 @pytest.mark.parametrize("tokens", [1, 8192, 65536, 300000])
 @pytest.mark.parametrize("vocabulary", [200, 32000, 128256, 262144])
 def test_on_a_gpu_held_logits_are_as_few_tiles_as_matrices_may_be_large(tokens, vocabulary):
-    t, rows = schedules.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=False, in_place=True)
-    assert t == min(tokens, schedules.HELD_TILE_TOKENS) and t * rows < 1 << 31
+    t, rows = tile_shapes.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=False, in_place=True)
+    assert t == min(tokens, tile_shapes.HELD_TILE_TOKENS) and t * rows < 1 << 31
     tiles = -(-vocabulary // rows)
-    assert tiles == -(-t * vocabulary // schedules.HELD_TILE_ENTRIES)
+    assert tiles == -(-t * vocabulary // tile_shapes.HELD_TILE_ENTRIES)
     assert vocabulary - (tiles - 1) * rows > 0.95 * rows  # none of them is a sliver
-    budgeted = schedules.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=True, in_place=True)
-    assert max(budgeted[0], 4096) * budgeted[1] * 2 <= schedules.GPU_TILE_BYTES  # a cast weight is copied a tile at a time
+    budgeted = tile_shapes.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=True, in_place=True)
+    assert max(budgeted[0], 4096) * budgeted[1] * 2 <= tile_shapes.GPU_TILE_BYTES  # a cast weight is copied a tile at a time
 
 
 @pytest.mark.parametrize("tokens", [100, 4096, 9000, 30000])
 @pytest.mark.parametrize("vocabulary", [32003, 128256, 262144])
 def test_on_a_gpu_d_hidden_is_one_gemm_in_one_pass_unless_that_leaves_few_tokens(tokens, vocabulary):
-    t, rows = schedules.tile_shape(tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=False, one_pass=True)
-    assert t * rows * 2 <= schedules.GPU_TILE_BYTES
-    if schedules.GPU_TILE_BYTES // (2 * vocabulary) >= schedules.ONE_PASS_TOKENS:
+    t, rows = tile_shapes.tile_shape(
+        tokens, 4096, vocabulary, torch.bfloat16, torch.device("cuda"), casts=False, fuse_hidden_grad=True
+    )
+    assert t * rows * 2 <= tile_shapes.GPU_TILE_BYTES
+    if tile_shapes.GPU_TILE_BYTES // (2 * vocabulary) >= tile_shapes.FUSED_GRAD_TOKENS:
         blocks = -(-tokens // t)
         assert rows == vocabulary and t < tokens / blocks + 16  # and blocks are about as large
 
 
 def test_what_holding_all_costs_on_a_gpu_is_the_logits_and_no_tile_beside_them():
     n, h, v, bf16 = 8192, 4096, 128256, torch.bfloat16
-    sizes = n, h, v, schedules.Needs(True, True, False), (bf16, bf16), bf16, bf16, torch.device("cuda")
-    held, again = (schedules.make_plan(*sizes, schedule=name).extra_bytes for name in ("list_hold", "recompute"))
+    work = memory.Workload(n, h, v, memory.Needs(True, True, False), (bf16, bf16), bf16, bf16, torch.device("cuda"))
+    held, again = (schedules.make_plan(work, Request(name)).extra_bytes for name in ("list_hold", "recompute"))
     assert held - again == n * v * 2 - 8192 * 65536 * 2  # a tile of recompute
     for budget in range(again, held, (held - again) // 50):
-        plan = schedules.make_plan(*sizes, memory_budget=budget)
+        plan = schedules.make_plan(work, Request(memory_budget=budget))
         assert plan.held_rows < v and plan.extra_bytes <= budget
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_plan_says_that_float16_is_slow_on_a_gpu(dtype, device):
-    compute = schedules.compute_dtype(dtype, dtype, device)
-    sizes = 64, 512, 1024, schedules.Needs(True, False, False), (dtype, dtype), compute, compute, torch.device(device)
-    assert ("SLOW: float16" in str(schedules.make_plan(*sizes))) == (device == "cuda" and dtype == torch.float16)
+    compute = dtypes.compute_dtype(dtype, dtype, device)
+    needs = memory.Needs(True, False, False)
+    work = memory.Workload(64, 512, 1024, needs, (dtype, dtype), compute, compute, torch.device(device))
+    assert ("SLOW: float16" in str(schedules.make_plan(work, Request()))) == (device == "cuda" and dtype == torch.float16)
 
 
 def test_a_containers_limit_counts(tmp_path):
-    assert schedules.container_bytes(77, tmp_path) == 77
+    assert memory.container_bytes(77, tmp_path) == 77
     (tmp_path / "memory.current").write_text("350\n")
     (tmp_path / "memory.stat").write_text("anon 300\nfile 50\nfile_mapped 9\n")
     for most, left in (("max\n", 77), ("1000\n", 700), ("200\n", 0)):
         (tmp_path / "memory.max").write_text(most)
-        assert schedules.container_bytes(77, tmp_path) == left
+        assert memory.container_bytes(77, tmp_path) == left
 
 
 # ---- what it costs
@@ -201,7 +205,7 @@ def test_memory_is_what_the_plan_says(schedule, dtype, weight_dtype, native, til
     if native:
         if dtype == torch.float32:
             pytest.skip("float32 tiles either way")
-        monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+        monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
     head = a_head(dtype, weight_dtype)
     run, gradients, plan = step(head, schedule)
     run()  # what a first call leaves behind is not the schedule's
@@ -215,7 +219,7 @@ def test_memory_is_what_the_plan_says(schedule, dtype, weight_dtype, native, til
 @on_cpu
 def test_memory_of_d_bias_is_in_the_plan(monkeypatch):
     """A bfloat16 tile is brought to float32 to be summed over tokens, some rows at a time: here all of it."""
-    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
     head = a_head(torch.bfloat16, bias=True)
     x = [leaf(getattr(head, name)) for name in ALL]
 
@@ -231,9 +235,9 @@ def test_memory_of_d_bias_is_in_the_plan(monkeypatch):
 
 def test_sums_over_spans_are_in_the_plan_of_a_gpu():
     """Of thin hidden states they are all that a forward has beside its tile."""
-    n, h, v, bf16, needs = 4096, 64, 128256, torch.bfloat16, schedules.Needs(False, False, False)
-    sizes = n, h, v, needs, (bf16, bf16), bf16, bf16
-    assert schedules.make_plan(*sizes, torch.device("cuda")).extra_bytes >= 2 * n * v + 4 * 4 * n * v / 256
+    n, h, v, bf16, needs = 4096, 64, 128256, torch.bfloat16, memory.Needs(False, False, False)
+    work = memory.Workload(n, h, v, needs, (bf16, bf16), bf16, bf16, torch.device("cuda"))
+    assert schedules.make_plan(work, Request()).extra_bytes >= 2 * n * v + 4 * 4 * n * v / 256
 
 
 @on_cpu
@@ -255,8 +259,8 @@ def test_logits_of_all_tokens_exist_only_where_they_are_held(schedule, tiles):
 @pytest.mark.parametrize("native", [False, True], ids=["default", "bf16_tiles"])
 def test_a_frozen_weight_gets_no_buffer_and_no_float32_copy(native, monkeypatch):
     """A head far larger than all else: 5000 x 256."""
-    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", TILE_BYTES)
-    monkeypatch.setattr(schedules, "native_bf16", lambda *_: native)
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", TILE_BYTES)
+    monkeypatch.setattr(dtypes, "native_bf16", lambda *_: native)
     head = make_head(5000, 256, (12,), torch.bfloat16)
     for wanted in ((), ("hidden",), ("weight",)):
         x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in head.given}
@@ -281,7 +285,7 @@ def test_gemms_are_what_the_plan_says(schedule, tiles):
 @on_cpu
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in combinations(ALL, n)], ids="-".join)
 def test_a_gradient_that_nobody_wants_runs_no_gemm(wanted, monkeypatch):
-    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", TILE_BYTES)
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", TILE_BYTES)
     head = a_head(bias=True)
     x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in ALL}
 
@@ -306,16 +310,16 @@ def test_half_the_tokens_masked_halves_the_work(schedule):
 
 @on_cpu
 def test_the_plan_counts_held_entries_in_the_dtype_they_are_held_in(tiles, monkeypatch):
-    monkeypatch.setattr(schedules, "native_bf16", lambda *_: False)
+    monkeypatch.setattr(dtypes, "native_bf16", lambda *_: False)
     held = {}
     for dtype in (torch.float32, torch.bfloat16):
         _, _, plan = step(a_head(dtype), "list_hold")
         _, _, without = step(a_head(dtype), "recompute")
         held[dtype] = plan.extra_bytes - without.extra_bytes
-    t, rows = schedules.tile_shape(WALKED, HIDDEN, VOCABULARY, torch.float32, torch.device("cpu"))
+    t, rows = tile_shapes.tile_shape(WALKED, HIDDEN, VOCABULARY, torch.float32, torch.device("cpu"))
     assert held[torch.float32] == (WALKED * VOCABULARY - t * rows) * 4  # formed where it stays: no tile beside it
     assert held[torch.bfloat16] == WALKED * VOCABULARY * 2
 
 
 def test_free_memory_is_a_number_of_bytes(device):
-    assert 1 << 20 < schedules.free_bytes(torch.device(device)) < 1 << 45
+    assert 1 << 20 < memory.free_bytes(torch.device(device)) < 1 << 45

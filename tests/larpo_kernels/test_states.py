@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from larpo_kernels import backends
+from larpo_kernels.backends.arguments import TargetTerm
 from larpo_kernels.linear.vocab_shard import ELSEWHERE
 
 TOKENS, HIDDEN, VOCABULARY = 13, 37, 19
@@ -65,7 +66,7 @@ def test_rows_are_rounded_once(states, device, dtype, layout, targets):
     factor, value = (draw(TOKENS, dtype=torch.float32, device=device, seed=seed) * 50 for seed in (4, 5))
     labels[::4] = ELSEWHERE
     out = torch.empty(TOKENS, HIDDEN, dtype=dtype, device=device)
-    states.scale_rows(x, factor, out, *((value, LAYOUTS[layout](weight), labels) if targets else ()))
+    states.scale_rows(x, factor, out, TargetTerm(value, LAYOUTS[layout](weight), labels) if targets else None)
     added = torch.where(labels < 0, 0, value.double())[:, None] * weight[labels].double() if targets else 0
     true = (x.double() + added) * factor.double()[:, None]
     largest = true.abs().amax(1, keepdim=True).clamp(min=1e-30)  # of a sum that cancels: float32 knows it to its terms
@@ -76,7 +77,7 @@ def test_rows_are_rounded_once(states, device, dtype, layout, targets):
 def test_rows_in_place_and_by_one_factor_for_all(states, device, dtype):
     hidden, weight, labels = a_batch(dtype, device)
     rows, factor = hidden.float().clone(), torch.tensor(0.5, device=device).expand(TOKENS)
-    states.scale_rows(rows, factor, rows, torch.ones(TOKENS, device=device), weight, labels)
+    states.scale_rows(rows, factor, rows, TargetTerm(torch.ones(TOKENS, device=device), weight, labels))
     torch.testing.assert_close(rows, 0.5 * (hidden.float() + weight[labels].float()))
 
 
@@ -94,7 +95,7 @@ def test_columns_further_apart_than_a_32_bit_offset_reaches(states, device):
     for hidden, weight in ((far, near), (near, far)):
         assert states.target_dots(hidden, weight, None, labels, torch.float32).item() == 321
     out, one = torch.empty(1, 3, device=device), torch.ones(1, device=device)
-    states.scale_rows(far, one, out, one, far, labels)
+    states.scale_rows(far, one, out, TargetTerm(one, far, labels))
     assert out.tolist() == [[2.0, 4.0, 6.0]]
 
 

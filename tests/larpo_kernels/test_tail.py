@@ -7,7 +7,7 @@ import torch
 
 import larpo_kernels as lk
 from larpo_kernels.backends.pytorch import states as plain
-from larpo_kernels.linear import schedules, walk
+from larpo_kernels.linear import dtypes, schedules, tile_shapes, walk
 from tests.helpers.batches import IGNORE
 from tests.helpers.costs import costs
 from tests.helpers.linear_heads import make_head, ours, plan_of, run, scheduled, true, use_small_tiles
@@ -138,7 +138,7 @@ def test_flat_logits_are_walked_as_without_a_threshold(schedule, backend, device
 
 def test_narrow_bfloat16_heads_are_exact_where_a_cpu_multiplies_them_quickly(monkeypatch):
     monkeypatch.setattr(schedules, "TAIL_AMX_WIDTH", 64)
-    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
     for width, frozen, trained in ((32, None, None), (64, None, THRESHOLD), (128, THRESHOLD, THRESHOLD)):
         head = make_head(VOCABULARY, width, (TOKENS,), dtype=torch.bfloat16)
         found = [plan_of(head, wanted, tail_threshold=THRESHOLD).tail_threshold for wanted in (("hidden",), ("weight",))]
@@ -195,7 +195,7 @@ def test_the_plan_says_so(device):
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
 def test_in_bfloat16_what_is_merged_is_all_that_is_added_to_rounding(schedule, backend, device, monkeypatch):
     use_small_tiles(monkeypatch, tokens=20, rows=100)
-    monkeypatch.setattr(schedules, "native_bf16", lambda *_: True)
+    monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
     head = peaked(device=device, dtype=torch.bfloat16)
     wanted, how = scheduled(schedule, head)
     _, truth = run(true(head), head.double(), wanted)
@@ -218,8 +218,8 @@ def test_a_second_derivative_is_refused(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is allocated on a CPU")
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
 def test_memory_is_at_most_what_the_plan_says(schedule, monkeypatch):
-    monkeypatch.setattr(schedules, "CPU_TILE_BYTES", 1 << 17)
-    monkeypatch.setattr(schedules, "TAIL_CPU_TOKENS", 64)
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", 1 << 17)
+    monkeypatch.setattr(tile_shapes, "TAIL_CPU_TOKENS", 64)
     monkeypatch.setattr(schedules, "FLAT_TOKENS", 64)
     monkeypatch.setattr(plain, "STEP", 32)
     head = peaked(vocabulary=1500, tokens=150, hidden_size=160)

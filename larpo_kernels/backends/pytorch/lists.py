@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...validation import wide
+from ..arguments import CandidateArguments, ListwiseArguments
 from .list_losses import Terms, losses
 
 
@@ -23,35 +24,37 @@ def where_float64_exists(primitive: Callable) -> Callable:
     """A few numbers: computed on the CPU for a device without float64."""
 
     @functools.wraps(primitive)
-    def computed(logps: Tensor, *args):
-        if wide(logps.device) == torch.float64:
-            return primitive(logps, *args)
-        results = primitive(*(x.cpu() if isinstance(x, Tensor) else x for x in (logps, *args)))
-        return tuple(x.to(logps.device) for x in results)
+    def computed(call: CandidateArguments | ListwiseArguments):
+        device = call.logps.device
+        if wide(device) == torch.float64:
+            return primitive(call)
+        results = primitive(call._make(x.cpu() if isinstance(x, Tensor) else x for x in call))
+        return tuple(x.to(device) for x in results)
 
     return computed
 
 
 @where_float64_exists
-def candidate_logps(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    total, share, wrong = _candidates(logps, counted, cu_tokens)
+def candidate_logps(call: CandidateArguments) -> tuple[Tensor, Tensor]:
+    total, share, wrong = _candidates(call)
     share = torch.ones_like(total) if share is None else share
     if wrong is not None:
         total, share = (x.masked_fill(wrong, torch.nan) for x in (total, share))
-    return total.to(logps.dtype), share.to(logps.dtype)
+    return total.to(call.logps.dtype), share.to(call.logps.dtype)
 
 
-def _candidates(logps: Tensor, counted: Tensor | None, cu_tokens: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _candidates(call: CandidateArguments | ListwiseArguments) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """-> L [S] and dL/dl of each candidate's tokens [S], float64, None for 1; which candidates have wrong borders, if any."""
+    logps, mean_mask, cu_tokens = call[:3]
     if cu_tokens is not None:
         starts, wrong = _inside(cu_tokens, logps.shape[0])
         total = _segment_sum(logps, starts)
-        count = None if counted is None else _segment_sum(counted, starts)
+        count = None if mean_mask is None else _segment_sum(mean_mask, starts)
     else:
         wrong = None
         padded = logps.dim() == 2
         total = logps.sum(1, dtype=torch.float64) if padded else logps.to(torch.float64, copy=True)  # no op returns its input
-        count = counted.sum(1, dtype=torch.float64) if padded and counted is not None else None
+        count = mean_mask.sum(1, dtype=torch.float64) if padded and mean_mask is not None else None
     if count is None:
         return total, None, wrong
     share = count.clamp_(min=1).reciprocal_()
@@ -78,35 +81,21 @@ def _inside(cu: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
 
 
 @where_float64_exists
-def list_stage(
-    logps: Tensor,
-    counted: Tensor | None,
-    cu_tokens: Tensor | None,
-    cu_lists: Tensor | None,
-    list_size: int,
-    relevance: Tensor,
-    ref_logps: Tensor | None,
-    beta: float,
-    objective: str,
-    weighting: str,
-    k: int,
-    temperature: float,
-    ties: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total, share, wrong = _candidates(logps, counted, cu_tokens)
-    scores = (total if ref_logps is None else total - ref_logps) * beta
-    if wrong is not None:
-        relevance = relevance.masked_fill(wrong, torch.nan)
-    terms = Terms(objective, weighting, k, temperature, ties, _are_finite(scores, relevance))
-    if cu_lists is None:
-        loss, c = losses(scores.view(-1, list_size), relevance.reshape(-1, list_size), terms)
+def scores_and_listwise_loss(call: ListwiseArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, share, wrong = _candidates(call)
+    scores = (total if call.ref_logps is None else total - call.ref_logps) * call.beta
+    relevance = call.relevance if wrong is None else call.relevance.masked_fill(wrong, torch.nan)
+    finite = _are_finite(scores, relevance)
+    terms = Terms(call.objective, call.weighting, call.k, call.temperature, call.ties, finite)
+    if call.cu_lists is None:
+        loss, c = losses(scores.view(-1, call.list_size), relevance.reshape(-1, call.list_size), terms)
     else:
-        loss, c = _losses_of_any_size(scores, relevance, cu_lists, terms)
-    c = c.mul_(beta).view(-1)
+        loss, c = _losses_of_any_size(scores, relevance, call.cu_lists, terms)
+    c = c.mul_(call.beta).view(-1)
     if share is not None:
         c *= share
     results = (loss, total, scores, c)
-    return results if logps.dtype == torch.float64 else tuple(x.float() for x in results)
+    return results if call.logps.dtype == torch.float64 else tuple(x.float() for x in results)
 
 
 def _are_finite(scores: Tensor, relevance: Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import validation
+from ..arguments import LogitRows
 
 # With one thread 1 to 32 MB took the same time. With two on busy cores every parallel region waits for a thread that is
 # not running: few large regions (16 MB) were faster than many small ones.
@@ -27,21 +28,12 @@ SMALL_SCRATCH_BYTES = 2 << 20  # several short sequences share a block up to thi
 # Rows below this are gathered by one call, which needs a block of them once more; of larger ones every run is copied by a
 # call of its own, which then costs little beside its bytes.
 GATHERED_ROW_BYTES = 16 << 10
-MOST, FAR = 1e36, -64.0  # of s and l; backends/triton/kernels/rows.py has the same
+LARGEST_SUM = 1e36  # of s: beyond, a row is redone; backends/triton/kernels/rows.py has the same
+UNLIKELY_LOGP = -64.0  # below, a gradient is formed from the largest logit; likewise
 
 
-def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int | None,
-    logit_scale: float,
-    softcap: float | None,
-    stats: bool,
-    *,
-    keep: Tensor | None = None,
-    checked: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    rows = _Rows(logits, labels, ignore_index, logit_scale, softcap, keep, checked)
+def token_logps(given: LogitRows, stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, labels = _Rows(given), given.labels
     out = None
     for at, y in rows:
         found = _forward(rows, at, y, stats)
@@ -52,7 +44,7 @@ def token_logps(
         for x, part in zip(out, found, strict=True):
             x[at] = part
     else:
-        out = out or [torch.zeros(labels.numel(), dtype=rows.dtype, device=logits.device) for _ in range(3 if stats else 1)]
+        out = out or [torch.zeros(labels.numel(), dtype=rows.dtype, device=labels.device) for _ in range(3 if stats else 1)]
         out = [x.view(labels.shape) for x in out]
     if rows.wrong is not None:
         out = [x.masked_fill_(rows.wrong, torch.nan) for x in out]
@@ -72,7 +64,7 @@ def _forward(rows: _Rows, at: At, y: Tensor, stats: bool) -> list[Tensor]:
     else:
         e = x.exp_()
     s = e.scatter_(-1, y, 0).sum(-1).add_(k.squeeze(-1), alpha=0)  # NaN where k is infinite: no number is right by luck
-    rare = None if s.amax().item() < MOST else ~(s < MOST)
+    rare = None if s.amax().item() < LARGEST_SUM else ~(s < LARGEST_SUM)
     l = s.log1p_().neg_()
     if rare is not None:
         z = rows.read(at).expand(*rare.shape, -1)[rare]
@@ -86,37 +78,24 @@ def _forward(rows: _Rows, at: At, y: Tensor, stats: bool) -> list[Tensor]:
 def _stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x = z - k [..., V] -> exp(x), the entropy of softmax(x), whether no x is above the target's 0."""
     e = x.exp()
-    total = e.sum(-1)  # below MOST, times an x still finite
+    total = e.sum(-1)  # below LARGEST_SUM, times an x still finite
     mean = torch.where(e > 0, x, 0).mul_(e).sum(-1) / total
     return e, total.log() - mean, (x.amax(-1) <= 0).to(x.dtype)
 
 
-def token_logps_backward(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    ignore_index: int | None,
-    logit_scale: float,
-    softcap: float | None,
-    out: Tensor,
-    *,
-    keep: Tensor | None = None,
-    checked: bool = False,
-    whole: bool = True,
-) -> None:
+def token_logps_backward(given: LogitRows, grad: Tensor, logps: Tensor, out: Tensor, *, whole: bool = True) -> None:
     """Writes d logits to `out`, which may be the logits themselves. Ignored rows are zeroed without a read.
 
-    whole: the logits are of the whole vocabulary, so a row's own sum may take the place of what l says of it.
+    whole: the logits are of the whole vocabulary, so that softmax of a row can be formed without its log-prob.
     """
-    rows = _Rows(logits, labels, ignore_index, logit_scale, softcap, keep, checked)
-    if rows.keep is not None:
-        _zero_ignored(labels, ignore_index, out)
+    rows, softcap = _Rows(given), given.softcap
+    if rows.token_indices is not None:
+        _zero_ignored(given.labels, given.ignore_index, out)
     if not rows.count:
         return
     l, minus_c = rows.per_token(logps), rows.per_token(grad.neg())
     target = l.expm1() * minus_c
-    far_ones = not l.amin().item() >= FAR
+    far_ones = not l.amin().item() >= UNLIKELY_LOGP
     own = None if out.dtype != rows.dtype else out if rows.at_once else _flat(out)
     for at, y in rows:
         in_place = own is not None and not isinstance(at, Tensor)
@@ -124,7 +103,7 @@ def token_logps_backward(
         z = rows.read(at, into=x)
         l_, minus_c_ = _part(l, at), _part(minus_c, at)
         slope = None if softcap is None else (z / softcap).square_().neg_().add_(1)
-        far = l_[..., 0] < FAR if far_ones and whole else None
+        far = l_[..., 0] < UNLIKELY_LOGP if far_ones and whole else None
         redone = None if far is None else z[far].softmax(-1)
         torch.sub(z, z.gather(-1, y), out=x).add_(l_).exp_()
         if redone is not None:
@@ -132,8 +111,8 @@ def token_logps_backward(
         x.mul_(minus_c_).scatter_(-1, y, _part(target, at))
         if slope is not None:
             x.mul_(slope)
-        if logit_scale != 1:
-            x.mul_(logit_scale)
+        if given.logit_scale != 1:
+            x.mul_(given.logit_scale)
         if far_ones:
             x.masked_fill_(l_ == -torch.inf, 0)  # a target at -inf: no direction would help
         if not in_place:
@@ -147,22 +126,23 @@ At = slice | Tensor | None  # positions on the flat axis of tokens: a run, an in
 class _Rows:
     """The rows that count, in blocks: positions, labels [n, 1]. All of a small call at once, in the shape they come in."""
 
-    def __init__(self, logits, labels, ignore_index, logit_scale, softcap, keep, checked):
+    def __init__(self, given: LogitRows):
+        logits, labels, token_indices, checked, ignore_index, logit_scale, softcap = given
         self.logits, self.scale, self.softcap = logits, logit_scale, softcap
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.wrong = None
         if not checked:
-            counted = validation.counted(labels, ignore_index)
-            keep = counted.reshape(-1).nonzero().view(-1)
+            token_mask = validation.token_mask(labels, ignore_index)
+            token_indices = token_mask.reshape(-1).nonzero().view(-1)
             safe = labels.clamp(0, logits.shape[-1] - 1)
-            self.wrong = counted & (labels != safe)  # a label that names no column
+            self.wrong = token_mask & (labels != safe)  # a label that names no column
             labels = safe
-        self.keep = keep
-        self.count = labels.numel() if keep is None else keep.shape[0]
+        self.token_indices = token_indices
+        self.count = labels.numel() if token_indices is None else token_indices.shape[0]
         row_bytes = logits.shape[-1] * self.dtype.itemsize
         fits, few = SCRATCH_BYTES // row_bytes, SMALL_SCRATCH_BYTES // row_bytes
         self.block = max(1, min(fits, max(few, labels.shape[-1]), self.count))
-        self.at_once = keep is None and 0 < self.count == self.block
+        self.at_once = token_indices is None and 0 < self.count == self.block
         self.labels = self.per_token(labels if labels.dtype == torch.int64 else labels.long())
         self.in_place = None  # the logits, if they are z as they stand
         if logit_scale == 1 and softcap is None and logits.dtype == self.dtype:
@@ -186,7 +166,7 @@ class _Rows:
             return
         for a in range(0, self.count, self.block):
             b = min(a + self.block, self.count)
-            at = slice(a, b) if self.keep is None else _as_run(self.keep[a:b])
+            at = slice(a, b) if self.token_indices is None else _as_run(self.token_indices[a:b])
             yield at, self.labels[at]
 
     def read(self, at: At, into: Tensor | None = None) -> Tensor:
@@ -257,7 +237,7 @@ def _write(x: Tensor, at: At, out: Tensor) -> None:
 
 
 def _zero_ignored(labels: Tensor, ignore_index: int | None, out: Tensor) -> None:
-    ignored = ~validation.counted(labels, ignore_index)
+    ignored = ~validation.token_mask(labels, ignore_index)
     flat = _flat(out)
     if flat is not None:  # less than half the time of a mask
         flat.index_fill_(0, ignored.reshape(-1).nonzero().view(-1), 0)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..arguments import TargetTerm
+
 STEP = 256  # rows at a time where something needs a float32 copy: small enough to stay in the cache
 
 
@@ -18,25 +20,14 @@ def target_dots(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Ten
     return out if bias is None else out.add_(bias[labels])
 
 
-def scale_rows(
-    x: Tensor,
-    factor: Tensor,
-    out: Tensor,
-    value: Tensor | None = None,
-    weight: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> None:
-    """out = factor [n] * x [n, H], rounded once; with a value [n], factor * (x + value * weight[labels]).
-
-    out may be x. Where a label is negative another rank owns the target: nothing is added.
-    """
+def scale_rows(x: Tensor, factor: Tensor, out: Tensor, targets: TargetTerm | None = None) -> None:
+    """out = factor [n] * (x [n, H] + targets), rounded once; out may be x."""
     sums = factor.dtype
-    if value is not None:
-        value = value.masked_fill(labels < 0, 0)
+    value = None if targets is None else targets.value.masked_fill(targets.labels < 0, 0)
     for at in slices(x.shape[0], x.device):
         rows = x[at].to(sums)
-        if value is not None:
-            rows = torch.addcmul(rows, weight[labels[at]].to(sums), value[at, None])
+        if targets is not None:
+            rows = torch.addcmul(rows, targets.weight[targets.labels[at]].to(sums), value[at, None])
         torch.mul(rows, factor[at, None], out=out[at])
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..arguments import TargetTerm
 from .kernels import states
 from .launch import on_device, options
 
@@ -17,30 +18,28 @@ def target_dots(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Ten
     if out.numel():
         with on_device(hidden):
             states.target_dots[out.shape](
-                hidden, weight, out if bias is None else bias, labels, out,
-                *weight.shape, *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
-                BIAS=bias is not None, N=_columns(hidden), **options(hidden),
-            )  # fmt: skip
+                *(hidden, weight, out if bias is None else bias, labels, out),
+                *(*weight.shape, *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
+                BIAS=bias is not None,
+                N=_columns(hidden),
+                **options(hidden),
+            )
     return out
 
 
-def scale_rows(
-    x: Tensor,
-    factor: Tensor,
-    out: Tensor,
-    value: Tensor | None = None,
-    weight: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> None:
+def scale_rows(x: Tensor, factor: Tensor, out: Tensor, targets: TargetTerm | None = None) -> None:
     if x.numel():
-        targets = value is not None
+        weight_shape, weight_stride = (0, 0), (0, 0)
+        if targets is not None:
+            weight_shape, weight_stride = targets.weight.shape, targets.weight.stride()
         with on_device(x):
             states.scale_rows[x.shape[:1]](
-                x, factor, *((value, weight, labels) if targets else (factor,) * 3), out,
-                len(weight) if targets else 0, x.shape[1], *x.stride(), factor.stride(0),
-                *(weight.stride() if targets else (0, 0)), out.stride(0),
-                TARGETS=targets, N=_columns(x), **options(x),
-            )  # fmt: skip
+                *(x, factor, *((factor,) * 3 if targets is None else targets), out),
+                *(weight_shape[0], x.shape[1], *x.stride(), factor.stride(0), *weight_stride, out.stride(0)),
+                TARGETS=targets is not None,
+                N=_columns(x),
+                **options(x),
+            )
 
 
 def _columns(x: Tensor) -> int:

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .math import LOG2E, log1p, one_minus_exp, tanh
 
-MOST: tl.constexpr = tl.constexpr(1e36)  # of s: times an x of a hundred it is still finite
-FAR: tl.constexpr = tl.constexpr(-64.0)  # of l
+LARGEST_SUM: tl.constexpr = tl.constexpr(1e36)  # of s: times an x of a hundred it is still finite
+UNLIKELY_LOGP: tl.constexpr = tl.constexpr(-64.0)  # of l
 
 
 @triton.jit
@@ -47,12 +47,21 @@ def is_ignored(label, ignore_index):
 
 @triton.jit
 def span_sums(
-    row_ptr, label, k, start, stop, scale, softcap,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    row_ptr,
+    label,
+    k,
+    start,
+    stop,
+    scale,
+    softcap,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Sums over columns start:stop of a row, the target left out.
 
-    -> sum of exp(z - level), sum of exp(z - level) (z - level), largest z - k, and the level: k or what lies far above it.
+    -> sum of exp(z - shift), sum of exp(z - shift) (z - shift), largest z - k, and the shift: k or what lies far above it.
     """
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
@@ -68,31 +77,31 @@ def span_sums(
         if STATS:
             weighted += tl.where(e > 0, e * x, 0.0)
             above = tl.maximum(above, x)
-    level = k
+    shift = k
     sum_e = tl.sum(total)
     sum_ex = tl.sum(weighted)
     top = tl.max(above)
-    if not (sum_e < MOST):  # a target far below others or at -inf, or NaN: relative to the largest logit instead
+    if not (sum_e < LARGEST_SUM):  # a target far below others or at -inf, or NaN: relative to the largest logit instead
         best = tl.full([BLOCK], -float("inf"), tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
             x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
             best = tl.maximum(best, tl.where(cols == label, -float("inf"), x))
         peak = tl.max(best)
-        level = tl.where(peak == -float("inf"), 0.0, peak)
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
         total = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
         for v in range(start, stop, BLOCK):
             cols = v + tl.arange(0, BLOCK)
             x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
-            x = tl.where(cols == label, -float("inf"), x - level)
+            x = tl.where(cols == label, -float("inf"), x - shift)
             e = tl.exp2(x * LOG2E)
             total += e
             if STATS:
                 weighted += tl.where(e > 0, e * x, 0.0)
         sum_e = tl.sum(total)
         sum_ex = tl.sum(weighted)
-    return sum_e, sum_ex, top, level
+    return sum_e, sum_ex, top, shift
 
 
 @as_one_of_many
@@ -131,18 +140,18 @@ def token_logps_forward(
     k, _ = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
     k = tl.where(k == float("inf"), float("nan"), k)  # as infinity less itself: not a certain token
     if SPLITS == 1:
-        sum_e, sum_ex, top, level = span_sums(row_ptr, label, k, 0, V, scale, softcap, SCALE, SOFTCAP, STATS, BLOCK)
-        store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS)
+        sum_e, sum_ex, top, shift = span_sums(row_ptr, label, k, 0, V, scale, softcap, SCALE, SOFTCAP, STATS, BLOCK)
+        store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS)
     else:
         span = tl.cdiv(tl.cdiv(V, SPLITS), BLOCK) * BLOCK
         first = tl.program_id(1) * own
         for split in range(first, tl.minimum(first + own, SPLITS)):
             start = split * span
             stop = tl.minimum(start + span, V)
-            sum_e, sum_ex, top, level = span_sums(row_ptr, label, k, start, stop, scale, softcap, SCALE, SOFTCAP, STATS, BLOCK)
+            sum_e, sum_ex, top, shift = span_sums(row_ptr, label, k, start, stop, scale, softcap, SCALE, SOFTCAP, STATS, BLOCK)
             at = partial_ptr + row * 5 * SPLITS + split
             tl.store(at, sum_e)
-            tl.store(at + SPLITS, level)
+            tl.store(at + SPLITS, shift)
             tl.store(at + 2 * SPLITS, k)
             if STATS:
                 tl.store(at + 3 * SPLITS, sum_ex)
@@ -158,17 +167,17 @@ def store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS: tl.constexpr):
 
 
 @triton.jit
-def store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS: tl.constexpr):
-    """From sums relative to `level`, the target k or what lies far above it, to the row's results."""
-    shift = level - k
-    at_target = tl.where(k == -float("inf"), 0.0, tl.exp2(-shift * LOG2E))  # the target's own exp on that scale
+def store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS: tl.constexpr):
+    """From sums relative to `shift`, the target k or what lies far above it, to the row's results."""
+    up = shift - k
+    at_target = tl.where(k == -float("inf"), 0.0, tl.exp2(-up * LOG2E))  # the target's own exp on that scale
     whole = sum_e + at_target
-    l = tl.where(shift == 0.0, -log1p(sum_e), -shift - tl.log(whole))
+    l = tl.where(up == 0.0, -log1p(sum_e), -up - tl.log(whole))
     l = tl.where(k == -float("inf"), tl.where(sum_e >= 0, -float("inf"), sum_e), l)
     nan = float("nan")
     tl.store(logps_ptr + row, tl.where(valid, l, nan))
     if STATS:
-        mean = (sum_ex + tl.where(at_target > 0, -shift * at_target, 0.0)) / whole
+        mean = (sum_ex + tl.where(at_target > 0, -up * at_target, 0.0)) / whole
         tl.store(entropy_ptr + row, tl.where(valid, tl.log(whole) - mean, nan))
         tl.store(top1_ptr + row, tl.where(valid, tl.where(top <= 0, 1.0, 0.0), nan))
 
@@ -193,7 +202,7 @@ def merge_splits(
     part = partial_ptr + row * 5 * SPLITS
     at = part + tl.arange(0, SPLITS)
     sums = tl.load(at)  # of a row that may be ignored: the loads shall not wait for its label
-    levels = tl.load(at + SPLITS)
+    shifts = tl.load(at + SPLITS)
     k = tl.load(part + 2 * SPLITS)
     s, t = row // T, row % T
     label = tl.load(labels_ptr + s * labels_stride_s + t * labels_stride_t).to(tl.int64)
@@ -201,18 +210,18 @@ def merge_splits(
         store_ignored(logps_ptr, entropy_ptr, top1_ptr, row, STATS)
         return
     valid = (label >= 0) & (label < V)
-    levels = tl.where(sums == 0.0, -float("inf"), levels)  # an empty part sets none
-    level = tl.maximum(tl.max(levels), k)
-    level = tl.where(level == -float("inf"), 0.0, level)
-    factor = tl.exp2((levels - level) * LOG2E)
+    shifts = tl.where(sums == 0.0, -float("inf"), shifts)  # an empty part sets none
+    shift = tl.maximum(tl.max(shifts), k)
+    shift = tl.where(shift == -float("inf"), 0.0, shift)
+    factor = tl.exp2((shifts - shift) * LOG2E)
     sum_e = tl.sum(tl.where(sums == 0.0, 0.0, sums * factor))
     sum_ex = 0.0
     top = 0.0
-    if STATS:  # x is relative to each part's own level
-        moved = tl.load(at + 3 * SPLITS) + sums * tl.where(sums == 0.0, 0.0, levels - level)
+    if STATS:  # x is relative to each part's own shift
+        moved = tl.load(at + 3 * SPLITS) + sums * tl.where(sums == 0.0, 0.0, shifts - shift)
         sum_ex = tl.sum(tl.where(sums == 0.0, 0.0, moved * factor))
         top = tl.max(tl.load(at + 4 * SPLITS))
-    store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, level, sum_e, sum_ex, top, STATS)
+    store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS)
 
 
 @triton.jit
@@ -285,7 +294,7 @@ def token_logps_backward(
     k, _ = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
     at_target = c * one_minus_exp(l)
     if WHOLE:  # noqa: SIM102  a constant, and a number
-        if l < FAR:  # then the largest logit is a better k, and l its log-prob
+        if l < UNLIKELY_LOGP:  # then the largest logit is a better k, and l its log-prob
             k, l = largest_instead(row_ptr, V, scale, softcap, SCALE, SOFTCAP, BLOCK)
     if SCALE:
         c *= scale

@@ -2,11 +2,11 @@
 
 A program walks a span of rows for a block of tokens, and the next program the same span for the next block: together they read
 whole rows, which lie beside each other in memory. Tokens are on the contiguous axis and padded by whoever allocates
-the tile, so loads are wide at any vocabulary size. k is the target's logit; the targets themselves are set to -inf first.
-Where some z - k exceeds ROOM (a target far below the largest logit) the program stores the negative marker -(z - k), which exp
-never is, walks its span once more, and raises its own k by a `shift`. `merge_spans` brings all spans of a token to one level,
-`level_spans` and `rescale` bring what was written before to it. Both return at once where nothing was raised, so
-nobody has to ask the device whether that happened.
+the tile, so loads are wide at any vocabulary size. k, the shift, is the target's logit; the targets are set to -inf first.
+Where some z - k exceeds LARGEST_EXPONENT (a target far below the largest logit) the program stores the negative marker
+-(z - k); exp is never negative. It then walks its span once more and subtracts a `correction` on top. `merge_spans` finds one
+correction for all spans of a token, `level_spans` and `rescale` apply it to what was written before. Both return at once
+where there is nothing to correct, so that the host need not ask the device.
 
 Writing in place is safe. An entry of a tile is loaded and stored by one thread (tiles have more entries than their program has
 threads; of fewer, several threads would hold copies of one, and read what another has stored), a barrier stands before
@@ -19,16 +19,91 @@ import triton.language as tl
 
 from .math import LOG2E, tanh
 
-ROOM: tl.constexpr = tl.constexpr(60.0)  # nats above k; sums of e^60 leave room for a product with weights
+LARGEST_EXPONENT: tl.constexpr = tl.constexpr(60.0)  # nats above k; sums of e^60 leave room for a product with weights
+
+
+@triton.jit
+def read_tile(
+    at,
+    inside,
+    bias_ptr,
+    r,
+    real,
+    base,
+    scale,
+    softcap,
+    SHIFTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """-> x = z - base of rows r, and the slope of the soft cap there. real: which of these rows there are."""
+    z = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
+    x = z
+    slope = 1.0
+    if BIAS:
+        b = tl.load(bias_ptr + r, mask=real, other=0.0).to(tl.float32)
+    if SHIFTED:
+        if BIAS:
+            x += (b * scale)[:, None]
+    else:
+        if BIAS:
+            x += b[:, None]
+        x *= scale
+        if SOFTCAP:
+            bent, slope = tanh(x / softcap)
+            x = softcap * bent
+        x = tl.where(z == -float("inf"), z, x)  # whatever the cap, or the sign of the scale
+    x -= base[None, :]
+    return x, slope
+
+
+@triton.jit
+def correct_span(
+    x_ptr,
+    start,
+    stop,
+    t,
+    real,
+    stride,
+    total_e,
+    total_xe,
+    up,
+    base,
+    softcap,
+    CAPPED_GRAD: tl.constexpr,
+    STATS: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Walks a span once more: forms E where the first walk left a negative marker, brings the rest to the shift + up, and
+    returns the sums of both."""
+    factor = tl.exp2(-up * LOG2E)
+    total_xe = (total_xe - up * total_e) * factor
+    total_e *= factor
+    for r0 in range(start, stop, R):
+        r = r0 + tl.arange(0, R)
+        inside = (r < stop)[:, None] & real[None, :]
+        at = x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :]
+        e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        left = e < 0
+        x = tl.where(left, -e - up[None, :], -float("inf"))
+        late = tl.exp2(x * LOG2E)
+        total_e += tl.sum(late, 0)
+        if STATS:
+            total_xe += tl.sum(tl.where(late > 0, x * late, 0.0), 0)
+        if CAPPED_GRAD:
+            bent = tl.where(left, base[None, :] - e, 0.0) / softcap
+            late *= 1 - bent * bent
+        tl.store(at, tl.where(left, late, e * factor[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
+    return total_e, total_xe
 
 
 @triton.jit
 def exp_tile(
     x_ptr,  # [rows, tokens], in: what the GEMM wrote, out: E; unit stride on tokens
     bias_ptr,  # [rows], with BIAS
-    centre_ptr,  # [tokens] float32, k
-    level_ptr,  # [tokens] float32, what k was raised by so far
-    span_ptr,  # [spans, 4, tokens] float32, unless FINAL: sum of E, shift, sum of x E, largest x
+    shift_ptr,  # [tokens] float32, k
+    correction_ptr,  # [tokens] float32, what is subtracted on top of the shift
+    span_ptr,  # [spans, 4, tokens] float32, unless FINAL: sum of E, correction, sum of x E, largest x
     label_ptr,  # [tokens] int64, from first_row of the tile
     value_ptr,  # [tokens] float32, with FINAL: what E is at the targets; else it is 0 there
     first_row,
@@ -37,23 +112,24 @@ def exp_tile(
     stride,
     scale,
     softcap,
-    CENTRED: tl.constexpr,  # the GEMM has scaled, and subtracted k
+    SHIFTED: tl.constexpr,  # the GEMM has scaled, and subtracted the shift
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOR_GRAD: tl.constexpr,  # E times the slope of the soft cap
-    FINAL: tl.constexpr,  # the levels are known: form E again for the backward, without sums
+    FINAL: tl.constexpr,  # the corrections are known: form E again for the backward, without sums
     STATS: tl.constexpr,
     SPAN: tl.constexpr,  # rows of a program, a multiple of R
     R: tl.constexpr,
     T: tl.constexpr,
 ):
+    CAPPED_GRAD: tl.constexpr = SOFTCAP and FOR_GRAD
     t = tl.program_id(0) * T + tl.arange(0, T)
     span = tl.program_id(1)
     real = t < tokens
-    shift = tl.load(level_ptr + t, mask=real, other=0.0)
-    base = shift  # one number: of a k of -1e9 and a shift that makes up for it, 0 is left
-    if not CENTRED:
-        base += tl.load(centre_ptr + t, mask=real, other=0.0)
+    correction = tl.load(correction_ptr + t, mask=real, other=0.0)
+    base = correction  # one number: of a shift of -1e9 and a correction that makes up for it, 0 is left
+    if not SHIFTED:
+        base += tl.load(shift_ptr + t, mask=real, other=0.0)
     total = tl.zeros([R, T], tl.float32)  # summed over rows at the end: a thread's own are all in its registers
     weighted = tl.zeros([R, T], tl.float32)
     top = tl.full([R, T], -float("inf"), tl.float32)
@@ -68,30 +144,15 @@ def exp_tile(
         r = r0 + tl.arange(0, R)
         inside = (r < stop)[:, None] & real[None, :]
         at = x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :]
-        z = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
-        x = z
-        if BIAS:
-            b = tl.load(bias_ptr + r, mask=r < stop, other=0.0).to(tl.float32)
-        if CENTRED:
-            if BIAS:
-                x += (b * scale)[:, None]
-        else:
-            if BIAS:
-                x += b[:, None]
-            x *= scale
-            if SOFTCAP:
-                bent, slope = tanh(x / softcap)
-                x = softcap * bent
-            x = tl.where(z == -float("inf"), z, x)  # whatever the cap, or the sign of the scale
-        x -= base[None, :]
+        x, slope = read_tile(at, inside, bias_ptr, r, r < stop, base, scale, softcap, SHIFTED, BIAS, SOFTCAP)
         e = tl.exp2(x * LOG2E)
         if not FINAL:
-            over = x > ROOM
+            over = x > LARGEST_EXPONENT
             total += tl.where(over, 0.0, e)
             if STATS:
                 weighted += tl.where(over | (e == 0), 0.0, x * e)
             top = tl.maximum(top, x)
-        if SOFTCAP and FOR_GRAD:
+        if CAPPED_GRAD:
             e *= slope
         if not FINAL:
             e = tl.where(over, -x, e)
@@ -104,32 +165,17 @@ def exp_tile(
         total_e = tl.sum(total, 0)
         total_xe = tl.sum(weighted, 0)
         most = tl.max(top, 0)
-        above = most + shift
-        if tl.max(most) > ROOM:
-            up = tl.where(most > ROOM, most, 0.0)
-            factor = tl.exp2(-up * LOG2E)
-            total_xe = (total_xe - up * total_e) * factor
-            total_e *= factor
+        above = most + correction
+        if tl.max(most) > LARGEST_EXPONENT:
+            up = tl.where(most > LARGEST_EXPONENT, most, 0.0)
             tl.debug_barrier()
-            for r0 in range(start, stop, R):
-                r = r0 + tl.arange(0, R)
-                inside = (r < stop)[:, None] & real[None, :]
-                at = x_ptr + r.to(tl.int64)[:, None] * stride + t[None, :]
-                e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-                left = e < 0
-                x = tl.where(left, -e - up[None, :], -float("inf"))
-                late = tl.exp2(x * LOG2E)
-                total_e += tl.sum(late, 0)
-                if STATS:
-                    total_xe += tl.sum(tl.where(late > 0, x * late, 0.0), 0)
-                if SOFTCAP and FOR_GRAD:
-                    bent = tl.where(left, base[None, :] - e, 0.0) / softcap
-                    late *= 1 - bent * bent
-                tl.store(at, tl.where(left, late, e * factor[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
-            shift += up
+            total_e, total_xe = correct_span(
+                x_ptr, start, stop, t, real, stride, total_e, total_xe, up, base, softcap, CAPPED_GRAD, STATS, R
+            )
+            correction += up
         out = span_ptr + span * 4 * tokens + t
         tl.store(out, total_e, mask=real)
-        tl.store(out + tokens, shift, mask=real)
+        tl.store(out + tokens, correction, mask=real)
         if STATS:
             tl.store(out + 2 * tokens, total_xe, mask=real)
             tl.store(out + 3 * tokens, above, mask=real)
@@ -138,37 +184,37 @@ def exp_tile(
 @triton.jit
 def merge_spans(
     span_ptr,  # [spans, 4, tokens] float32
-    total_ptr,  # [tokens] float32, in and out: sum of E over all tiles so far, relative to k + level
-    level_ptr,  # [tokens] float32, in and out
-    weighted_ptr,  # [tokens] float32, in and out, with STATS: sum of x E, x relative to k + level
-    above_ptr,  # [tokens] float32, in and out, with STATS: largest x, relative to k
-    factor_ptr,  # [tokens] float32, out: exp(old level - new level)
-    lowest_ptr,  # [tokens] float32, out: the least shift of a span; below the level where spans are to be brought to it
+    total_ptr,  # [tokens] float32, in and out: sum of E over all tiles so far, relative to shift + correction
+    correction_ptr,  # [tokens] float32, in and out
+    weighted_ptr,  # [tokens] float32, in and out, with STATS: sum of x E, x relative to shift + correction
+    above_ptr,  # [tokens] float32, in and out, with STATS: largest x, relative to the shift
+    factor_ptr,  # [tokens] float32, out: exp(old correction - new correction)
+    lowest_ptr,  # [tokens] float32, out: the least of the spans'; below the new one where some span is to be brought to it
     spans,
     tokens,
     STATS: tl.constexpr,
     S: tl.constexpr,  # spans per step: their loads are in flight together
     T: tl.constexpr,
 ):
-    """Adds the spans of a tile to the sums in a fixed order, at a common level."""
+    """Adds the spans of a tile to the sums in a fixed order, at a common correction."""
     t = tl.program_id(0) * T + tl.arange(0, T)
     real = t < tokens
-    old = tl.load(level_ptr + t, mask=real, other=0.0)
-    level = old
+    old = tl.load(correction_ptr + t, mask=real, other=0.0)
+    correction = old
     lowest = tl.full([T], float("inf"), tl.float32)
     for s0 in range(0, spans, S):
         s = s0 + tl.arange(0, S)
-        shift_at = span_ptr + ((s * 4 + 1) * tokens)[:, None] + t[None, :]
+        correction_at = span_ptr + ((s * 4 + 1) * tokens)[:, None] + t[None, :]
         inside = (s < spans)[:, None] & real[None, :]
-        shifts = tl.load(shift_at, mask=inside, other=0.0)
-        level = tl.maximum(level, tl.max(shifts, 0))
-        lowest = tl.minimum(lowest, tl.min(tl.where(inside, shifts, float("inf")), 0))
-    factor = tl.exp2((old - level) * LOG2E)
+        corrections = tl.load(correction_at, mask=inside, other=0.0)
+        correction = tl.maximum(correction, tl.max(corrections, 0))
+        lowest = tl.minimum(lowest, tl.min(tl.where(inside, corrections, float("inf")), 0))
+    factor = tl.exp2((old - correction) * LOG2E)
     total = tl.load(total_ptr + t, mask=real, other=0.0)
     weighted = tl.zeros([T], tl.float32)
     above = tl.zeros([T], tl.float32)
     if STATS:
-        weighted = (tl.load(weighted_ptr + t, mask=real, other=0.0) + (old - level) * total) * factor
+        weighted = (tl.load(weighted_ptr + t, mask=real, other=0.0) + (old - correction) * total) * factor
         above = tl.load(above_ptr + t, mask=real, other=0.0)
     total *= factor
     for s0 in range(0, spans, S):
@@ -176,14 +222,14 @@ def merge_spans(
         part = span_ptr + (s * 4 * tokens)[:, None] + t[None, :]
         inside = (s < spans)[:, None] & real[None, :]
         e = tl.load(part, mask=inside, other=0.0)
-        down = tl.load(part + tokens, mask=inside, other=0.0) - level[None, :]
+        down = tl.load(part + tokens, mask=inside, other=0.0) - correction[None, :]
         f = tl.exp2(down * LOG2E)
         total += tl.sum(e * f, 0)
         if STATS:
             weighted += tl.sum((tl.load(part + 2 * tokens, mask=inside, other=0.0) + down * e) * f, 0)
             above = tl.maximum(above, tl.max(tl.load(part + 3 * tokens, mask=inside, other=-float("inf")), 0))
     tl.store(total_ptr + t, total, mask=real)
-    tl.store(level_ptr + t, level, mask=real)
+    tl.store(correction_ptr + t, correction, mask=real)
     tl.store(factor_ptr + t, factor, mask=real)
     tl.store(lowest_ptr + t, lowest, mask=real)
     if STATS:
@@ -195,7 +241,7 @@ def merge_spans(
 def level_spans(
     x_ptr,  # [rows, tokens], E, in and out
     span_ptr,  # [spans, 4, tokens] float32
-    level_ptr,  # [tokens] float32
+    correction_ptr,  # [tokens] float32
     lowest_ptr,  # [tokens] float32
     rows,
     tokens,
@@ -204,14 +250,14 @@ def level_spans(
     R: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Brings each span of a tile from its own shift to the level of its tokens; returns at once where all spans agree."""
+    """Brings each span of a tile from its own correction to that of its tokens; returns at once where all spans agree."""
     t = tl.program_id(0) * T + tl.arange(0, T)
     real = t < tokens
-    level = tl.load(level_ptr + t, mask=real, other=0.0)
-    if tl.min(tl.load(lowest_ptr + t, mask=real, other=0.0) - level) == 0.0:
+    correction = tl.load(correction_ptr + t, mask=real, other=0.0)
+    if tl.min(tl.load(lowest_ptr + t, mask=real, other=0.0) - correction) == 0.0:
         return
     for start in range(tl.program_id(1) * SPAN, rows, tl.num_programs(1) * SPAN):
-        down = tl.load(span_ptr + (start // SPAN * 4 + 1) * tokens + t, mask=real, other=0.0) - level
+        down = tl.load(span_ptr + (start // SPAN * 4 + 1) * tokens + t, mask=real, other=0.0) - correction
         if tl.min(down) < 0.0:
             factor = tl.exp2(down * LOG2E)
             stop = tl.minimum(start + SPAN, rows)
