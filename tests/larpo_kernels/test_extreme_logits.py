@@ -17,6 +17,7 @@ from larpo_kernels.linear import dtypes, tile_shapes
 from tests.helpers import linear_heads, slow_loop
 from tests.helpers.batches import IGNORE
 from tests.helpers.linear_heads import WALKS, make_head, ours, run, scheduled, true
+from tests.helpers.regimes import REGIMES
 from tests.helpers.tolerance import assert_no_worse_than_eager
 
 each_walk = pytest.mark.parametrize("schedule", WALKS)
@@ -41,14 +42,26 @@ def half(request, monkeypatch):
     return torch.float16 if request.param == "float16" else torch.bfloat16
 
 
-@each_walk
+@pytest.mark.parametrize(  # what is kept for the backward changes only where a shift was corrected, or nothing is to be summed
+    ("schedule", "regime"),
+    [
+        *(("recompute", x) for x in REGIMES),
+        *((y, x) for y in WALKS if y != "recompute" for x in ("unlikely", "minus_infinity_columns")),
+    ],
+)
 def test_any_logits_in_float32(backend, device, regime, schedule):
     head = make_head(VOCABULARY, 64, (9,), torch.float32, device, regime)
     wanted, options = scheduled(schedule, head)
     linear_heads.assert_matches_float64(head, backend, wanted, **options)
 
 
-@pytest.mark.parametrize("schedule", ["list_hold", "recompute", "frozen_head"])
+@pytest.mark.parametrize(
+    ("schedule", "regime"),
+    [
+        *(("recompute", x) for x in REGIMES),
+        *((y, x) for y in ("list_hold", "frozen_head") for x in ("unlikely", "shifted_down")),
+    ],
+)
 def test_any_logits_in_half_precision(fast_backend, device, regime, schedule, half):
     head = make_head(VOCABULARY, 64, (16,), half, device, regime)
     wanted, options = scheduled(schedule, head)
@@ -57,8 +70,13 @@ def test_any_logits_in_half_precision(fast_backend, device, regime, schedule, ha
     linear_heads.assert_matches_float64(head, fast_backend, wanted, times=2.5 if in_tiles else None, **options)
 
 
-@pytest.mark.parametrize("down", [1.0, 10.0, 30.0, 60.0, 150.0, 400.0, 1e4, 1e9])
-@pytest.mark.parametrize("schedule", ["list_hold", "recompute", "frozen_head"])
+@pytest.mark.parametrize(
+    ("schedule", "down"),
+    [
+        *(("recompute", down) for down in (1.0, 10.0, 30.0, 60.0, 150.0, 400.0, 1e4, 1e9)),
+        *((schedule, down) for schedule in ("list_hold", "frozen_head") for down in (60.0, 1e9)),
+    ],
+)
 def test_a_target_so_far_below_the_rest_costs_no_precision(backend, device, schedule, down, monkeypatch):
     """By a bias, or a mask. Tiles in bfloat16 are rounded once centred: a centre far from the rest would cost them all."""
     bf16_tiles(monkeypatch)

@@ -12,6 +12,7 @@ from tests.helpers import slow_loop
 from tests.helpers.allocations import allocations
 from tests.helpers.batches import IGNORE, gradient, leaf, make_batch
 from tests.helpers.optional_hypothesis import given, st
+from tests.helpers.regimes import REGIMES
 from tests.helpers.tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
 NAMES = ["pairwise", "contrastive", "listmle", "lambdarank", "listnet"]
@@ -83,7 +84,13 @@ def batch(request, device):
     return batch if request.param == "padded" else batch.packed()
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+CASES = [  # every regime, packed; every dtype, padded. The grid of both is of the rows: test_token_logps.py
+    *((torch.float32, regime, True) for regime in REGIMES),
+    *((dtype, "initialisation", False) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "regime", "packed"), CASES)
 def test_loss_and_gradients_are_as_exact_as_eager(backend, device, dtype, regime, packed):
     batch = make_batch((2, 1), vocabulary=67, dtype=dtype, device=device, regime=regime)
     assert_matches_float64(batch.packed() if packed else batch, backend)
@@ -104,19 +111,18 @@ def test_every_objective_reaches_the_logits(backend, batch, objective):
     assert_matches_float64(graded, backend, objective, beta=0.5)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 31, 127, 1000])
-def test_vocabularies_of_any_size(backend, device, dtype, vocabulary):
-    batch = make_batch((2,), (3, 2), vocabulary=vocabulary, dtype=dtype, device=device)
+@pytest.mark.parametrize("vocabulary", [1, 1000])
+def test_vocabularies_of_any_size(backend, device, vocabulary):
+    batch = make_batch((2,), (3, 2), vocabulary=vocabulary, device=device)
     assert_matches_float64(batch, backend, "listmle")
 
 
-@pytest.mark.parametrize("vocabulary", [32000, 50257, 129920])
-def test_real_vocabularies(fast_backend, device, dtype, vocabulary):
-    batch = make_batch((2, 1), (3, 2, 3), vocabulary=vocabulary, dtype=dtype, device=device)
+def test_a_real_vocabulary(fast_backend, device, dtype):
+    batch = make_batch((2, 1), (3, 2, 3), vocabulary=50257, dtype=dtype, device=device)
     assert_matches_float64(batch, fast_backend, "listmle")
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 17, 64])
+@pytest.mark.parametrize("m", [2, 17])
 def test_lists_of_any_size(backend, device, m):
     batch = make_batch((m,), (1,) * m, vocabulary=7, device=device, prompt=0, padding=0)
     assert_matches_float64(batch, backend, "lambdarank")
@@ -356,8 +362,7 @@ def test_junk_in_ignored_rows_stays_there(backend, batch):
     assert (grad[batch.labels == IGNORE] == 0).all()
 
 
-@pytest.mark.parametrize("objective", NAMES)
-@pytest.mark.parametrize("length_normalized", [False, True])
+@pytest.mark.parametrize(("objective", "length_normalized"), [*((name, False) for name in NAMES), ("listmle", True)])
 def test_everything_ignored_is_finite_and_in_the_graph(backend, batch, objective, length_normalized):
     nothing = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
     x = leaf(torch.full_like(batch.logits, math.nan))

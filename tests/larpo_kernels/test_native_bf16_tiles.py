@@ -57,8 +57,7 @@ def errors(head, backend, schedule):
     return ratios
 
 
-@pytest.mark.parametrize("schedule", TRAINING)
-@pytest.mark.parametrize("std", [8.0, 20.0])
+@pytest.mark.parametrize(("schedule", "std"), [*((schedule, 8.0) for schedule in TRAINING), ("list_hold", 20.0)])
 def test_on_a_trained_models_logits_it_is_several_times_closer_than_eager(device, fast_backend, compute, schedule, std):
     ratios = errors(trained_like(device, std), fast_backend, schedule)
     assert ratios.pop("sequence") <= 1 / 8
@@ -75,11 +74,16 @@ def test_on_initialisation_like_logits_log_probs_are_closer_and_gradients_as_clo
     assert ratios and all(ratio <= 1.5 for ratio in ratios.values()), ratios
 
 
-@pytest.mark.parametrize("schedule", WALKS)
 @pytest.mark.parametrize(
-    "options", [{}, {"logit_scale": 0.5}, {"softcap": 4.0, "logit_scale": 2.0}], ids=["plain", "scale", "softcap"]
+    ("schedule", "bias", "options"),
+    [
+        *((schedule, False, {}) for schedule in WALKS),
+        *((schedule, True, {"softcap": 4.0, "logit_scale": 2.0}) for schedule in WALKS),
+        ("recompute", True, {"logit_scale": 0.5}),
+        ("recompute", False, {"softcap": 4.0, "logit_scale": 2.0}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_every_head_in_bf16_tiles(backend, device, bf16_tiles, schedule, options, bias):
     head = make_head(100, 64, (24,), torch.bfloat16, device, bias=bias)
     wanted, walk = scheduled(schedule, head)

@@ -198,15 +198,23 @@ def test_a_list_of_one_counts_in_the_mean(backend, device):
     assert loss.item() == pytest.approx((0 + log(2)) / 2)
 
 
-@pytest.mark.parametrize("list_sizes", [4, [], torch.tensor([], dtype=torch.long)], ids=["int", "list", "tensor"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_zero_lists_give_a_zero_that_is_still_in_the_graph(backend, device, list_sizes, reduction, name):
+@pytest.mark.parametrize(
+    ("list_sizes", "reduction", "objective"),
+    [
+        *((4, "mean", name) for name in OBJECTIVES),
+        (4, "sum", "contrastive"),
+        ([], "mean", "contrastive"),
+        (torch.tensor([], dtype=torch.long), "mean", "contrastive"),
+    ],
+    ids=str,
+)
+def test_zero_lists_give_a_zero_that_is_still_in_the_graph(backend, device, list_sizes, reduction, objective):
     scores = torch.zeros(0, device=device, requires_grad=True)
     loss = lk.listwise_loss(
         scores,
         torch.zeros(0, device=device),
         list_sizes=list_sizes,
-        objective=OBJECTIVES[name],
+        objective=OBJECTIVES[objective],
         reduction=reduction,
         backend=backend,
     )
@@ -242,7 +250,7 @@ def test_an_int_a_sequence_and_a_tensor_of_sizes_mean_the_same(backend, device):
     assert all(torch.equal(loss, losses[0]) for loss in losses)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 17, 64])
+@pytest.mark.parametrize("m", [1, 3, 64])  # others side by side, below
 def test_every_objective_matches_its_loop_at_every_list_size(backend, device, name, m):
     scores, relevance = graded_lists([m, m], seed=m)
     upstream = torch.tensor([0.7, -1.3], dtype=torch.float64)
@@ -511,11 +519,9 @@ def test_a_skipped_list_counts_in_the_mean(backend, device):
     assert loss.item() == pytest.approx((0 + log(2)) / 2)
 
 
-@pytest.mark.parametrize("m", [1, 2, 5, 17])
+@pytest.mark.parametrize("m", [1, 5])  # of "mean" the loop visits all m! orders; longer lists side by side, below
 def test_every_tie_rule_matches_its_loop(backend, device, tie_rule, m):
     scores, relevance = graded_lists([m, m], seed=m)
-    if tie_rule.ties == "mean" and m > 5:
-        pytest.skip("the loop visits all m! orders")
     upstream = torch.tensor([0.7, -1.3], dtype=torch.float64)
     truth_scores = scores.clone().requires_grad_()
     truth = slow_loop.listwise_losses(truth_scores, relevance, [m, m], tie_rule.name, **vars(tie_rule))
@@ -672,6 +678,7 @@ def exact_weighted_lambdarank(scores, relevance, weighting=None, k=None):
 
 
 @pytest.mark.parametrize("kind", RELEVANCES)
+@pytest.mark.parametrize("name", ["listmle", "lambdarank_dcg", "lambdarank_dcg2_k", "listnet", "listnet_cold"])
 def test_relevance_of_any_sign_and_size_has_the_references_loss(backend, device, name, kind):
     lk.objectives.warn_of_raw_rewards()  # so that it has warned
     relevance = torch.tensor(RELEVANCES[kind], dtype=torch.float64)
@@ -697,8 +704,8 @@ def test_the_references_dcg_weights_are_those_of_400_digits(kind, weighted):
 
 def test_the_best_of_a_huge_gain_is_all_that_weighs(loss_of):
     # gains over the ideal: 1, 0, 0; ranks by score 2, 3, 1
-    change = lambda a, b: abs(1 / log2(1 + a) - 1 / log2(1 + b))  # noqa: E731
-    expected = change(2, 3) * log(1 + exp(-0.2 - 0.3)) + change(2, 1) * log(1 + exp(1 - 0.3))
+    first, second, third = (1 / log2(1 + rank) for rank in (1, 2, 3))
+    expected = (second - third) * log(1 + exp(-0.2 - 0.3)) + (first - second) * log(1 + exp(1 - 0.3))
     for huge in (130.0, 1e30, inf):
         assert loss_of([0.3, -0.2, 1.0], [huge, 1.0, 0.0], lk.LambdaRank("dcg")) == pytest.approx(expected, rel=1e-6)
 
@@ -739,9 +746,15 @@ LOST = {  # scores in which some answers have no probability; by falling relevan
 }
 
 
+def term(i, rest):
+    """log sum_j exp(j - i); nothing where only -inf is compared."""
+    if max(rest) == -inf:
+        return 0.0
+    return inf if i == -inf else log(sum(exp(j - i) for j in rest))
+
+
 def by_hand(scores, objective):
-    """Paper formulas with every term left out in which only -inf is compared; relevance 3, 2, 1, 0."""
-    term = lambda i, rest: 0.0 if max(rest) == -inf else inf if i == -inf else log(sum(exp(j - i) for j in rest))  # noqa: E731
+    """Paper formulas; relevance 3, 2, 1, 0."""
     m = len(scores)
     if objective == "contrastive":
         return term(scores[0], scores)
@@ -776,17 +789,19 @@ def test_gradient_of_two_answers_without_probability(gradient_of):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_objective_stays_a_number_beside_lost_answers(loss_of, gradient_of, name):
+def test_every_objective_stays_a_number_beside_lost_answers(backend, device, name):
     objective = EVERY[name]
     for scores in LOST.values():
         for relevance in ([3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]):
-            loss = loss_of(scores, relevance, objective)
+            g = torch.tensor(scores, device=device, requires_grad=True)
+            r = torch.tensor(relevance, device=device)
+            loss = lk.listwise_loss(g, r, list_sizes=4, objective=objective, backend=backend)
             assert loss >= 0  # which NaN is not
-            assert all(abs(g) < inf for g in gradient_of(scores, relevance, objective))
+            assert torch.autograd.grad(loss, g)[0].isfinite().all()
             truth = lk.reference.listwise_loss(
                 torch.tensor(scores).double(), torch.tensor(relevance), list_sizes=4, objective=objective
             )
-            assert loss == pytest.approx(truth.item(), abs=1e-7)
+            assert loss.item() == pytest.approx(truth.item(), abs=1e-7)
 
 
 def test_a_score_of_nan_is_not_taken_for_a_lost_answer(loss_of, name):

@@ -10,7 +10,7 @@ import larpo_kernels as lk
 jax = pytest.importorskip("jax", reason="rax, the independent oracle, needs jax")
 rax = pytest.importorskip("rax", reason="rax is the independent oracle")
 
-SIZES = [2, 3, 5, 8, 17]
+SIZES = [3, 8]
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_lambdarank_is_rax_pairwise_logistic(m, tied):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("k", [None, 1, 2, 5, 100])
+@pytest.mark.parametrize("k", [None, 2, 100])
 @pytest.mark.parametrize("weighting", ["dcg", "dcg2"])
 def test_weighted_lambdarank_is_rax_with_lambdaweights_over_the_list_size(m, weighting, k, tied):
     weights = partial(getattr(rax, f"{weighting}_lambdaweight"), normalize=True, topn=k)

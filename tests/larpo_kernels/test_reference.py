@@ -26,10 +26,14 @@ OBJECTIVES = [
 ]
 
 
-@pytest.fixture(params=["padded", "packed"])
-def batch(request, regime):
+def a_batch(layout, regime="initialisation"):
     batch = make_batch((3, 1, 2), (3, 1, 4, 2, 0, 5), vocabulary=31, dtype=torch.float64, regime=regime)
-    return batch if request.param == "padded" else batch.packed()
+    return batch if layout == "padded" else batch.packed()
+
+
+@pytest.fixture(params=["padded", "packed"])
+def batch(request):
+    return a_batch(request.param)
 
 
 def assert_same(reference, slow, logits):
@@ -41,7 +45,8 @@ def assert_same(reference, slow, logits):
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
-def test_token_logps(batch, options):
+def test_token_logps(regime, options):
+    batch = a_batch("padded", regime)
     assert_same(
         lambda x: lk.reference.token_logps(x, batch.labels, **options),
         lambda x: slow_loop.token_logps(x, batch.labels, **options),
@@ -93,7 +98,8 @@ def test_fused_listwise_loss(batch, objective, options):
     )
 
 
-def test_statistics(batch):
+def test_statistics(regime):
+    batch = a_batch("packed", regime)
     out = lk.reference.token_logps(batch.logits, batch.labels, return_stats=True)
     torch.testing.assert_close(out.entropy.double(), slow_loop.entropies(batch.logits, batch.labels))
     assert torch.equal(out.top1.bool(), slow_loop.top1_hits(batch.logits, batch.labels))

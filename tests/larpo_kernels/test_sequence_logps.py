@@ -10,6 +10,7 @@ import larpo_kernels as lk
 from tests.helpers import slow_loop
 from tests.helpers.batches import IGNORE, gradient, leaf, make_batch
 from tests.helpers.optional_hypothesis import given, st
+from tests.helpers.regimes import REGIMES
 from tests.helpers.tolerance import assert_no_worse_than_eager, gradient_eps
 
 
@@ -48,7 +49,13 @@ def batch(request, device):
     return batch if request.param == "padded" else batch.packed()
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+CASES = [  # every regime, packed; every dtype, padded. The grid of both is of the rows: test_token_logps.py
+    *((torch.float32, regime, True) for regime in REGIMES),
+    *((dtype, "initialisation", False) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "regime", "packed"), CASES)
 def test_logps_and_gradients_are_as_exact_as_eager(backend, device, dtype, regime, packed):
     batch = make_batch((3,), vocabulary=67, dtype=dtype, device=device, regime=regime)
     assert_matches_float64(batch.packed() if packed else batch, backend)

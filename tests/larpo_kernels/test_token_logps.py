@@ -12,8 +12,18 @@ from tests.helpers.batches import IGNORE, gradient, leaf
 from tests.helpers.regimes import REGIMES
 from tests.helpers.tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
-SMALL_VOCABULARIES = [1, 31, 127, 1000]
-BIG_VOCABULARIES = [32000, 50257, 129920]
+HALF = (torch.bfloat16, torch.float16)
+SMALL = [  # every regime in every dtype, and in rows of several blocks; every size in every dtype
+    *((dtype, regime, 127) for dtype in (torch.float32, *HALF) for regime in REGIMES),
+    *((torch.float32, regime, 1000) for regime in REGIMES),
+    *((dtype, "initialisation", size) for dtype in (torch.float32, *HALF) for size in (1, 31)),
+    *((dtype, "initialisation", 1000) for dtype in HALF),
+]
+BIG = [
+    *((torch.float32, regime, 129920) for regime in REGIMES),
+    *((dtype, "initialisation", 50257) for dtype in HALF),
+    (torch.bfloat16, "unlikely", 32000),
+]
 
 
 def some_tokens(vocabulary, dtype, device, regime="initialisation", shape=(2, 3), seed=0):
@@ -55,13 +65,13 @@ def assert_matches_float64(logits, labels, upstream, backend, **options):
     assert (logps[ignored] == 0).all() and (grad[ignored] == 0).all()
 
 
-@pytest.mark.parametrize("vocabulary", SMALL_VOCABULARIES)
+@pytest.mark.parametrize(("dtype", "regime", "vocabulary"), SMALL)
 def test_logps_and_gradients_are_as_exact_as_eager(backend, device, dtype, regime, vocabulary):
     shape = (2, 3) if vocabulary < 1000 else (3,)
     assert_matches_float64(*some_tokens(vocabulary, dtype, device, regime, shape), backend)
 
 
-@pytest.mark.parametrize("vocabulary", BIG_VOCABULARIES)
+@pytest.mark.parametrize(("dtype", "regime", "vocabulary"), BIG)
 def test_logps_and_gradients_of_real_vocabularies(fast_backend, device, dtype, regime, vocabulary):
     assert_matches_float64(*some_tokens(vocabulary, dtype, device, regime, shape=(3,)), fast_backend)
 
@@ -106,13 +116,13 @@ def test_gradients_are_the_finite_differences_of_the_logps(options):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {"logit_scale": 0.0625},
-        {"logit_scale": -2.5},
-        {"softcap": 30.0},
-        {"softcap": 1.5},
-        {"logit_scale": 4.0, "softcap": 5.0},
+        (torch.float32, {"logit_scale": 0.0625}),
+        (torch.float32, {"logit_scale": -2.5}),
+        (torch.float32, {"softcap": 30.0}),
+        (torch.float32, {"softcap": 1.5}),
+        *((dtype, {"logit_scale": 4.0, "softcap": 5.0}) for dtype in (torch.float32, *HALF)),
     ],
     ids=str,
 )
@@ -136,7 +146,10 @@ def test_any_ignore_index_ignores_and_none_matches_a_padding_column(backend, dev
     assert_matches_float64(logits, labels, upstream, backend, ignore_index=ignore_index)
 
 
-@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "junk"),
+    [*((dtype, math.nan) for dtype in (torch.float32, *HALF)), *((torch.float32, x) for x in (math.inf, -math.inf))],
+)
 def test_junk_in_ignored_rows_stays_there(backend, device, dtype, junk):
     logits, labels, upstream = some_tokens(127, dtype, device)
     spoilt = logits.clone()
@@ -207,6 +220,10 @@ def test_columns_of_minus_infinity_get_exactly_no_gradient(backend, device, dtyp
 # ---- statistics
 
 
+@pytest.mark.parametrize(
+    ("dtype", "regime"),
+    [*((torch.float32, regime) for regime in REGIMES), *((dtype, "initialisation") for dtype in HALF)],
+)
 def test_entropy_and_top1_come_with_the_same_logps(backend, device, dtype, regime):
     logits, labels, _ = some_tokens(67, dtype, device, regime, shape=(2, 2))
     labels[1] = logits.argmax(-1)[1]  # some hits for certain
@@ -314,8 +331,15 @@ def test_backward_allocates_one_gradient_and_no_float32_copy():
     assert large == [logits.nbytes]
 
 
-@pytest.mark.parametrize("mask", [-70.0, -1e4, -1e9, "lowest"])
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5}], ids=["", "scaled"])
+@pytest.mark.parametrize(
+    ("dtype", "mask", "options"),
+    [
+        *((torch.float32, mask, {}) for mask in (-70.0, -1e4, -1e9, "lowest")),
+        *((dtype, mask, {}) for dtype in HALF for mask in (-70.0, "lowest")),
+        (torch.float32, -1e4, {"logit_scale": 0.5}),
+    ],
+    ids=str,
+)
 def test_gradient_at_a_target_that_a_mask_has_pushed_down(backend, device, dtype, mask, options):
     """Others' gradients are their probabilities, however far below them the target lies."""
     logits, labels, upstream = some_tokens(1000, dtype, device)
@@ -353,8 +377,18 @@ def test_entropy_of_a_row_whose_target_a_mask_has_pushed_down(backend, device, m
     torch.testing.assert_close(out.entropy.double().cpu(), truth, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32], ids=str)
-@pytest.mark.parametrize("vocabulary", [256, 1000, 40000])
+@pytest.mark.parametrize(
+    ("integer", "vocabulary"),
+    [
+        (torch.uint8, 256),
+        (torch.uint8, 1000),
+        (torch.int8, 256),
+        (torch.int16, 40000),
+        (torch.uint16, 1000),
+        (torch.uint32, 1000),
+    ],
+    ids=str,
+)
 def test_labels_narrower_than_the_vocabulary_and_than_ignore_index(fast_backend, device, integer, vocabulary):
     labels = torch.tensor([3, 100, 127 if integer == torch.int8 else 156], device=device)
     narrow = labels.to(integer)

@@ -8,19 +8,19 @@ from larpo_kernels import validation
 from tests.helpers.linear_heads import make_head, ours, run
 
 V, N = 11, 3
-BORDERS = {
-    "before the beginning": [-4, 2, 3],
-    "behind the end": [0, 2, 10**12],
-    "back and forth": [0, 5, 1, 3],
-    "a token left out": [0, 1, 2],
-    "not from 0": [1, 3, 3],
-}
+BORDERS = [
+    [0, 5, 1, 3],  # back and forth
+    [-4, 2, 3],  # before the beginning
+    [0, 2, 10**12],  # behind the end
+    [0, 1, 2],  # a token left out
+    [1, 3, 3],  # not from 0
+]
 
 
-@pytest.fixture(params=["compiled", "unread"])
+@pytest.fixture
 def unread(request, monkeypatch):
-    """Calls a function as torch.compile does, or as on a GPU: values are not looked at."""
-    if request.param == "unread":
+    """Calls a function as on a GPU: values are not looked at; or, as "compiled", in a graph of torch.compile."""
+    if getattr(request, "param", "eager") == "eager":
         monkeypatch.setattr(validation, "readable", lambda x: False)
         return lambda function, *args, **options: function(*args, **options)
 
@@ -56,7 +56,15 @@ def test_what_nobody_looked_at_gives_what_it_gives_otherwise(schedule, packed, b
         torch.testing.assert_close(unread_grads[name], read_grads[name])
 
 
-@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
+def and_one_compiled(name, values):
+    """Each value in eager mode, and the first in a compiled graph: it is the graph that is to be seen there, not the values."""
+    first, *others = values
+    return pytest.mark.parametrize(
+        ("unread", name), [("compiled", first), *(("eager", x) for x in (first, *others))], indirect=["unread"], ids=str
+    )
+
+
+@and_one_compiled("borders", BORDERS)
 def test_borders_that_do_not_cover_the_tokens_give_nan(borders, unread, backend, device):
     logits, hidden, weight, labels = data(device)
     cu = torch.tensor(borders, device=device)
@@ -74,7 +82,7 @@ def test_borders_that_do_not_cover_the_tokens_give_nan(borders, unread, backend,
         assert logps.isnan().any() and logps.shape == (len(cu) - 1,)
 
 
-@pytest.mark.parametrize("sizes", [[5, -1], [4, 0], [2, 1], [3, 3], [10**12, 4 - 10**12]], ids=str)
+@and_one_compiled("sizes", [[5, -1], [4, 0], [2, 1], [3, 3], [10**12, 4 - 10**12]])
 @pytest.mark.parametrize("objective", ["pairwise", "contrastive", "lambdarank"])
 def test_lists_that_do_not_cover_the_candidates_give_nan(sizes, objective, unread, backend, device):
     scores = torch.tensor([0.5, 1.0, -1.0, 0.0], device=device, requires_grad=True)
@@ -100,6 +108,7 @@ def test_inductor_reads_nothing_outside_either(device):
     assert found.isnan().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("unread", ["eager", "compiled"], indirect=True)
 def test_borders_that_do_are_taken_as_they_are(unread, backend, device):
     logits, _, _, labels = data(device)
     labels[1] = -100
@@ -116,7 +125,7 @@ def test_an_ignore_index_that_int32_labels_cannot_hold_ignores_none_of_them(unre
         assert (unread(function, *given, labels.int(), ignore_index=2**32 + 1, backend=backend) < 0).all()
 
 
-@pytest.mark.parametrize("label", [-1, V, 10**9])
+@and_one_compiled("label", [V, -1, 10**9])
 def test_a_label_out_of_range_gives_nan_for_its_token_only(label, unread, backend, device):
     logits, hidden, weight, labels = data(device)
     good = lk.token_logps(logits, labels, backend=backend)
@@ -149,6 +158,7 @@ def logps_and_gradients(call, device, labels=None, **options):
         yield logps.detach(), *torch.autograd.grad(logps, [x for x in given if x.requires_grad], upstream)
 
 
+@pytest.mark.parametrize("unread", ["eager", "compiled"], indirect=True)
 def test_without_an_ignore_index_every_label_counts(unread, backend, device):
     found = logps_and_gradients(unread, device, ignore_index=None, backend=backend)
     expected = logps_and_gradients(lambda function, *args: function(*args), device)
@@ -156,6 +166,7 @@ def test_without_an_ignore_index_every_label_counts(unread, backend, device):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("unread", ["eager", "compiled"], indirect=True)
 def test_without_an_ignore_index_a_label_that_is_no_column_gives_nan(unread, backend, device):
     """Padding that was said to count must show, in what is computed and in what is learned of it."""
     labels = torch.tensor([3, -100, 5], device=device)
