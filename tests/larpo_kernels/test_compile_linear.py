@@ -151,8 +151,8 @@ def test_a_model_with_tied_weights_in_one_graph(device):
 def test_no_recompilation_for_another_length_or_another_mask(device, op):
     """The first length compiles, the second makes it dynamic, no other compiles again; nor does what is ignored."""
     counter = CompileCounterWithBackend("aot_eager")
-    batches = [make_batch((3, 3), (width,) * 6, device=device, padding=0, prompt=prompt) for width, prompt in
-               ((4, 1), (5, 0), (6, 2), (9, 3), (13, 1))]  # fmt: skip
+    widths = ((4, 1), (5, 0), (6, 2), (9, 3), (13, 1))  # and prompts
+    batches = [make_batch((3, 3), (width,) * 6, device=device, padding=0, prompt=prompt) for width, prompt in widths]
 
     @torch.compile(fullgraph=True, backend=counter)
     def function(hidden, weight, labels, relevance, ref_logps):

@@ -159,10 +159,8 @@ def test_it_is_the_loss_of_the_logits(backend, device):
     head, batch = head_and_batch(device=device)
     linear = fused(batch, backend, None, return_stats=True)(head.hidden, head.weight, head.bias)
     logits = F.linear(head.hidden, head.weight, head.bias)
-    given = lk.fused_listwise_loss(
-        logits, batch.labels, batch.relevance, **batch.layout, ref_logps=batch.ref_logps, reduction="none", return_stats=True,
-        backend=backend,
-    )  # fmt: skip
+    options = dict(ref_logps=batch.ref_logps, reduction="none", return_stats=True, backend=backend)
+    given = lk.fused_listwise_loss(logits, batch.labels, batch.relevance, **batch.layout, **options)
     for name, x, y in zip(linear._fields, linear, given, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -171,10 +169,8 @@ def test_it_is_what_the_specification_says(backend, device):
     head, batch = head_and_batch(device=device)
     for objective in NAMES:
         ours = fused(batch, backend, objective=objective)(head.hidden, head.weight, head.bias)
-        spec = lk.reference.fused_linear_listwise_loss(
-            head.hidden, head.weight, batch.labels, batch.relevance, bias=head.bias, **batch.layout, objective=objective,
-            ref_logps=batch.ref_logps, reduction="none",
-        )  # fmt: skip
+        x, options = (head.hidden, head.weight, batch.labels, batch.relevance), dict(objective=objective, reduction="none")
+        spec = lk.reference.fused_linear_listwise_loss(*x, bias=head.bias, **batch.layout, ref_logps=batch.ref_logps, **options)
         torch.testing.assert_close(ours, spec.loss, rtol=1e-5, atol=1e-5)
 
 

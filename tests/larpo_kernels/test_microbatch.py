@@ -17,9 +17,9 @@ class Scorer(torch.nn.Module):
     def __init__(self, dropout=0.0):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        new = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-        self.x, self.labels = new(8, 5, 6), torch.randint(50, (8, 5), generator=generator)
-        self.body, self.head = torch.nn.Parameter(new(6, 12)), torch.nn.Parameter(new(50, 12))
+        self.x, body, head = (torch.randn(*shape, generator=generator) for shape in ((8, 5, 6), (6, 12), (50, 12)))
+        self.labels = torch.randint(50, (8, 5), generator=generator)
+        self.body, self.head = torch.nn.Parameter(body), torch.nn.Parameter(head)
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, at):
@@ -146,10 +146,12 @@ def test_more_slices_than_candidates_fill_run_empty(num_slices):
         return model(slice(0, 3))[:0] if at.start == at.stop else model(at)
 
     backwards = []
-    lk.backward_in_slices(
-        logps, RELEVANCE, list_sizes=SIZES, slice_size=3, num_slices=num_slices, objective="listmle", beta=0.2,
-        backward=lambda loss: backwards.append(loss.backward()),
-    )  # fmt: skip
+
+    def backward(loss):
+        backwards.append(loss.backward())
+
+    options = dict(list_sizes=SIZES, slice_size=3, num_slices=num_slices, objective="listmle", beta=0.2)
+    lk.backward_in_slices(logps, RELEVANCE, **options, backward=backward)
     slices = max(3, num_slices or 0)
     assert calls == 2 * [(0, 3), (3, 6), (6, 8), (8, 8), (8, 8)][:slices] and len(backwards) == slices
     for a, b in zip(model.grads(), expected.grads(), strict=True):
