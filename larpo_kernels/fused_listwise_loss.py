@@ -121,7 +121,7 @@ def fused_linear_listwise_loss(
         bias: [V] or None.
         schedule: what is kept for the backward; see `linear_token_logps` and `plan`.
         memory_budget: bytes that schedule "auto" may use beyond the gradients; by default half of what is free.
-        tail_threshold: a probability; gradients of the rows that some token gives more; see `linear_token_logps`.
+        tail_threshold: a probability below which rows are merged in the gradients; see `linear_token_logps`.
         cu_seqlens: [S+1] integer token borders of packed candidates, from 0 to N.
         objective: "pairwise", "contrastive", "listmle", "lambdarank", "listnet", or an objective object.
         ref_logps: [S] log-likelihood of each candidate under the reference policy; None for a reference-free loss.

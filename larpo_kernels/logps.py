@@ -123,16 +123,16 @@ def linear_token_logps(
             hidden: tiles of it are cast one at a time. Under autocast tiles are computed in the autocast dtype.
         labels: [S, T] or [N], aligned with hidden (already shifted).
         bias: [V] or None.
-        schedule: "auto", "score_only", "frozen_head", "list_hold" or "recompute"; `plan` tells what auto picks and why.
+        schedule: "auto", "score_only", "frozen_head", "list_hold" or "recompute"; `plan` reports what auto picks, and why.
             It looks at free memory: where an op runs a second time (torch.utils.checkpoint), name a schedule or a budget.
             Under torch.compile and while a CUDA graph is captured it looks at neither memory nor budget: with a head that
             is trained it takes recompute.
         memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
-        tail_threshold: a probability, such as 2**-12: gradients come from the rows of the vocabulary that some token of a
-            block gives more, and the rest merged, which costs a fraction of the GEMMs and of what is held where the model
-            is sure of itself (docs/numerics.md has the errors). The log-probs stay exact; None: the gradients too. Where a
-            block has too little of a tail, under torch.compile and while a CUDA graph is captured all is exact. On a GPU
-            the host waits for the device once a block.
+        tail_threshold: a probability, such as 2**-12. Rows of the vocabulary to which no token of a block gives more are
+            merged into one when gradients are formed. Where the model is sure of itself that costs a fraction of the GEMMs
+            and of the memory (docs/numerics.md has the errors). The log-probs stay exact. With None the gradients are exact
+            too, as they are where a block has too little of a tail, under torch.compile and while a CUDA graph is captured.
+            On a GPU the host waits for the device once a block.
         ignore_index: tokens with this label give 0 and exactly zero gradient; None: every label counts.
         logit_scale: the number that the model multiplies its logits by, after the head.
         softcap: the bound of the model's soft cap, if it has one.
@@ -174,7 +174,7 @@ def linear_sequence_logps(
         bias: [V] or None.
         schedule: what is kept for the backward; see `linear_token_logps` and `plan`.
         memory_budget: bytes that `auto` may use beyond the gradients; by default half of what is free.
-        tail_threshold: a probability; gradients of the rows that some token gives more; see `linear_token_logps`.
+        tail_threshold: a probability below which rows are merged in the gradients; see `linear_token_logps`.
         cu_seqlens: [S+1] integer borders of the candidates in packed input, from 0 to N, not decreasing.
         length_normalized: the mean over the tokens that count instead of the sum.
         ignore_index: tokens with this label do not count; None: every label counts.
@@ -208,12 +208,12 @@ def plan(
 ) -> Plan:
     """The schedule that the linear ops would take for these tensors, why, and what it costs in GEMMs and bytes.
 
-    With tail_threshold these are the most that it can cost: how many rows of the vocabulary count is known once they are
-    formed, and `TailShares` tells it then.
+    With tail_threshold these are upper bounds: how many rows of the vocabulary count is known only after the forward, and
+    `TailShares` reports it.
 
     Args:
         hidden: [S, T, H] or [N, H], requiring grad if the call's will.
-        weight: [V, H], likewise.
+        weight: [V, H], requiring grad if the call's will.
         labels: [S, T] or [N]; ignored tokens cost nothing.
         bias: [V] or None.
         schedule: "auto", or the one to be priced.

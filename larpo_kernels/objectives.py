@@ -9,9 +9,9 @@ in input order unless `ties` says otherwise (below). Two families cover everythi
 
 With m = 2, Pairwise, Contrastive, ListMLE and LambdaRank are the same number: the DPO loss.
 
-Equal relevance says nothing of an order, but Pairwise, Contrastive and ListMLE ask for one. Their `ties` is
+Equal relevance leaves the order open, but Pairwise, Contrastive and ListMLE ask for one. Their `ties` is
 
-    "order"    input order decides (the paper's formulas as written): whoever wrote the data decides what is learned
+    "order"    input order decides (the paper's formulas as written): the order of the data then decides what is learned
     "skip"     a list whose order is not settled where the objective asks for it has loss 0 and gradient 0, and counts as
                a list: the best must be unique (Contrastive), the best and the worst (Pairwise), every candidate (ListMLE)
     "mean"     Pairwise and Contrastive: the mean of the loss over all orders of the tied candidates

@@ -112,7 +112,7 @@ def linear_token_logps(
         hidden: replicated.
         weight: [V_r, H], the rows that this rank owns, or a DTensor of the whole [V, H] with placement Shard(0).
         labels: replicated, of the whole vocabulary.
-        shard: which rows those are (`VocabShard.of` or `.even`); None for a DTensor, which says it itself.
+        shard: which rows those are (`VocabShard.of` or `.even`); None for a DTensor, which knows its rows.
         bias: [V_r] or None; a DTensor with Shard(0) if weight is one.
         **options: keywords of `larpo_kernels.linear_token_logps` but return_stats; its defaults are the defaults.
 

@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
 
     values: torch.Tensor  # [S, T, V or H] or [N, V or H]
     labels: torch.Tensor  # [S, T] or [N], int32 or int64
-    cu_tokens: torch.Tensor | None  # [candidates + 1] of packed ones; None if padded, or nothing was said of candidates
+    cu_tokens: torch.Tensor | None  # [candidates + 1] of packed tokens; None if padded, or where candidates do not matter
     checked: bool  # the labels were read: each lies in the vocabulary or is ignored
     token_indices: torch.Tensor | None  # [n] positions on the flat token axis of those that count, if checked; None: all count
 
@@ -144,7 +144,7 @@ def _or_be(ignore_index: int | None) -> str:
 
 
 def _are_all_columns(labels: torch.Tensor, vocab_size: int, but: int = -1) -> bool:
-    """Whether each lies in the vocabulary, and surely none is `but`: one read."""
+    """Whether each label lies in the vocabulary, and none can be `but`: by one read of the smallest and the largest."""
     least, most = map(int, labels.aminmax())
     return least >= 0 and most < vocab_size and not least <= but <= most
 
@@ -206,7 +206,7 @@ def lists(
 ) -> tuple[torch.Tensor | None, int]:
     """Borders of the lists on the candidate axis, [L+1] int64, and the size of every list.
 
-    The host knows that all have one size, or borders tell their sizes: borders are None then, or the size is 0.
+    Where the host knows that all lists have one size there are no borders (None); otherwise the size is 0.
     """
     if not isinstance(list_sizes, SIZES) or isinstance(list_sizes, bool | str):
         raise TypeError(f"list_sizes must be an int, a sequence of ints or an int tensor, got {type(list_sizes).__name__}")
@@ -267,7 +267,7 @@ def check_scores(scores: torch.Tensor) -> None:
 def _per_candidate(
     name: str, x: Any, num_candidates: int, like: torch.Tensor, *, why_finite: str | None = None
 ) -> torch.Tensor:
-    """why_finite: what it would say of a candidate if it were infinite; None where it may be."""
+    """why_finite: what has an infinite value, for the message; None where it may be infinite."""
     _tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must be real, got {x.dtype}")
@@ -275,7 +275,7 @@ def _per_candidate(
         raise ValueError(f"{name} must be [{int(num_candidates)}], one value per candidate, got shape {shape(x)}")
     _same_device(name, x, "the data", like)
     x = x.detach() if x.requires_grad else x
-    if x.is_floating_point() and readable(x) and not math.isfinite(x.sum()):  # NaN, infinity or an overflow: one read tells
+    if x.is_floating_point() and readable(x) and not math.isfinite(x.sum()):  # one read finds NaN, infinity or an overflow
         if x.isnan().any():
             raise ValueError(f"{name} must not be NaN, got NaN at position {int(x.isnan().nonzero()[0])}")
         if why_finite and x.isinf().any():
@@ -367,6 +367,6 @@ def positive(name: str, x: Any) -> None:
 
 
 def owners(cu: torch.Tensor, n: int) -> torch.Tensor:
-    """For each of n items the index of the segment that owns it; borders cu [segments + 1]. Never out of range."""
-    inner = cu[1:-1].contiguous()  # each is passed or not: whatever they are, the last segment is as far as it goes
+    """For each of n items the index of its segment; borders cu [segments + 1]. Never out of range, whatever the borders."""
+    inner = cu[1:-1].contiguous()  # without the outer two: no result is beyond the last segment
     return torch.searchsorted(inner, torch.arange(n, device=cu.device, dtype=cu.dtype), right=True)

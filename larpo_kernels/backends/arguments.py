@@ -31,7 +31,7 @@ class CandidateArguments(NamedTuple):
     """Token log-probs and which candidate they belong to; also the arguments of an op."""
 
     logps: Tensor  # [N], 0 where ignored; without cu_tokens [S, T]
-    mean_mask: Tensor | None  # likewise, bool: candidates are means over these tokens; None: they are sums
+    mean_mask: Tensor | None  # bool, of the same shape: candidates are means over these tokens; None: they are sums
     cu_tokens: Tensor | None  # [S+1]
     backend: str
 

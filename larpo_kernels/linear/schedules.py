@@ -40,9 +40,9 @@ class Plan:
     held_rows: int = 0  # vocabulary rows whose E is held for the backward
     tail_threshold: float | None = None  # gradients of the rows that some token gives more; the figures above are then bounds
     tail_tile: tuple[int, int] | None = None  # tokens and rows of a tile then
-    note: str = ""  # what the caller may not expect
+    note: str = ""  # something that the caller should know
     one_tile: bool = False  # all logits are formed at once (ops/small_linear.py) and held for the backward
-    if_flat: Plan | None = field(default=None, repr=False)  # what is done where a few tokens show no tail (flat.py)
+    if_flat: Plan | None = field(default=None, repr=False)  # the plan that is taken where a few tokens show no tail (flat.py)
 
     def __str__(self) -> str:
         held = f", E of {self.held_rows} vocabulary rows held" if self.held_rows else ""
@@ -95,7 +95,7 @@ def few_bytes(work: Workload) -> int:
 
 
 def tail_width(work: Workload) -> int:
-    """Hidden states narrower than this have no tail told apart: looking at a tile would take longer than its GEMMs.
+    """Of hidden states narrower than this no rows are merged: finding them would take longer than the GEMMs of a tile.
 
     In bfloat16 on a CPU with AMX (two cores of a Xeon, peaked logits, 512 tokens, V 49152): at a width of 576 a tail takes
     1.07 (list_hold) and 1.2 (frozen_head) times as long as none, at 1024 0.78 and 1.23, at 2048 0.71 and 0.94.

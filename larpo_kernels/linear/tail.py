@@ -57,7 +57,7 @@ class Block(NamedTuple):
 
 @dataclass
 class Tail:
-    """How the tail of a call is told apart, and what is kept: walk.forward adds the blocks, walk.backward reads them."""
+    """How rows of the tail are recognised, and what is kept: walk.forward adds the blocks, walk.backward reads them."""
 
     threshold: float
     tokens: int  # that count; those after them only fill up
@@ -85,7 +85,7 @@ class Tail:
 
 @dataclass
 class TailShares:
-    """What calls with a `tail_threshold` found and kept, summed up while this is open; it waits for nothing.
+    """Counts what calls with a `tail_threshold` found and kept while it is open. It never waits for a device.
 
     >>> from larpo_kernels import TailShares, linear_token_logps
     >>> hidden, weight = torch.randn(64, 512, requires_grad=True), torch.randn(8192, 512)
@@ -124,7 +124,7 @@ class TailShares:
 
 
 def all_rows_count(tokens: int, rows: int, held_bytes: int) -> None:
-    """Tells whoever counts of a call without a tail: its logits are flat (flat.py)."""
+    """Counts a call that was walked without a tail, as its logits are flat (flat.py)."""
     for shares in _open.get():
         shares.add(TailShares(tokens, held_bytes, kept=tokens * rows, seen=tokens * rows))
 

@@ -30,7 +30,7 @@ TAIL_CPU_TOKENS, TAIL_GPU_TOKENS = 512, 1024  # of a block with a tail; a GPU ta
 
 
 def tail_tokens(num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a block where a tail is told apart (tail.py), all blocks about as large.
+    """Tokens of a block whose rows may be merged (tail.py), all blocks about as large.
 
     Fewer tokens need fewer rows of the vocabulary, but d weight is added up over blocks of them.
     """

@@ -66,7 +66,7 @@ class VocabShard:
         return local if ignore_index is None else torch.where(labels == ignore_index, IGNORED, local)
 
     def nan_where_out_of_range(self, logps: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        """A label that no rank owns, its gradients too: where labels can be read, validation has refused it."""
+        """NaN for a label that no rank owns, and for its gradients. Where labels can be read, validation has refused it."""
         if validation.readable(labels):
             return logps
         wrong = validation.token_mask(labels, ignore_index) & ((labels < 0) | (labels >= self.size))

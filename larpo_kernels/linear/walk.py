@@ -200,14 +200,14 @@ def backward(
     scratch = hidden.new_empty(0 if all_held else rows * tokens, dtype=head.dtype)
     factors = _factor(head, logps, saved.total, grad.to(head.sums))
     parameters = _ParameterGradients(head, d_weight, d_bias, direct=n <= tokens)
-    if tail is not None:  # rows of which no part is left count 0, or NaN where a token has no gradient
+    if tail is not None:  # rows that were merged get 0, or NaN where a token's gradient is NaN
         parameters.fill((0 * factors).sum())
     for i, (t0, t1) in enumerate(_blocks(n, tokens)):
         at, r = slice(t0, t1), factors[t0:t1]
         tiles = primitives.Tiles(head, hidden[at].to(head.dtype), labels[at], saved.shift[at], saved.shift_correction[at])
         at_target = tiles.at_target(logps[at], saved.total[at])
         rounded = at_target.to(stored).to(head.sums)
-        # The target is the largest entry of its column. What rounding does to it is made good: for the parameters by a
+        # The target is the largest entry of its column, so its rounding error is compensated: for the parameters by a
         # factor, which is exact where it matters most; for d hidden by a term, so that a column still sums to 0.
         parameters.start_block(tiles.hidden, r * torch.where(rounded == 0, 1, at_target / rounded), primitives.scale_rows)
         parts = tail.blocks[i].parts if tail else list(whole_parts(_of_block(saved.held, t0, t1), v, rows))

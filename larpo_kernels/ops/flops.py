@@ -14,7 +14,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {}  # registered op -> shapes of its a
 
 
 def known_to_counters() -> None:
-    """Registers the formulas once there is a counter: importing its module imports Triton, which nobody may have asked for."""
+    """Registers the formulas once there is a counter: to import its module is to import Triton, which takes long."""
     if torch.compiler.is_compiling() or COUNTER not in sys.modules:
         return
     registry = sys.modules[COUNTER].flop_registry

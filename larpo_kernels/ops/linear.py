@@ -249,7 +249,7 @@ _linear_logps = Differentiable(
 )
 
 
-# ---- with a tail told apart
+# ---- with a tail (linear/tail.py)
 
 
 TailArguments = NamedTuple("TailArguments", [*get_type_hints(Arguments).items(), ("tail", Tail)])  # to be filled
@@ -280,7 +280,10 @@ def find_token_indices(labels: Tensor, ignore_index: int | None) -> Tensor | Non
 
 
 def _is_flat(a: Arguments, threshold: float) -> bool:
-    """Whether a few of the tokens that count show no tail; not asked where somebody looks at operators."""
+    """Whether a few of the tokens that count show no tail.
+
+    False where operators are intercepted: the answer is a value, which no graph may depend on.
+    """
     if looked_at((a.hidden, a.weight, a.bias, a.labels)):
         return False
     indices = a.token_indices

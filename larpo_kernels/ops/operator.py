@@ -1,8 +1,8 @@
 """Ops, each stated once and run in one of two ways.
 
 Plain tensors in eager mode get the functions themselves, in one autograd function for a whole loss: through the dispatcher
-a short call takes longer than its arithmetic does. Wherever somebody looks at operators (torch.compile, export, a dispatch
-mode such as a FLOP counter, functorch, a tensor subclass) the same functions are registered ops: opaque to a tracer, with
+a short call takes longer than its arithmetic does. Where something intercepts operators (torch.compile, export, a dispatch
+mode such as a FLOP counter, functorch, a tensor subclass) the same functions run as registered ops: opaque to a tracer, with
 shapes and derivatives that it knows.
 
 They are registered by `torch.library.Library` itself: what `torch.library.custom_op` wraps around an op imports
@@ -26,7 +26,7 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, in
 
 
 def looked_at(args: Sequence[Any]) -> bool:
-    """Whether somebody looks at operators on these tensors, so that the registered ones must be called."""
+    """Whether something intercepts operators on these tensors, so that the registered ones must be called."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -156,8 +156,8 @@ class Differentiable(Operator):
 
 
 class EagerOnly(Differentiable):
-    """A Differentiable whose shapes depend on values, or that takes what no schema knows. Where somebody looks at operators
-    `otherwise` runs in its place, a registered op of the same arguments but the last."""
+    """A Differentiable whose shapes depend on values, or whose last argument no schema can describe. Where operators are
+    intercepted `otherwise` runs in its place, a registered op of the same arguments but the last."""
 
     def __init__(
         self, function: Callable, arguments: type[tuple], otherwise: Differentiable, *, save: Callable, backward: Callable
@@ -184,9 +184,10 @@ def run(op: Differentiable, args: tuple, then: Differentiable | None = None, the
 
 
 class _Chain(torch.autograd.Function):
-    """One op, or two of which the second takes what the first gives, as one node of the graph.
+    """One op, or two of which the second takes the first one's result, as one node of the graph.
 
-    Its last output is for itself: where it does not keep its inputs, an empty tensor, which leads back to them.
+    Its last output is an anchor for a second derivative: an empty tensor with this node as its history, where no input is
+    saved that would have it.
     (With a `setup_context` of its own every call would inspect the signature of `forward`.)
     """
 

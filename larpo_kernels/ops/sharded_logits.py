@@ -4,8 +4,8 @@ The row kernel gives l_j, the log-prob of one logit z_j among a rank's own, and 
 precision. The owner of a token's target takes the target for z_j, every other rank its largest logit: of logits (1, 3, 2)
 that is z_j = 3. So does the owner of a target that lies far
 below the rank's largest logit. Else the owner's sum without the target is exp(k) (exp(-l_j) - 1). Ranks exchange k and these
-sums, one number per token each. Backward, the same row kernel gives -c exp(z - z_j + l') with l' = l + z_j - k; only what it
-puts at the stand-in, which is no target, is put right.
+sums, one number per token each. Backward, the same row kernel gives -c exp(z - z_j + l') with l' = l + z_j - k; only the entry
+at the stand-in, which is no target, has to be corrected.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The list side: token log-probs -> candidates -> scores -> loss of each list and its gradient.
 
 A few numbers per list, so everything is computed in float64: an answer cannot depend on how a sum was blocked. Lists of
-one size are a view [lists, m] (nothing is padded, so a list's numbers do not depend on its neighbours) and one pass; lists
+one size are a view [lists, m] (nothing is padded, so results do not depend on the batch) and one pass; lists
 of several sizes are brought into the order of their sizes first.
 """
 
@@ -68,8 +68,8 @@ def _segment_sum(x: Tensor, starts: Tensor) -> Tensor:
 
 
 def _inside(cu: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
-    """Borders are data: none may lead outside 0..n, whatever it says. -> Borders that do not; which segments had wrong
-    ones, not in order, or not from 0 to n over all: None if the host can see that none had."""
+    """-> The borders, clamped to 0..n, and which segments have wrong ones: not in order, or not from 0 to n over all. None if
+    the host can see that none has."""
     inside = cu.clamp(0, n).cummax(0).values
     if cu.device.type == "cpu" and torch.equal(inside, cu) and int(cu[0]) == 0 and int(cu[-1]) == n:
         return cu, None
@@ -109,7 +109,7 @@ def _losses_of_any_size(g: Tensor, r: Tensor, cu_lists: Tensor, terms: Terms) ->
         return g.new_empty(0), torch.zeros_like(g)
     starts, wrong = _inside(cu_lists, g.shape[0])
     sizes = starts.diff()
-    lists = sizes.argsort(stable=True)  # the shortest first, and their candidates likewise
+    lists = sizes.argsort(stable=True)  # the shortest first, and their candidates in the same order
     candidates = starts[0] + sizes.repeat_interleave(sizes).argsort(stable=True)
     groups = sorted(Counter(sizes.tolist()).items())
     parts = (x[candidates].split([m * n for m, n in groups]) for x in (g, r))

@@ -29,7 +29,7 @@ SMALL_SCRATCH_BYTES = 2 << 20  # several short sequences share a block up to thi
 # call of its own, which then costs little beside its bytes.
 GATHERED_ROW_BYTES = 16 << 10
 LARGEST_SUM = 1e36  # of s: beyond, a row is redone; backends/triton/kernels/rows.py has the same
-UNLIKELY_LOGP = -64.0  # below, a gradient is formed from the largest logit; likewise
+UNLIKELY_LOGP = -64.0  # below, a gradient is formed from the largest logit; the same there
 
 
 def token_logps(given: LogitRows, stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -55,7 +55,7 @@ def _forward(rows: _Rows, at: At, y: Tensor, stats: bool) -> list[Tensor]:
     """logps, with stats entropy and top1 of these rows."""
     z = rows.read(at)
     alone = y.numel() == 1
-    if alone:  # one row alone is summed in another order: a candidate would feel its neighbours
+    if alone:  # one row alone is summed in another order: results would depend on the batch
         z, y = (x.expand(2, *x.shape).clone() for x in (z, y))
     k = z.gather(-1, y)
     x = torch.sub(z, k, out=z if alone else rows.scratch(at))
@@ -63,7 +63,7 @@ def _forward(rows: _Rows, at: At, y: Tensor, stats: bool) -> list[Tensor]:
         e, entropy, top1 = _stats(x)
     else:
         e = x.exp_()
-    s = e.scatter_(-1, y, 0).sum(-1).add_(k.squeeze(-1), alpha=0)  # NaN where k is infinite: no number is right by luck
+    s = e.scatter_(-1, y, 0).sum(-1).add_(k.squeeze(-1), alpha=0)  # NaN where k is infinite, and not an accidental number
     rare = None if s.amax().item() < LARGEST_SUM else ~(s < LARGEST_SUM)
     l = s.log1p_().neg_()
     if rare is not None:
@@ -144,7 +144,7 @@ class _Rows:
         self.block = max(1, min(fits, max(few, labels.shape[-1]), self.count))
         self.at_once = token_indices is None and 0 < self.count == self.block
         self.labels = self.per_token(labels if labels.dtype == torch.int64 else labels.long())
-        self.in_place = None  # the logits, if they are z as they stand
+        self.in_place = None  # the logits, if they need no change to be z
         if logit_scale == 1 and softcap is None and logits.dtype == self.dtype:
             self.in_place = logits if self.at_once else _flat(logits)
         self._scratch = None
@@ -170,7 +170,7 @@ class _Rows:
             yield at, self.labels[at]
 
     def read(self, at: At, into: Tensor | None = None) -> Tensor:
-        """z of these rows: where they lie if they are z as they stand, else in the scratch or where told."""
+        """z of these rows: a view of the logits if they need no change, else in `into` or in the scratch."""
         if self.in_place is not None and not isinstance(at, Tensor):
             return _part(self.in_place, at)
         x = self.scratch(at) if into is None else into
