@@ -91,8 +91,7 @@ class LogitsCall(_Call):
         self.backend = backends.pick(backend, logits)
 
     def step(self, stats: bool = False) -> ops.Step:
-        options = dict(stats=stats, inplace_backward=self.inplace_backward, backend=self.backend)
-        return ops.token_step(self.tokens, **self.transform._asdict(), **options)
+        return ops.token_step(self.tokens, self.transform, stats, self.inplace_backward, self.backend)
 
     def _sharded_logps(self) -> Tensor:
         ignore_index, logit_scale, softcap = self.transform
@@ -159,5 +158,4 @@ class LinearHeadCall(_Call):
             labels, group = self.shard.local_labels(labels, transform.ignore_index), self.shard.name
             transform = transform._replace(ignore_index=None if transform.ignore_index is None else IGNORED)
         tensors = self.tokens.values, self.weight, self.bias, labels, self.token_indices
-        options = dict(backend=self.backend, stats=stats, group=group)
-        return ops.linear_step(*tensors, self.tokens.checked, self.plan, **transform._asdict(), **options)
+        return ops.linear_step(tensors, self.tokens.checked, self.plan, transform, stats, self.backend, group)

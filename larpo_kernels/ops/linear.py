@@ -295,24 +295,18 @@ def _is_flat(a: Arguments, threshold: float) -> bool:
 
 
 def linear_step(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    token_indices: Tensor | None,  # as `find_token_indices` gives it
+    tensors: tuple,  # hidden, weight, bias, labels, token_indices as `find_token_indices` gives them
     checked: bool,
     plan,  # schedules.Plan
-    *,
-    ignore_index: int | None,
-    logit_scale: float,
-    softcap: float | None,
+    transform: tuple,  # ignore_index, logit_scale, softcap
+    stats: bool,
     backend: str,
-    stats: bool = False,
     group: str = "",  # name of the ranks that share the vocabulary; weight, bias and labels are then this rank's (VocabShard)
 ) -> Step:
     """logps, entropy, top1 of hidden states by a plan."""
-    compute = dtype_of_tiles(hidden, weight, sharded=bool(group))
-    tensors, transform = (hidden, weight, bias, labels, token_indices), (ignore_index, float(logit_scale), softcap)
+    hidden, weight, _, labels, token_indices = tensors
+    ignore_index, logit_scale, softcap = transform
+    compute, transform = dtype_of_tiles(hidden, weight, sharded=bool(group)), (ignore_index, float(logit_scale), softcap)
     if plan.one_tile:
         return SMALL_LINEAR_LOGPS, small_linear.Arguments(*tensors, *transform, compute, stats, backend)
     stored, fuse = stored_dtype(compute, hidden.dtype), plan.schedule == "frozen_head"

@@ -103,11 +103,9 @@ def _overlaps(x: Tensor) -> bool:
 _token_logps = Differentiable(token_logps, Arguments, fake=_fake, inputs=1, outputs=3, save=_save, backward=_gradient)
 
 
-def token_step(
-    tokens, *, ignore_index, logit_scale, softcap, stats: bool = False, inplace_backward: bool = False, backend: str
-) -> Step:
-    """logps, entropy, top1 of `validation.Tokens`."""
-    logits = tokens.values if tokens.values.stride(-1) == 1 else tokens.values.contiguous()
-    transform = (ignore_index, float(logit_scale), softcap)
-    options = (stats, inplace_backward, backend)
-    return _token_logps, Arguments(logits, tokens.labels, tokens.token_indices, tokens.checked, *transform, *options)
+def token_step(tokens, transform: tuple, stats: bool, inplace_backward: bool, backend: str) -> Step:
+    """logps, entropy, top1 of `validation.Tokens`; transform: (ignore_index, logit_scale, softcap)."""
+    logits, (ignore_index, logit_scale, softcap) = tokens.values, transform
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    given = (logits, tokens.labels, tokens.token_indices, tokens.checked, ignore_index, float(logit_scale), softcap)
+    return _token_logps, Arguments(*given, stats, inplace_backward, backend)

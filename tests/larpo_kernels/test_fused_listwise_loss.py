@@ -227,16 +227,6 @@ def test_defaults_are_contrastive_mean_and_beta_a_tenth(backend, batch):
     assert torch.equal(out.loss, spelled.loss)
 
 
-def test_sizes_as_int_sequence_or_tensor(backend, device):
-    batch = make_batch((2, 2), device=device)
-    sizes = (2, [2, 2], (2, 2), torch.tensor([2, 2]), torch.tensor([2, 2], dtype=torch.int32, device=device))
-    losses = [
-        lk.fused_listwise_loss(*batch.data, list_sizes=list_sizes, reduction="none", backend=backend).loss
-        for list_sizes in sizes
-    ]
-    assert all(torch.equal(loss, losses[0]) for loss in losses)
-
-
 def test_statistics_are_those_of_token_logps(backend, batch):
     out = fused(batch, backend, return_stats=True, logit_scale=2.0)(batch.logits)
     stats = lk.token_logps(batch.logits, batch.labels, logit_scale=2.0, return_stats=True, backend=backend)
