@@ -56,11 +56,11 @@ def two_lists(lists: reading.Lists, right: Tensor, *, beta: float, temperature: 
 
 
 class Case(NamedTuple):
-    """A question, what the model reads for it, and what it said of that before training."""
+    """A question, the rows that the model reads for it, and its scores before training."""
 
     question: questions.Question
     rows: reading.Rows
-    said: reading.Lists
+    at_start: reading.Lists
 
 
 Halves = tuple[list[Case], list[Case]]  # for training and for the test
@@ -68,18 +68,18 @@ Halves = tuple[list[Case], list[Case]]  # for training and for the test
 
 @torch.no_grad()
 def read(model, question: questions.Question, rows: reading.Rows) -> reading.Lists:
-    """What the model says of a question behind each passage."""
+    """The model's scores of a question and its options behind each passage."""
     return reading.as_lists(model(rows=rows), rows, len(question.passages))
 
 
-def measured(cases: Sequence[Case], said: Sequence[reading.Lists], first: bool = False) -> dict[str, float | None]:
+def measured(cases: Sequence[Case], scores: Sequence[reading.Lists], first: bool = False) -> dict[str, float | None]:
     """Shares of questions; first: with BM25's first passage in place of the retriever's choice.
 
     right: the system's answer is. gold passage: the chosen one holds the answer. right behind gold: of all passages that
     hold the answer, how many lead to it, chosen or not.
     """
     answered, found, behind = [], [], []
-    for (question, _, _), lists in zip(cases, said, strict=True):
+    for (question, _, _), lists in zip(cases, scores, strict=True):
         right = reading.correct(question)[lists.options.argmax(1)].tolist()
         chosen = 0 if first else int(lists.questions.argmax())
         answered.append(right[chosen])
@@ -117,11 +117,11 @@ class Compound(Reader):
     def untrained(self, start: Halves, seed: int, *, first: bool = False) -> Row:
         """tied: of the passage lists to be trained on, those whose passages all lead to right answers, or all to wrong ones."""
         training, test = start
-        outcomes = [reading.correct(one.question)[one.said.options.argmax(1)] for one in training]
+        outcomes = [reading.correct(one.question)[one.at_start.options.argmax(1)] for one in training]
         tied = [bool(one[0]) for one in outcomes if len(one.unique()) == 1]
         reach = statistics.fmean(any(one.gold) for one in self.questions)
         counts = {"lists": len(training), "tied": len(tied), "tied right": sum(tied), "within reach": reach}
-        return {**measured(test, [one.said for one in test], first), **counts}
+        return {**measured(test, [one.at_start for one in test], first), **counts}
 
     def trained(self, start: Halves, seed: int, *, arm: str) -> Row:
         model, test = self.train(start[0], seed, arm=arm), start[1]

@@ -40,7 +40,7 @@ from larpo.training.metrics import list_metrics
 from .harness import report
 from .harness.lists import best, ideal_dcg, implicit_rewards, pairs
 from .harness.recipe import Arm, Columns, Recipe, Row, commands
-from .harness.trainer import Loss, counted, logps_of, train
+from .harness.trainer import Loss, counts_in_words, logps_of, train
 from .tasks import naming
 
 Numbers = tuple[Tensor, Tensor]
@@ -162,7 +162,7 @@ class Objectives(Recipe):
         }
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
-        return [counted(row["counts"] for row in rows if "counts" in row)]
+        return [counts_in_words(row["counts"] for row in rows if "counts" in row)]
 
     def plot(self, figure, rows: Sequence[Row]) -> None:
         axes = figure.subplots()

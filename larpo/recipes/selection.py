@@ -94,8 +94,8 @@ class SelfSelection(Reader):
         made = []
         for i, question in enumerate(asked):
             none, alone, together = batches[3 * i : 3 * i + 3]
-            said = (reading.as_lists(trained(rows=rows), rows, n) for rows, n in ((none, 1), (alone, len(question.passages))))
-            answers = tuple(int(place) for lists in said for place in lists.options.argmax(1))
+            scored = (reading.as_lists(trained(rows=rows), rows, n) for rows, n in ((none, 1), (alone, len(question.passages))))
+            answers = tuple(int(place) for lists in scored for place in lists.options.argmax(1))
             rows = reading.part(together, 1, 1 + len(question.options))
             right = tuple(value == 1 for value in reading.correct(question).tolist())
             made.append(Selection(answers, tuple(dict.fromkeys(answers)), right, rows, trained(rows=rows)))

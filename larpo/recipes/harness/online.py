@@ -15,7 +15,7 @@ from larpo.sampling import Sampler, TransformersSampler
 
 from ..tasks import naming
 from .recipe import Columns, Recipe, Row
-from .trainer import Loss, ObjectiveTrainer, counted, train
+from .trainer import Loss, ObjectiveTrainer, counts_in_words, train
 
 Train = Callable[[list[PromptList], int], dict[str, int]]  # (this round's lists, its seed) -> counts; trains in place
 # (the policy's sampler, this round's lists of k first answers, its seed) -> (lists to train on, measures of the round)
@@ -114,4 +114,4 @@ class Exploration(Recipe):
         }
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
-        return [counted(row["counts"] for row in rows)]
+        return [counts_in_words(row["counts"] for row in rows)]

@@ -69,10 +69,10 @@ def train(
     return counts
 
 
-def counted(trainings: Iterable[Mapping[str, int]]) -> str:
+def counts_in_words(trainings: Iterable[Mapping[str, int]]) -> str:
     """What `train` counted, summed over trainings, as a sentence.
 
-    >>> counted([{"lists": 40, "tied": 1, "too short": 0, "empty completions": 2}])
+    >>> counts_in_words([{"lists": 40, "tied": 1, "too short": 0, "empty completions": 2}])
     'Of 40 lists trained on, 1 tied in all scores and 0 had no two candidates; 2 completions were empty. None was dropped.'
     """
     counts = sum(map(Counter, trainings), Counter())

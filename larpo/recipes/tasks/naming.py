@@ -27,7 +27,7 @@ TOPICS = {
     "tools": ("saw", "axe", "drill", "file", "awl", "adze"),
 }
 WORTH = (1, 1, 1, 1, 3, 3)
-SAID = (32, 16, 8, 4, 2, 1)  # how often the speaker says them, relative
+FREQUENCIES = (32, 16, 8, 4, 2, 1)  # of a topic's words in the speaker's answers, relative
 MOST_WORDS = 3
 PROMPTS = [f"name {topic}" for topic in TOPICS] + [f"name {a} and {b}" for a, b in combinations(TOPICS, 2)]
 WORDS = [word for words in TOPICS.values() for word in words]
@@ -52,17 +52,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return toy_lm.tokenizer(["name", "and", *TOPICS, *WORDS])
 
 
-def said(prompt: str, draw: random.Random) -> str:
+def spoken_answer(prompt: str, draw: random.Random) -> str:
     """What the speaker answers: one to three words, each on topic four times out of five."""
     asked = [topic for topic in TOPICS if topic in prompt]
     topics = [draw.choice(asked if draw.random() < 0.8 else list(TOPICS)) for _ in range(draw.randint(1, MOST_WORDS))]
-    return " ".join(draw.choices(TOPICS[topic], SAID)[0] for topic in topics)
+    return " ".join(draw.choices(TOPICS[topic], FREQUENCIES)[0] for topic in topics)
 
 
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 300) -> PreTrainedModel:
     """A tiny LM fitted to the speaker's text."""
     draw = random.Random(seed)
-    texts = [(prompt, said(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
+    texts = [(prompt, spoken_answer(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
     return toy_lm.fitted(tokenizer, texts, seed=seed, steps=steps)
 
 
@@ -73,7 +73,8 @@ def lists(tokenizer: PreTrainedTokenizerFast, n: int, m: int, *, seed: int) -> l
     for i in range(n):
         prompt = PROMPTS[i % len(PROMPTS)]
         texts = [
-            said(prompt, draw) if j % 2 else " ".join(draw.choices(WORDS, k=draw.randint(1, MOST_WORDS))) for j in range(m)
+            spoken_answer(prompt, draw) if j % 2 else " ".join(draw.choices(WORDS, k=draw.randint(1, MOST_WORDS)))
+            for j in range(m)
         ]
         candidates = [
             Candidate(text, reward(prompt, text), completion_ids=tuple(toy_lm.completion_ids(tokenizer, text, end=True)))

@@ -74,16 +74,20 @@ def rewritten(prompt: str, completion: str, draw: random.Random, *, blank: bool)
 
 
 def _word(prompt: str, draw: random.Random) -> str:
-    return naming.said(prompt, draw).split()[0]
+    return naming.spoken_answer(prompt, draw).split()[0]
 
 
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 600) -> PreTrainedModel:
     """A tiny LM fitted to what the speaker says first, and to what the speaker makes of feedback and of "?"."""
     draw = random.Random(seed)
-    texts = [(prompt, naming.said(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
+    texts = [(prompt, naming.spoken_answer(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
     for prompt in PROMPTS:
         for i in range(1000):
-            answer = naming.said(prompt, draw) if i % 2 else " ".join(draw.choices(WORDS, k=draw.randint(0, MOST_WORDS + 1)))
+            answer = (
+                naming.spoken_answer(prompt, draw)
+                if i % 2
+                else " ".join(draw.choices(WORDS, k=draw.randint(0, MOST_WORDS + 1)))
+            )
             blank = i % 3 == 0
             texts.append((ask(prompt, answer, blank=blank), rewritten(prompt, answer, draw, blank=blank)))
     return toy_lm.fitted(tokenizer, texts, seed=seed, steps=steps, learning_rate=6e-3)

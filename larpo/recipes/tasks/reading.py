@@ -34,14 +34,9 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Seque
     asked, options = ids(f" {question.text}"), [ids(f" {option}") for option in question.options]
     before = [ids("".join(f"Passage: {passage}\n" for passage in one) + "Question:") for one in shown]
     behind = ids("\nAnswer:")
-    batch = row_layouts.shared_rows(
-        [
-            row_layouts.TokenizedCandidate(head + asked + behind, option, i)
-            for i, head in enumerate(before)
-            for option in options
-        ],
-        fill, multiple=1,
-    )  # fmt: skip
+    prompts = [head + asked + behind for head in before]
+    candidates = [row_layouts.TokenizedCandidate(p, option, i) for i, p in enumerate(prompts) for option in options]
+    batch = row_layouts.shared_rows(candidates, fill, multiple=1)
     width = batch["input_ids"].shape[1]
     at = [i * width + len(head) - 1 + j for i, head in enumerate(before) for j in range(len(asked))]
     borders = torch.arange(len(shown) + 1) * len(asked)
@@ -54,7 +49,7 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Seque
 
 
 def part(batch: Rows, first: int, last: int) -> Rows:
-    """The same rows with their candidates first..last - 1 only: the head computes no others."""
+    """The same rows, of which only candidates first .. last - 1 are scored."""
     borders = batch["cu_seqlens"][first : last + 1]
     tokens = slice(int(borders[0]), int(borders[-1]))
     return {
@@ -66,7 +61,7 @@ def part(batch: Rows, first: int, last: int) -> Rows:
 
 
 class Lists(NamedTuple):
-    """The two kinds of list in what a model says of a batch of `rows_of`."""
+    """A model's scores of a batch of `rows_of`, as its two kinds of list."""
 
     questions: Tensor  # [E]: log p(question | passages)
     options: Tensor  # [E, M]: log p(option | passages, question) per token, by which options of several lengths compare

@@ -14,7 +14,7 @@ PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
 
 def tokenizer(words: Iterable[str], endings: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """A token per word, behind a <s>; a word that is another one and an ending has two.
+    """A token per word, and <s> in front; a word that is another word with one of the endings has two.
 
     >>> toy = tokenizer(["go", "down"], endings=["wards"])
     >>> toy.convert_ids_to_tokens(toy("go downwards").input_ids)

@@ -195,6 +195,16 @@ def test_neither_agent_passes_the_other_but_through_the_bay():
     assert corridor.move(0, corridor.ACTIONS.index("north"), 4) == 0  # a wall
 
 
+def test_an_agent_plans_again_until_its_action_has_an_advantage_and_else_does_the_best_it_saw():
+    class Draws:
+        def choices(self, actions, weights, k=1):
+            return [2, 0, 1, 3][:k]
+
+    assert read.choose([1.0] * 5, Draws(), None) == 2
+    assert read.choose([1.0] * 5, Draws(), [-0.1, 0.5, -0.3, 0.9, 0.0], tries=4) == 1  # the first that is not below 0
+    assert read.choose([1.0] * 5, Draws(), [-0.1, 0.5, -0.3, 0.9, 0.0], tries=2) == 0
+
+
 def test_a_critic_learns_what_an_action_adds():
     draw = random.Random(0)
     state = corridor.PLACE[0, 4]

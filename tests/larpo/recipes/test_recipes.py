@@ -22,19 +22,21 @@ from tests.larpo.recipes import test_selection
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = {
-    kind.name: kind
-    for kind in (
-        objectives.Objectives, selm.Selm, copo.Copo, rlrf.Rlrf, twosome.Twosome, linvit.Linvit, read.Read,
-        selection.SelfSelection, compound.Compound,
-    )
-}  # fmt: skip
+    "objectives": objectives.Objectives,
+    "selm": selm.Selm,
+    "copo": copo.Copo,
+    "rlrf": rlrf.Rlrf,
+    "twosome": twosome.Twosome,
+    "linvit": linvit.Linvit,
+    "read": read.Read,
+    "selection": selection.SelfSelection,
+    "compound": compound.Compound,
+}
 ROUND = dict(rounds=1, k=2, steps=1, fit_steps=1)
+FEW = dict(train_lists=4, test_lists=4, list_size=3, batch_size=2, drawn_per_prompt=1)
 QUIZ = dict(asked=test_selection.quiz(4), load=test_selection.tiny, epochs=1)
 SMALL = {
-    "objectives": dict(
-        objectives=("SimPO", "PRO"), train_lists=4, test_lists=4, list_size=3, steps=1, batch_size=2, fit_steps=1,
-        drawn_per_prompt=1,
-    ),
+    "objectives": FEW | dict(objectives=("SimPO", "PRO"), steps=1, fit_steps=1),
     "selm": dict(alphas=(0.0, 0.5), **ROUND),
     "copo": ROUND,
     "rlrf": ROUND,
@@ -43,7 +45,7 @@ SMALL = {
     "read": dict(rounds=1, episodes=3, most_steps=5, updates=1, critic_updates=2, fit_steps=1, tests=3),
     "selection": QUIZ,
     "compound": QUIZ,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -222,5 +224,5 @@ def test_rewards_of_the_naming_task():
 
 def test_the_start_policy_says_common_words_more_often_than_worthy_ones():
     draw = random.Random(0)
-    spoken = " ".join(naming.said("name animals", draw) for _ in range(500)).split()
+    spoken = " ".join(naming.spoken_answer("name animals", draw) for _ in range(500)).split()
     assert spoken.count("dog") > 5 * spoken.count("emu") > 0
