@@ -59,8 +59,8 @@ def fused_listwise_loss(
         backend: "torch", "triton" or None for the best one on this device.
 
     Returns:
-        ListwiseLossOutput(loss, logps, scores, entropy, top1): loss differentiable in logits; logps and scores [S]
-            detached; entropy and top1 of the labels' shape with return_stats, else None.
+        A `ListwiseLossOutput`. Its loss is differentiable in the logits; logps and scores [S] are detached; entropy and top1
+            have the labels' shape with return_stats, and are None without.
 
     Raises:
         TypeError: an argument has the wrong type or dtype; the message names it. Nothing was computed yet.

@@ -57,7 +57,10 @@ def backward_in_slices(
             masks and the gradient stays exact. On CUDA the state of the current device is replayed.
 
     Returns:
-        ListwiseLossOutput with detached loss, logps and scores: the gradient is already in the parameters' .grad.
+        loss, logps and scores [S], all detached, since the gradient is already in the parameters' .grad.
+
+    Raises:
+        ValueError: slice_size, reduction or another argument out of range, or `logps` returning another number of values.
 
     >>> theta = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)  # stands for a model
     >>> out = backward_in_slices(lambda s: theta[s] * 3, torch.tensor([3.0, 2.0, 1.0, 0.0]), list_sizes=4, slice_size=2)

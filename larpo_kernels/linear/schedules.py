@@ -33,13 +33,13 @@ FLOAT16_ON_A_GPU = "SLOW: float16 is multiplied in float32 on a GPU, without ten
 class Plan:
     """A schedule and what it costs. `print(plan(...))` shows it in one line."""
 
-    schedule: str
-    reason: str
+    schedule: str  # score_only, frozen_head, list_hold or recompute
+    reason: str  # why this one
     gemms: float  # GEMMs of tokens x hidden x vocabulary, forward and backward together
     extra_bytes: int  # memory beyond the inputs, their gradients and one number per token
     held_rows: int = 0  # vocabulary rows whose E is held for the backward
-    tail_threshold: float | None = None  # gradients of the rows that some token gives more; the figures above are then bounds
-    tail_tile: tuple[int, int] | None = None  # tokens and rows of a tile then
+    tail_threshold: float | None = None  # as asked for; the figures above are then the most that it can cost
+    tail_tile: tuple[int, int] | None = None  # tokens and rows of a tile with tail_threshold
     note: str = ""  # something that the caller should know
     one_tile: bool = False  # all logits are formed at once (ops/small_linear.py) and held for the backward
     if_flat: Plan | None = field(default=None, repr=False)  # the plan that is taken where a few tokens show no tail (flat.py)

@@ -95,11 +95,11 @@ class TailShares:
     (True, True, 0)
     """
 
-    tokens: int = 0  # that counted, in forwards that were to be differentiated with a threshold
-    held_bytes: int = 0  # E that they held for their backwards, altogether
-    kept: int = 0  # rows of the vocabulary that counted for a token's block, summed over tokens
-    seen: int = 0  # rows of the vocabulary, summed over tokens
-    probability: float = 0.0  # merged, summed over tokens
+    tokens: int = 0  # tokens that counted, in forwards with a threshold whose gradient is needed
+    held_bytes: int = 0  # bytes of E that these calls held for their backwards
+    kept: int = 0  # rows of the vocabulary that gradients are formed of, summed over tokens
+    seen: int = 0  # all rows of the vocabulary, summed over tokens
+    probability: float = 0.0  # probability that was merged, summed over tokens
 
     @property
     def rows(self) -> float:
@@ -108,7 +108,7 @@ class TailShares:
 
     @property
     def merged(self) -> float:
-        """The probability that was merged, on average over tokens; at most this: a row is judged by the sum so far."""
+        """The probability that was merged, on average over tokens: an upper bound, as a row is judged by the sum so far."""
         return self.probability / self.tokens if self.tokens else 0.0
 
     def add(self, other: TailShares) -> None:

@@ -21,7 +21,7 @@ _groups: dict[str, dist.ProcessGroup] = {}  # by name: an op's arguments cannot 
 class VocabShard:
     """Rows start : start + rows of a vocabulary of `size`, owned by this rank of `group`; the other ranks own the rest.
 
-    Made once, by `of` or `even`; the calls of the head then need no further agreement on sizes.
+    Make it once, with `of` or `even`; then the calls of the head need not agree on sizes again.
     """
 
     start: int
@@ -31,9 +31,11 @@ class VocabShard:
 
     @classmethod
     def of(cls, rows: int, group: dist.ProcessGroup | None = None) -> VocabShard:
-        """From the number of rows that this rank owns, >= 1; ranks own consecutive rows, in rank order. Collective.
+        """From the number of rows that each rank owns; ranks own consecutive rows, in rank order. Collective.
 
-        group: None for all processes.
+        Args:
+            rows: of this rank, >= 1.
+            group: the ranks that share the vocabulary; None for all processes.
         """
         group = process_group(group)
         counts: list[int] = [0] * dist.get_world_size(group)
@@ -45,7 +47,7 @@ class VocabShard:
 
     @classmethod
     def even(cls, size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
-        """As torch.chunk and DTensor's Shard(0) cut it: ceil(size / ranks) rows each, the last ranks own fewer."""
+        """As torch.chunk and DTensor's Shard(0) split it: ceil(size / ranks) rows each, and fewer on the last ranks."""
         group = process_group(group)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         chunk = -(-size // ranks)
