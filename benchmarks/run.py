@@ -1,4 +1,4 @@
-"""Is ours right, how fast, how lean, how exact, against everybody else?
+"""Correctness, time, memory and error of our ops and of other implementations of the same loss.
 
 python benchmarks/run.py                      the real case, both sides, a few minutes on two cores
 python benchmarks/run.py --suite linear       the head from hidden and weight, all CPU shapes
@@ -46,7 +46,7 @@ SMALL = Settings(rounds=200, budget_s=15, sample_s=0.002, memory_from=2**22)
 STEPS = Settings(rounds=3, budget_s=8, guard_s=20)  # nine tables of whole models
 TRAINERS = Settings(rounds=5, budget_s=300, guard_s=90, memory_guard_s=90)
 SETTINGS = {"quick": QUICK, "small": SMALL, "prefix": STEPS, "trainer": TRAINERS}
-QUICK_LIMIT_S = 210  # what is under way then still ends: five minutes in all on two slow cores
+QUICK_LIMIT_S = 210  # what has begun by then is finished: five minutes in all on two slow cores
 NO_TRL = "trl is not installed, so LarPOTrainer has nothing to be compared with: pip install --no-deps trl==1.16.0"
 HERE = Path(__file__).resolve().parent
 console = Console(width=None if sys.stdout.isatty() else 190)

@@ -1,4 +1,4 @@
-"""Where and with what a result was measured: without it a number says nothing."""
+"""The machine, the versions and the commit that a result was measured with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One table: every provider of a problem checked against float64, timed once, its memory, then timed in turns."""
+"""Makes one table: each provider of a problem is checked against float64 and timed once, then memory, then all in turns."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_once(provider: Provider, problem: Problem, *, ready: bool = False, upstr
 def run_queued(provider: Provider, problem: Problem, calls: int, upstream) -> float:
     """Seconds of one of `calls` calls, forward and backward, none of which waits for the device.
 
-    On a CPU those of the process, which other work on the machine does not lengthen: with one thread they are the time."""
+    On a CPU it is CPU time, which other work on the machine does not lengthen; with one thread that is the time."""
     clock = time.process_time if problem.device.type == "cpu" else time.perf_counter
     inputs = [problem.fresh(copy=provider.overwrites_input) for _ in range(calls)]
     _wait(problem)
@@ -102,13 +102,13 @@ def measure(
     _check(entries, settings, progress)
     _time(entries, settings, progress, range(1))
     settings = replace(settings, memory=settings.memory and problem.describe()["gradient_bytes"] >= settings.memory_from)
-    if settings.memory:  # before the other rounds: a figure that is missing says less than one more sample
+    if settings.memory:  # before the other rounds: if time runs out, a sample is missed less than a figure
         _peaks(entries, problem, settings, progress)
     _time(entries, settings, progress, range(1, settings.rounds))
     if settings.sample_s and problem.device.type == "cuda":
         for entry in entries:
             entry.time_kernels()
-    if settings.memory and not settings.late:  # of a group whose fastest is another one by now
+    if settings.memory and not settings.late:  # of a group whose fastest formulation is another one after more rounds
         _peaks(entries, problem, settings, progress)
     for entry in entries:
         entry.provider.finish(entry.problem)
@@ -166,7 +166,7 @@ class Entry:
         return self._guarded(lambda: run_once(self.provider, self.problem, upstream=self.upstream))
 
     def sample(self, settings: Settings) -> float | None:
-        """Seconds of a call. How many make a sample is told by the first, which is one call."""
+        """Seconds of a call. The first sample is one call, and its time decides how many calls the others take."""
         if not settings.sample_s:
             done = self.run()
             return done and done[0]
@@ -175,7 +175,7 @@ class Entry:
         return self._guarded(lambda: run_queued(self.provider, self.problem, calls, self.upstream))
 
     def time_kernels(self) -> None:
-        """Their own time on a GPU, however long the host takes to launch them."""
+        """The time of the kernels alone on a GPU, however long the host takes to launch them."""
         if self.alive:
             inputs = self.problem.fresh(copy=self.provider.overwrites_input)
             self.row["kernel_seconds"] = self._guarded(
@@ -187,7 +187,7 @@ class Entry:
             return measured()
         except torch.OutOfMemoryError:
             self.row.update(status="out of memory")
-        except Exception as error:  # a peer's failure is a result, not the end of the run
+        except Exception as error:  # a failure of another library is a result, not the end of the run
             text = str(error).strip().splitlines() or [""]
             memory = "can't allocate memory" in str(error)
             self.row.update(
@@ -227,7 +227,7 @@ def _importance(entry: Entry) -> int:
 
 
 def _check(entries: list[Entry], settings: Settings, progress) -> None:
-    """Eager first, timed or not: its errors say what rounding costs anybody in this dtype. Then by importance."""
+    """Eager first, even where it is not timed: its errors show what rounding costs in this dtype. Then by importance."""
     eager = {}
     if entries and not any(entry.provider.name == "eager" for entry in entries):
         entries = [*_only_to_compare(entries[0]), *entries]

@@ -1,4 +1,4 @@
-"""One thing to measure: the tensors of a case, from which side they are entered, and which of them require grad."""
+"""One thing to measure: the tensors of a case, whether providers get logits or hidden states, and which require grad."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIDES = {
 MODES = {
     "train": "forward and backward to the logits",
     "trainable": "forward and backward to hidden and weight",
-    "frozen": "forward and backward to hidden; the weight wants no gradient",
+    "frozen": "forward and backward to hidden; the weight needs no gradient",
     "score": "forward only",
     "step": "forward and backward of a whole model, one list",
     "pairs": "a training step on lists of two candidates",

@@ -89,7 +89,7 @@ def trainer() -> list[Job]:
 
 
 def small() -> list[Job]:
-    """What a call costs beside its arithmetic, up to where arithmetic is all."""
+    """What a call costs beside its arithmetic, up to sizes where arithmetic takes nearly all the time."""
     sides = (("logits", ("train",)), ("linear", ("trainable",)))
     cases = [f"T{s * t}-H64-V{v}-m4-length{t}" for s, t, v in SMALL]
     return [Job(case, side, modes, "float32") for case in cases for side, modes in sides]

@@ -1,6 +1,6 @@
-"""What float64 says of a problem: log-probabilities, losses, gradients; and how far a provider is from them.
+"""Log-probabilities, losses and gradients of a problem in float64, and the errors of a provider against them.
 
-Written apart from larpo_kernels: only the list stage, which is a few numbers, comes from its specification.
+It does not use larpo_kernels: only the list stage, which is a few numbers, comes from its specification.
 The vocabulary is walked in blocks, so that no float64 tensor of all logits exists. Where float64 GEMMs would
 take minutes, gradients are compared on samples: d hidden of some tokens, d weight of some vocabulary rows.
 """

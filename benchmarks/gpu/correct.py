@@ -136,7 +136,7 @@ def _list_loss(objective: str) -> dict:
     given = {"list_sizes": 4, "objective": objective}
     out = lk.fused_listwise_loss(logits, labels, relevance, beta=BETA, backend=device.backend(), **given)
     (grad,) = torch.autograd.grad(3 * out.loss, logits)
-    few = slice(0, 4)  # the gradient of the first list; lists do not know of each other
+    few = slice(0, 4)  # the gradient of the first list; lists do not affect each other
     z, y = logits.detach().double(), labels.clamp(min=0)[..., None]
     logps = ((z.gather(-1, y) - z.logsumexp(-1, keepdim=True))[..., 0] * (labels != IGNORE)).sum(-1).requires_grad_()
     loss = lk.reference.listwise_loss(BETA * logps, relevance.double(), **given)
@@ -171,7 +171,7 @@ def big(context) -> Iterator[dict]:
 
 
 def _more(found: dict, elements: int) -> dict:
-    """Fails what is not big."""
+    """Fails a check whose matrix is not as large as it is meant to be."""
     return {**found, "ok": found["ok"] and elements > shapes().more_than, "elements": elements}
 
 
@@ -348,12 +348,12 @@ def _without_waiting(case) -> dict:
 
 
 def determinism(context) -> Iterator[dict]:
-    """Bitwise the same numbers in 100 runs, and for a list whatever stands beside it."""
+    """Bitwise the same numbers in 100 runs, and for a list whatever other lists are in the batch."""
     cases = {f"from logits, {o}": (lambda o=o: _from_logits(o, False)) for o in ("contrastive", "lambdarank", "listnet")}
     cases |= {f"from hidden, {s}": (lambda s=s: _from_hidden(s, True)) for s in (*TRAINING, "score_only")}
     for what, make in cases.items():
         yield guarded(f"{shapes().runs} runs, {what}", lambda m=make: _same_every_time(m()[1]))
-    yield guarded("a list alone and in company, from logits", _company)
+    yield guarded("a list alone and in a larger batch, from logits", _company)
 
 
 def _same_every_time(step) -> dict:

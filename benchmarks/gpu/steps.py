@@ -177,6 +177,6 @@ def write_rows(rows: Iterator[dict], file: Path, step: str, say: Callable[[str],
 
 
 def wait_to_go(stream) -> None:
-    """Ends the process if whoever started it ended without a word."""
+    """Waits for the line that lets the step begin; exits if the stream ends without it."""
     if stream.readline().strip() != GO:
         sys.exit("not told to go")

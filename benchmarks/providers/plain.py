@@ -1,4 +1,4 @@
-"""The list loss by the shortest plain code: what autograd and the arithmetic cost whoever writes a Function for it.
+"""The list loss by the shortest plain code: what autograd and the arithmetic cost in a hand-written Function.
 
 No checks, no options, one list size, float32, all logits at once.
 """

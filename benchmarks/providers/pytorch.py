@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from benchmarks.core.problem import IGNORE
 from benchmarks.providers.registry import list_loss, provider, scored, token_output
 
-PLAIN_GEMMS = {"score": 1, "frozen": 2, "trainable": 3}  # whoever keeps the logits
+PLAIN_GEMMS = {"score": 1, "frozen": 2, "trainable": 3}  # of a provider that keeps the logits
 
 
 def log_softmax_logps(logits, labels):

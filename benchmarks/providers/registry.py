@@ -1,8 +1,8 @@
-"""Who is measured: one entry a provider, registered by the modules beside this one.
+"""The list of providers: one entry for each implementation that is measured, registered by the modules beside this one.
 
 A provider's `forward` takes a Problem whose inputs want gradients and returns Output(value, logps). The
 harness calls backward on the value: plainly where it is one loss, with the list loss's gradient where it is one
-number a token. So everybody is asked for the same derivative.
+number a token. So every provider computes the same derivative.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Provider:
     computes: str = "list loss"  # one of truth.COMPUTES
     gemms: dict[str, int] | None = None  # mode -> hidden x weight sized products; linear side only
     devices: tuple[str, ...] = ("cpu", "cuda")
-    dtypes: tuple[torch.dtype, ...] | None = None  # where it is not for all
+    dtypes: tuple[torch.dtype, ...] | None = None  # None: all
     needs: str | None = None  # module that must be installed
     group: str | None = None  # formulations of one thing: the report shows the fastest under this name
     leaves_memory: bool = False  # what the first call leaves is not a call's own: compiled code, AdamW's moments
@@ -44,7 +44,7 @@ class Provider:
     small: bool = False  # measured in the suite of small calls only
     pairs_only: bool = False
     rounds_tokens: bool = False  # returns log-probs of tokens in the dtype of the inputs
-    merges: float = 0.0  # the error of gradients that is asked for, beside rounding
+    merges: float = 0.0  # the relative error of gradients that its settings allow, beyond rounding
     prepare: Callable[[Problem], Problem] = lambda problem: problem  # once, before all measuring
     finish: Callable[[Problem], None] = lambda problem: None  # once, after it
 
@@ -108,7 +108,7 @@ def _contrastive(scores: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 
 def token_output(token_logps: torch.Tensor, problem: Problem) -> Output:
-    """For those who stop at tokens: [S * T], 0 where ignored."""
+    """Of a provider that returns log-probs of tokens, [S * T], 0 where ignored."""
     token_logps = token_logps.view_as(problem.labels)
     return Output(token_logps, token_logps.detach().double().sum(-1))
 

@@ -72,7 +72,7 @@ def head_shape(row: dict) -> str:
 
 
 def small_calls(tables: list[dict]) -> list[list[str]]:
-    """Best of many and median of what a user calls, of eager and of a plain Function; ratios are of the best."""
+    """Best and median of the call a user makes, of eager and of a plain Function; ratios are of the best."""
     on_gpu = tables[0]["device"] == "cuda"
     times = [x for name in ("ours", "eager", "plain Function") for x in (f"{name}, best", "median")]
     names = ["candidates x tokens x V", "from", *times, "ours / eager", "ours / plain Function"]

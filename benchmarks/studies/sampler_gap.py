@@ -1,5 +1,5 @@
-"""How far log-likelihoods of the same tokens are apart where a sampler is not quite the trainer: what `logps_tolerance` of
-`larpo align` is to tell apart.
+"""How far a sampler's log-likelihoods are from the trainer's: for rounding, and for the errors that `logps_tolerance` of
+`larpo align` must tell from it.
 
     python -m benchmarks.studies.sampler_gap
 

@@ -433,7 +433,9 @@ def test_an_overwriting_provider_gets_its_own_copy_and_its_gradient_is_not_copie
 
 
 def test_a_star_puts_all_cases_of_a_mode_in_one_table_a_row_for_each_of_our_schedules():
-    provider = lambda name, seconds, peak, **changes: row(name, [seconds], peak_bytes=peak * 10**6, gemms=3, **changes)  # noqa: E731
+    def provider(name, seconds, peak, **changes):
+        return row(name, [seconds], peak_bytes=peak * 10**6, gemms=3, **changes)
+
     first = made_table(
         provider("eager", 4.0, 700),
         provider("ours list_hold (torch)", 2.0, 300),

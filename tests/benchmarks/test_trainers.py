@@ -1,6 +1,7 @@
 """The trainer suite measures what it says: whole steps of both trainers, in turns, against the loss in float64."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ for package in ("transformers", "accelerate", "datasets", "typer"):
 from benchmarks.core import kinds
 from benchmarks.core.measure import Settings, all_providers, measure
 from benchmarks.providers import trainers
-from benchmarks.providers.registry import Provider
 from benchmarks.providers.trainers import TrainerStep
 from benchmarks.reporting import tables
 from larpo import offline
@@ -25,8 +25,11 @@ def small(monkeypatch):
     """A tiny model on random words in place of SmolLM2 on film reviews."""
     draw = torch.Generator().manual_seed(0)
     texts = [" ".join(tiny.WORDS[i] for i in torch.randint(len(tiny.WORDS), (WORDS,), generator=draw)) for _ in range(8)]
-    model = lambda dtype, progress: (tiny.causal_lm(max_position_embeddings=512), tiny.tokenizer())  # noqa: E731
-    monkeypatch.setattr(offline, "load_smollm2", model)
+
+    def load(dtype, progress):
+        return tiny.causal_lm(max_position_embeddings=512), tiny.tokenizer()
+
+    monkeypatch.setattr(offline, "load_smollm2", load)
     monkeypatch.setattr(offline, "imdb_reviews", lambda: (texts, []))
     monkeypatch.setattr(trainers, "REFERENCE_NOISE", 0.2)
 
@@ -48,9 +51,11 @@ def test_a_list_costs_one_loss_whoever_trains_on_it(small):
 
 def test_another_loss_is_flagged_and_not_timed(small):
     def doubled(providers):
-        ours = providers[0]
-        off = lambda step: (out := ours.forward(step))._replace(value=2 * out.value)  # noqa: E731
-        return [Provider("doubled", "trainer", off, ours.modes, ours.computes, prepare=ours.prepare, finish=ours.finish)]
+        def forward(step):
+            out = providers[0].forward(step)
+            return out._replace(value=2 * out.value)
+
+        return [replace(providers[0], name="doubled", forward=forward)]
 
     (row,) = _table("L2-m2", doubled)["rows"]
     assert row["status"] == "WRONG" and re.match("loss .* > ", row["message"]) and not row["seconds"]
@@ -61,7 +66,7 @@ def test_a_trainer_that_fails_is_a_row_that_says_so(small):
         def prepare(step):
             raise RuntimeError("no such model")
 
-        return [Provider("fails", "trainer", providers[0].forward, ("pairs",), prepare=prepare, finish=TrainerStep.finish)]
+        return [replace(providers[0], prepare=prepare)]
 
     (row,) = _table("L2-m2", failing)["rows"]
     assert (row["status"], row["message"]) == ("error", "RuntimeError: no such model")
