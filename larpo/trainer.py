@@ -356,8 +356,8 @@ class LarPOTrainer(Trainer):
         """As transformers.Trainer.predict, with a row for each list in the order of the data.
 
         Returns:
-            Its `predictions` are `ListPredictions` (scores, logps), its `label_ids` the relevance: arrays [lists, most
-                candidates], with NaN behind the last candidate of a shorter list.
+            A PredictionOutput. Its `predictions` are `ListPredictions` (scores, logps) and its `label_ids` the relevance, as
+                arrays [lists, most candidates] with NaN behind the last candidate of a shorter list.
         """
         return super().predict(*args, **kwargs)
 
