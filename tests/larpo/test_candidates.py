@@ -207,10 +207,10 @@ def test_subset_errors():
 def test_lists_without_an_order_are_parted_not_lost(lists):
     parts = c.drop_uninformative(lists)
     assert Counter(map(repr, [*parts.kept, *parts.tied, *parts.short])) == Counter(map(repr, lists))
-    scores = lambda one: [x.score for x in one.candidates if x.score is not None]  # noqa: E731
-    assert all(len(set(scores(one))) > 1 for one in parts.kept)
-    assert all(len(scores(one)) > 1 and len(set(scores(one))) == 1 for one in parts.tied)
-    assert all(len(scores(one)) < 2 for one in parts.short)
+    kept, tied, short = ([[x.score for x in one.candidates if x.score is not None] for one in part] for part in parts)
+    assert all(len(set(scores)) > 1 for scores in kept)
+    assert all(len(scores) > 1 and len(set(scores)) == 1 for scores in tied)
+    assert all(len(scores) < 2 for scores in short)
 
 
 # --- negatives

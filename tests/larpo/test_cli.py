@@ -133,6 +133,13 @@ def trained(path, folder, **settings):
     return load_file(path / "out" / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def begun(folder, tmp_path_factory):
+    """The folder of a run of one step, and the weights that it saved."""
+    path = tmp_path_factory.mktemp("begun")
+    return path, trained(path, folder, max_steps=1)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -144,15 +151,18 @@ def trained(path, folder, **settings):
         ({"peft": {"r": 2, "target_modules": ["q_proj"]}, "resume": False}, "peft was None and is {'r': 2"),
     ],
 )
-def test_a_folder_with_checkpoints_of_another_run_is_refused_and_what_differs_named(tmp_path, folder, change, said):
+def test_a_folder_with_checkpoints_of_another_run_is_refused_and_what_differs_named(tmp_path, folder, begun, change, said):
     tiny.causal_lm(seed=5).save_pretrained(tmp_path / "other")
     tiny.tokenizer().save_pretrained(tmp_path / "other")
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(7, m=None, seed=4))))
     change = {name: str(tmp_path / value) if str(value).startswith("other") else value for name, value in change.items()}
-    before = trained(tmp_path, folder, max_steps=1)
     with pytest.raises(ValueError, match=f"out' has checkpoints of another run: {said}"):
-        trained(tmp_path, folder, max_steps=1, **change)
-    again = trained(tmp_path, folder, max_steps=1, logging_steps=2, share_prefix=True)  # the same run, told otherwise
+        trained(begun[0], folder, max_steps=1, **change)
+
+
+def test_the_same_run_told_otherwise_goes_on(folder, begun):
+    path, before = begun
+    again = trained(path, folder, max_steps=1, logging_steps=2, share_prefix=True)
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 

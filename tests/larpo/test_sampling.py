@@ -182,7 +182,9 @@ def test_tokens_are_named_and_must_be_there():
 
 
 def test_prompt_tokens_are_the_prompts_own_with_special_tokens_or_the_template():
-    names = lambda ids: [WORDS[i] for i in ids]  # noqa: E731
+    def names(ids):
+        return [WORDS[i] for i in ids]
+
     assert names(prompt_tokens(tiny_tokenizer(bos=True), "a b")) == ["<bos>", "a", "b"]
     messages = [{"role": "user", "content": "a b"}]
     assert names(prompt_tokens(tiny_tokenizer(bos=True), messages)) == ["<user>", "a", "b", "<eos>", "<assistant>"]

@@ -42,7 +42,10 @@ def murmur64_by_hand(data, seed):
 def murmur32_by_hand(data, seed):
     """MurmurHash3_x86_32 of whole 4-byte blocks."""
     mask, h = 2**32 - 1, seed
-    turn = lambda x, r: (x << r | x >> 32 - r) & mask  # noqa: E731
+
+    def turn(x, r):
+        return (x << r | x >> 32 - r) & mask
+
     for (k,) in struct.iter_unpack("<I", data):
         h = turn(h ^ turn(k * 0xCC9E2D51 & mask, 15) * 0x1B873593 & mask, 13) * 5 + 0xE6546B64 & mask
     h ^= len(data)
