@@ -49,8 +49,9 @@ def graded_lists(list_sizes, seed=0, dtype=torch.float64):
     return scores.to(dtype), relevance.to(dtype)
 
 
-@pytest.fixture(params=OBJECTIVES)
+@pytest.fixture(params=[name for name in OBJECTIVES if name not in ("lambdarank_dcg_k", "lambdarank_dcg2_k", "listnet_cold")])
 def name(request):
+    """Each objective once; cut-offs and temperatures are compared with the loops."""
     return request.param
 
 
@@ -261,7 +262,11 @@ def test_an_int_a_sequence_and_a_tensor_of_sizes_mean_the_same(backend, device):
 
 @pytest.mark.parametrize(  # of tie rules "mean" the loop visits all m! orders; lists of other sizes side by side, below
     ("name", "m"),
-    [*((name, m) for name in OBJECTIVES for m in (1, 3, 64)), *((name, m) for name in TIES for m in (1, 5))],
+    [
+        *((name, m) for name in OBJECTIVES for m in (1, 3)),
+        *((name, m) for name in TIES for m in (1, 5)),
+        *((name, 64) for name in ("listmle", "lambdarank_dcg")),  # one row of tiles, without an entry to mask
+    ],
 )
 def test_every_objective_matches_its_loop_at_every_list_size(backend, device, name, m):
     scores, relevance = graded_lists([m, m], seed=m)
@@ -581,7 +586,7 @@ def test_pairs_formed_in_blocks_are_the_pairs_formed_at_once(name, monkeypatch):
     assert all(torch.equal(torch.cat(x), y) for x, y in zip(zip(*alone, strict=True), together, strict=True))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*PLAIN, "listnet", "pairwise_mean", "listmle_efron"])
 def test_a_lost_answer_leaves_the_bits_of_other_lists_alone(backend, device, name):
     scores, relevance = (x.float().to(device) for x in graded_lists([4, 4, 4], seed=1))
 
@@ -758,18 +763,15 @@ def test_gradient_of_two_answers_without_probability(gradient_of):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_objective_stays_a_number_beside_lost_answers(backend, device, name):
-    objective = EVERY[name]
-    for scores in LOST.values():
-        for relevance in ([3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]):
-            g = torch.tensor(scores, device=device, requires_grad=True)
-            r = torch.tensor(relevance, device=device)
-            loss = lk.listwise_loss(g, r, list_sizes=4, objective=objective, backend=backend)
-            assert loss >= 0  # which NaN is not
-            assert torch.autograd.grad(loss, g)[0].isfinite().all()
-            truth = lk.reference.listwise_loss(
-                torch.tensor(scores).double(), torch.tensor(relevance), list_sizes=4, objective=objective
-            )
-            assert loss.item() == pytest.approx(truth.item(), abs=1e-7)
+    relevances = [3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]
+    lists = [(scores, relevance) for scores in LOST.values() for relevance in relevances]
+    scores, relevance = (torch.tensor(x, device=device).flatten() for x in zip(*lists, strict=True))
+    options = dict(list_sizes=4, objective=EVERY[name], reduction="none")
+    loss = lk.listwise_loss(scores.requires_grad_(), relevance, backend=backend, **options)
+    assert (loss >= 0).all()  # which NaN is not
+    assert torch.autograd.grad(loss.sum(), scores)[0].isfinite().all()
+    truth = lk.reference.listwise_loss(scores.detach().double(), relevance, **options)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-7)
 
 
 def test_a_score_of_nan_is_not_taken_for_a_lost_answer(loss_of, name):
