@@ -36,9 +36,10 @@ from larpo.modeling.policy import detach
 from larpo.retrieval import kl_estimate
 from larpo.sampling import TransformersSampler
 from larpo.training.metrics import list_metrics
+from larpo_kernels.objectives import implicit_rewards
 
 from .harness import report
-from .harness.lists import best, ideal_dcg, implicit_rewards, pairs
+from .harness.lists import best, ideal_dcg, pairs
 from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .harness.trainer import Loss, counts_in_words, logps_of, train
 from .tasks import naming

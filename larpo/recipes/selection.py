@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 import larpo_kernels as lk
+from larpo_kernels.objectives import implicit_rewards
 
 from .harness import last_layers, report
-from .harness.lists import implicit_rewards
 from .harness.reader import Reader
 from .harness.recipe import Arm, Columns, Row, commands
 from .tasks import questions, reading

@@ -1,5 +1,6 @@
 """Hidden states, heads and labels to test the linear ops on, and what eager PyTorch and float64 make of them."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -64,7 +65,7 @@ def make_head(
     About a quarter of the tokens is ignored, unless labels are given. Columns of -inf come from the bias.
     """
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, dtype=torch.float64, generator=generator)  # noqa: E731
+    draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
     if labels is None:
         labels = torch.randint(0, vocabulary, shape, generator=generator)
         if regime == "minus_infinity_columns":

@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 
-def implicit_rewards(logps: Tensor, ref_logps: Tensor | None, beta: float) -> Tensor:
-    """s = beta (l - l_ref), [S]; without a reference beta l."""
-    return beta * (logps if ref_logps is None else logps - ref_logps)
-
-
 def owners(list_sizes: Tensor) -> Tensor:
     """[S] int64: the list that each candidate belongs to."""
     return torch.arange(len(list_sizes), device=list_sizes.device).repeat_interleave(list_sizes)
