@@ -144,7 +144,7 @@ def _tables(todo, device, globs, settings, limit, *, small):
                     problem, say = kinds.problem(case, job.side, mode), _teller(bar, tables, job, mode)
                     say("float64")
                     truth = truth or kinds.truth(problem)
-                    chosen = all_providers(job.side, mode, globs, small=small)
+                    chosen = all_providers(job.side, problem.mode, globs, small=small)
                     done += 1
                     share = None if limit is None else start + limit * done / count
                     table = measure(problem, chosen, truth, replace(settings, deadline=share), say)

@@ -218,11 +218,3 @@ def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def plain(table: dict, names: list[str] | None = None) -> str:
-    """The table for a terminal without rich; names: a choice of columns."""
-    names = columns(table) if names is None else [name for name in names if name in columns(table)]
-    rows = [row for row in shown(table) if row["status"] != "not run"]
-    body = aligned([names, *([cells(table, row)[name] for name in names] for row in rows)])
-    return "\n".join([heading(table), body, *remarks(table)])
