@@ -30,6 +30,8 @@ TESTS = (  # of the kernels, by importance
     "fused_linear_listwise_loss",
     "fused_listwise_loss",
     "objectives",
+    "ties",
+    "extreme_lists",
     "sequence_logps",
     "extreme_logits",
     "row_blocks",

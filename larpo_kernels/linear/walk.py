@@ -135,7 +135,7 @@ def forward(
         _form_block(tiles, block, rows, acc)
         of_block, total_of_block = tiles.finish()
         found = (*of_block, total_of_block, tiles.shift, tiles.shift_correction)
-        for whole, part in zip((*results, *saved[: len(found) - len(results)]), found, strict=True):
+        for whole, part in zip((*results, saved.total, saved.shift, saved.shift_correction), found, strict=True):
             if whole is not None:
                 whole[t0:t1] = part
         at_target = tiles.at_target(of_block.logps, total_of_block)
