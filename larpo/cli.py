@@ -43,24 +43,15 @@ def _show_settings(kinds: Sequence[type], without: Sequence[type] = ()) -> None:
     Console().print(table)
 
 
-class ScoreCommand(TyperCommand):
-    """Its --help lists the settings as well."""
-
-    def format_help(self, *where) -> None:
-        from .commands import ScoreJob
-
-        super().format_help(*where)
-        _show_settings([ScoreJob])
-
-
-class AlignCommand(TyperCommand):
-    """Its --help lists the settings as well."""
+class WithSettings(TyperCommand):
+    """A command whose --help lists its settings as well: they are the fields of a dataclass, and no options of typer."""
 
     def format_help(self, *where) -> None:
         from .align import AlignConfig
+        from .commands import ScoreJob
 
         super().format_help(*where)
-        _show_settings([AlignConfig])
+        _show_settings([{"align": AlignConfig, "score": ScoreJob}[self.name]])
 
 
 @app.command(context_settings=FORWARDED)
@@ -103,7 +94,7 @@ def data(
     commands.show_summaries(summaries, html=html, json_to=json)
 
 
-@app.command(cls=AlignCommand, context_settings=FORWARDED)
+@app.command(cls=WithSettings, context_settings=FORWARDED)
 def align(
     context: typer.Context,
     config: Config = None,
@@ -168,7 +159,7 @@ def settings(everything: Annotated[bool, typer.Option("--all", help="TrainingArg
     _show_settings((TrainJob, LarPOConfig), without=() if everything else (TrainingArguments,))
 
 
-@app.command(cls=ScoreCommand, context_settings=FORWARDED)
+@app.command(cls=WithSettings, context_settings=FORWARDED)
 def score(context: typer.Context, config: Config = None) -> None:
     """Write the log-likelihood and implicit reward of every candidate in a file of lists.
 
