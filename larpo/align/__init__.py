@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import config as _config
 from .config import AlignConfig, load_config
 
 if TYPE_CHECKING:
@@ -34,13 +35,17 @@ class CallableModule(ModuleType):
     """`larpo.align(...)`, which is short for `larpo.align.run(...)`.
 
     A function `larpo.align` would be replaced by this package as soon as anything imports from it. So the package itself can be
-    called, in the way that Python's data model has for it; `larpo/__init__.py` tells type checkers.
+    called, in the way that Python's data model has for it. Type checkers see this class, which `larpo/__init__.py` names.
     """
 
-    AlignConfig = AlignConfig
-    load_config = staticmethod(load_config)
-    run = staticmethod(run)
-    __call__ = staticmethod(run)
+    AlignConfig = _config.AlignConfig
+    load_config = staticmethod(_config.load_config)
+
+    def __call__(self, config: _config.AlignConfig | None = None, *, progress: bool = True, **settings: Any) -> Result:
+        """Runs the loop of a config, or of its settings given by name; see `larpo.align.loop.run`."""
+        return run(config, progress=progress, **settings)
+
+    run = __call__
 
 
 sys.modules[__name__].__class__ = CallableModule
