@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,24 +151,11 @@ def score_lists(
         TOKEN_HASHES: [token_hashes(row) for row in tokenised],
     }
 
-    def under(model: nn.Module, name: str, kept: Parts | None) -> list[list[float]]:
-        device = next(model.parameters()).device
-        score = partial(candidate_logps, model, collator=collator, batch_size=batch_size, device=device)
-
-        def work(rows: list[int]) -> dict[int, list[float]]:
-            return {rows[i]: logps for i, logps in score(tokenised.select(rows), progress=False).items()}
-
-        with attached(model, Policy(model, alone=True)):
-            if kept is None:
-                found = score(tokenised, description=name, progress=progress)
-            else:
-                found = kept.results(name, longest_first(tokenised), work, unit="list", progress=progress)
-        return [found[i] for i in range(len(tokenised))]
-
+    logps_under = _Passes(tokenised, collator, batch_size, progress).logps
     with nullcontext() if parts is None else _parts(parts, record, columns[TOKEN_HASHES], batch_size) as kept:
-        columns["logps"] = under(model, "logps", kept)
+        columns["logps"] = logps_under(model, "logps", kept)
         if ref_model is not None:
-            columns["ref_logps"] = under(ref_model, "ref_logps", kept)
+            columns["ref_logps"] = logps_under(ref_model, "ref_logps", kept)
     if ref_model is not None:
         columns["implicit_rewards"] = [
             [beta * (a - b) for a, b in zip(*row, strict=True)]
@@ -179,6 +167,32 @@ def score_lists(
         if name in columns:
             lists = (lists.remove_columns(name) if name in lists.column_names else lists).add_column(name, columns[name])
     return lists
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Passes over the same lists, each with another model."""
+
+    tokenised: Dataset
+    collator: ListCollator
+    batch_size: int
+    progress: bool
+
+    def logps(self, model: nn.Module, column: str, kept: Parts | None) -> list[list[float]]:
+        """Log-likelihoods of all candidates, a list per row; those that are in the kept parts are not computed again."""
+        device = next(model.parameters()).device
+        score = partial(candidate_logps, model, collator=self.collator, batch_size=self.batch_size, device=device)
+
+        def of_rows(rows: list[int]) -> dict[int, list[float]]:
+            return {rows[i]: logps for i, logps in score(self.tokenised.select(rows), progress=False).items()}
+
+        with attached(model, Policy(model, alone=True)):
+            if kept is None:
+                found = score(self.tokenised, description=column, progress=self.progress)
+            else:
+                order = longest_first(self.tokenised)
+                found = kept.results(column, order, of_rows, unit="list", progress=self.progress)
+        return [found[i] for i in range(len(self.tokenised))]
 
 
 def _parts(folder: Path, record: str, hashes: list[list[str]], batch_size: int) -> AbstractContextManager[Parts]:
