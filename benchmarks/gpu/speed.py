@@ -221,43 +221,45 @@ def case(context, name: str, side: str, mode: str) -> Iterator[dict]:
     """Ours, eager and floors, then torch.compile, as benchmarks/run.py measures them: a row is a table."""
     problem = _problem(name, side, mode)
     truth = Truth(problem)
-    yield _measured(problem, [f"ours*({device.backend()})*", *EVERYBODYS], truth)
+    yield _measured(problem, truth, [f"ours*({device.backend()})*", *EVERYBODYS])
     if not device.dry():
-        yield _measured(problem, _in_turns_with("torch.compile cross_entropy", mode), truth)
+        yield _in_turns(problem, truth, "torch.compile cross_entropy")
 
 
 def peer(context, name: str, sides: tuple[tuple[str, str], ...]) -> Iterator[dict]:
     for side, mode in sides:
         problem = _problem(shapes().peer_case, side, mode)
-        yield _measured(problem, _in_turns_with(name, mode), Truth(problem))
+        yield _in_turns(problem, Truth(problem), name)
         device.release()
 
 
-def _in_turns_with(name: str, mode: str) -> list[str]:
-    """One of the others, and whom it is compared with."""
-    return [name, "eager", COMPARED[mode].format(device.backend())]
+def _in_turns(problem: Problem, truth: Truth, name: str) -> dict:
+    """One of the others, eager and ours."""
+    return _measured(problem, truth, [name, "eager", COMPARED[problem.mode].format(device.backend())], turns_with=name)
 
 
 def _problem(name: str, side: str, mode: str) -> Problem:
     return Problem.from_case(cases.build(name, torch.bfloat16, device.name(), 0), side, mode)
 
 
-def _measured(problem: Problem, names: list[str], truth: Truth) -> dict:
+def _measured(problem: Problem, truth: Truth, names: list[str], turns_with: str | None = None) -> dict:
     settings = Settings(rounds=9, budget_s=3.0, guard_s=3.0, memory=not device.dry())
     found = measure(problem, all_providers(problem.side, problem.mode, names), truth, settings)
-    return _row_of(found, auto_plan(problem))
+    return _row_of(found, auto_plan(problem), turns_with)
 
 
-def _row_of(table: dict, plan: str | None) -> dict:
-    """A table as a step's result: it fails if ours is wrong; what befell others stands in the table."""
-    wrong = [f"{r['provider']} {r['status']} {r['message']}" for r in table["rows"] if _is_our_failure(r)]
+def _row_of(table: dict, plan: str | None, turns_with: str | None = None) -> dict:
+    """A table as a step's result: it fails if ours is wrong; the failures of others are in the table.
+
+    turns_with: another library. After an error of its kernels all that runs on the device raises, ours too.
+    """
+    broken = any(row["provider"] == turns_with and row["status"] == "error" for row in table["rows"])
+    failures = ("WRONG",) if broken else ("WRONG", "error")
+    ours = [row for row in table["rows"] if row["provider"].startswith("ours")]
+    wrong = [f"{row['provider']} {row['status']} {row['message']}" for row in ours if row["status"] in failures]
     what = f"{table['side']} {table['mode']} {table['case']}"
     failed = {"error": "; ".join(wrong)} if wrong else {}
     return {"what": what, "ok": not wrong, **failed, "table": {**table, "plan": plan, "small": False}}
-
-
-def _is_our_failure(row: dict) -> bool:
-    return row["provider"].startswith("ours") and row["status"] in ("WRONG", "error")
 
 
 def model(context) -> Iterator[dict]:

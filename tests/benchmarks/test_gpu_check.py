@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, limits, report, tune
-from benchmarks.gpu import device, plan, steps
+from benchmarks.gpu import device, plan, speed, steps
 from benchmarks.gpu.plan import Planned
 from benchmarks.gpu.steps import Step
 from benchmarks.reporting import gpu_run
@@ -281,6 +281,14 @@ def test_tables_are_recorded_as_the_report_reads_them_and_others_are_compared_in
     lines = {line.split("  ")[1]: line.split() for line in gpu_run.summary([case, turns]).splitlines() if line.startswith("  ")}
     assert lines["ours (triton)"][2:5] == ["1", "ms", "0.25"]
     assert lines["a peer"][2:6] == ["6", "ms", "1.20", "3.00"]  # 6 to 5 and to 2, not to 4 and to 1
+
+
+def test_a_step_fails_by_ours_and_not_by_what_another_library_left_behind():
+    ours, peer = row("ours (triton)", [1e-3]), row("a peer", [], status="error", message="illegal address")
+    raised, off = ({**ours, "status": status, "message": "text"} for status in ("error", "WRONG"))
+    found = [speed._row_of(made_table(*rows), None, "a peer") for rows in ([ours, peer], [raised, peer], [off, peer], [raised])]
+    assert [x["ok"] for x in found] == [True, True, False, False]
+    assert found[2]["error"] == "ours (triton) WRONG text"
 
 
 def test_plots_show_what_was_measured(tmp_path):
