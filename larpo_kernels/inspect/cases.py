@@ -160,7 +160,7 @@ KERNELS = (
     Kernel(
         "scale_rows",
         scale_rows,
-        {"plain": {}, "d-hidden": {"widened": True, "targets": True}, "one-pass": {"widened": True}},
+        {"plain": {}, "d-hidden": {"widened": True, "targets": True}, "fused-hidden-grad": {"widened": True}},
         TILE_DTYPES,
         misaligned=True,
     ),

@@ -1,11 +1,11 @@
 """The list side: token log-probs -> candidates and their scores, one program per candidate -> loss of each list and its
 gradient, one program per list.
 
-A list of m candidates is visited in tiles of I x J pairs, so any m works and nothing of size m x m exists. Orders are
-ranks counted by comparison, never sorted: candidate i stands before j if its value is larger, or equal and earlier in
-the input; where TIES is "mean" or "skip", equal values share the first of their ranks and several candidates may be best
-or worst. No atomics, fixed order of every sum. Of what a program writes it reads only `work` again, its own list's part,
-behind the barrier between the two phases; borders that overlap would share it, and these lists are NaN altogether.
+A list of m candidates is visited in tiles of I x J pairs, so any m works and nothing of size m x m exists. Nothing is
+sorted: ranks are counted by comparison. Candidate i stands before j if its value is larger, or equal and earlier in the
+input; where TIES is "mean" or "skip", equal values share the first of their ranks and several candidates may be best or
+worst. There are no atomics, and sums have a fixed order. A program reads back only what it wrote to `work` for its own list,
+after the barrier between the two phases; lists with overlapping borders would share that part, but their loss is NaN anyway.
 """
 
 import triton
@@ -21,7 +21,7 @@ def segment(cu_ptr, size, i, segments, n):
     """-> the items of segment i, start:stop, and whether its borders are wrong: not in order, or not from 0 to n over all.
     Without borders every segment has `size` items.
 
-    Borders are data: none may lead outside, whatever it says.
+    Borders may hold anything: they are clamped, so that no read leaves the buffer.
     """
     if cu_ptr is None:
         start = i.to(tl.int64) * size
@@ -328,7 +328,7 @@ def list_losses(
     loss_ptr,  # [L] float32
     share_ptr,  # [S] float32: dL/dl of each token of the candidate, NaN where its borders are wrong
     c_ptr,  # [S] float32: d loss / d l of each token of the candidate
-    work_ptr,  # [3, S] float32, this program's own between its phases
+    work_ptr,  # [3, S] float32, what the first phase leaves for the second
     S,
     list_size,
     beta,

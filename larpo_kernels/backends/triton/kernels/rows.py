@@ -4,9 +4,9 @@ A row is one token's V logits. With k the target's logit, E = exp(z - k) without
 
     l = -log1p(s)          d l / dz = -exp(z - k + l), 1 - exp(l) at the target
 
-One exp per element and no running maximum. Where s gets large, a target far below others, the row (a scalar test, so a
-whole program takes the branch) is read again relative to its maximum: s may overflow, and z - k + l is small only in theory
-where k is a mask's -1e9.
+One exp per element and no running maximum. Where s gets large, with a target far below others, the row is read again
+relative to its maximum (the test is a scalar, so a whole program takes the branch): s may overflow, and z - k + l would lose
+all its digits where k is a mask's -1e9.
 """
 
 import triton
@@ -31,8 +31,8 @@ def read_logits(ptr, at, mask, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.
     return z, slope
 
 
-# A row must come out the same whatever stands beside it. Of one token T would be a constant, 0 the offset of its row, and
-# wider loads than else add up in another order.
+# A row's result must not depend on the batch. For a single token Triton would make T a constant and the row's offset 0; the
+# loads would be wider, and the sums in another order.
 as_one_of_many = triton.jit(do_not_specialize=["T"])
 
 
@@ -70,7 +70,7 @@ def span_sums(
         cols = v + tl.arange(0, BLOCK)
         x, _slope = read_logits(row_ptr, cols, cols < stop, scale, softcap, SCALE, SOFTCAP)
         x -= k
-        if (label >= v) & (label < v + BLOCK):  # one block of many: the others spare every element a comparison
+        if (label >= v) & (label < v + BLOCK):  # only one block holds the label: the others need no comparison per element
             x = tl.where(cols == label, -float("inf"), x)
         e = tl.exp2(x * LOG2E)
         total += e
@@ -125,7 +125,7 @@ def token_logps_forward(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
-    SPLITS: tl.constexpr,  # parts of a row; above 1 their sums are left for merge_splits, whoever takes which
+    SPLITS: tl.constexpr,  # parts of a row; above 1 their sums are left for merge_splits, whichever program computes them
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -138,7 +138,7 @@ def token_logps_forward(
         return
     valid = (label >= 0) & (label < V)
     k, _ = read_logits(row_ptr, label, valid, scale, softcap, SCALE, SOFTCAP)  # -inf for a label out of range
-    k = tl.where(k == float("inf"), float("nan"), k)  # as infinity less itself: not a certain token
+    k = tl.where(k == float("inf"), float("nan"), k)  # as infinity minus infinity: not a certain token
     if SPLITS == 1:
         sum_e, sum_ex, top, shift = span_sums(row_ptr, label, k, 0, V, scale, softcap, SCALE, SOFTCAP, STATS, BLOCK)
         store_row(logps_ptr, entropy_ptr, top1_ptr, row, valid, k, shift, sum_e, sum_ex, top, STATS)
@@ -201,7 +201,7 @@ def merge_splits(
     row = tl.program_id(0).to(tl.int64)
     part = partial_ptr + row * 5 * SPLITS
     at = part + tl.arange(0, SPLITS)
-    sums = tl.load(at)  # of a row that may be ignored: the loads shall not wait for its label
+    sums = tl.load(at)  # also of ignored rows: so the loads need not wait for the label
     shifts = tl.load(at + SPLITS)
     k = tl.load(part + 2 * SPLITS)
     s, t = row // T, row % T
@@ -293,7 +293,7 @@ def token_logps_backward(
     c = tl.load(grad_ptr + s * grad_stride_s + t * grad_stride_t).to(tl.float32)
     k, _ = read_logits(row_ptr, label, (label >= 0) & (label < V), scale, softcap, SCALE, SOFTCAP)
     at_target = c * one_minus_exp(l)
-    if WHOLE:  # noqa: SIM102  a constant, and a number
+    if WHOLE:  # noqa: SIM102  a constant; the next test is of a value
         if l < UNLIKELY_LOGP:  # then the largest logit is a better k, and l its log-prob
             k, l = largest_instead(row_ptr, V, scale, softcap, SCALE, SOFTCAP, BLOCK)
     if SCALE:

@@ -52,7 +52,7 @@ def read_tile(
         if SOFTCAP:
             bent, slope = tanh(x / softcap)
             x = softcap * bent
-        x = tl.where(z == -float("inf"), z, x)  # whatever the cap, or the sign of the scale
+        x = tl.where(z == -float("inf"), z, x)  # a masked logit stays -inf under any cap or scale
     x -= base[None, :]
     return x, slope
 
@@ -127,7 +127,7 @@ def exp_tile(
     span = tl.program_id(1)
     real = t < tokens
     correction = tl.load(correction_ptr + t, mask=real, other=0.0)
-    base = correction  # one number: of a shift of -1e9 and a correction that makes up for it, 0 is left
+    base = correction  # added first: a shift of -1e9 and a correction of 1e9 cancel exactly
     if not SHIFTED:
         base += tl.load(shift_ptr + t, mask=real, other=0.0)
     total = tl.zeros([R, T], tl.float32)  # summed over rows at the end: a thread's own are all in its registers
