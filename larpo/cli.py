@@ -58,9 +58,9 @@ class WithSettings(TyperCommand):
 def train(context: typer.Context, config: Config = None) -> None:
     """Train on a file of ranked candidate lists.
 
-    Every setting can stand in the file or be a flag: model, train_data, eval_data, ref_model, peft, and all of LarPOConfig
-    and transformers.TrainingArguments (`larpo settings` lists them). A run that was killed goes on where it was; a folder
-    with checkpoints of another run is refused, and the settings that differ are named.
+    Every setting can be in the file or a flag: model, train_data, eval_data, ref_model, peft, and all of LarPOConfig and
+    transformers.TrainingArguments (`larpo settings` lists them). A run that was killed continues; a folder with
+    checkpoints of another run is refused, naming the settings that differ.
     """
     from . import commands
 
@@ -75,16 +75,16 @@ def train(context: typer.Context, config: Config = None) -> None:
 def data(
     context: typer.Context,
     source: Annotated[Text, typer.Argument(metavar="FILE_OR_NAME", help="Data, or the larpo-data.json of a run.")] = None,
-    model: Annotated[Text, typer.Option(help="Whose tokenizer counts the tokens.")] = None,
+    model: Annotated[Text, typer.Option(help="The model whose tokenizer counts the tokens.")] = None,
     config: Config = None,
     limit: Annotated[int | None, typer.Option(help="Tokenise and describe only the first so many lists.")] = None,
     html: Annotated[Text, typer.Option(help="Write a page with plots here.")] = None,
-    json: Annotated[Text, typer.Option(help="Write the facts here; - is standard output, in place of the tables.")] = None,
+    json: Annotated[Text, typer.Option(help="Write the facts here; - for standard output, instead of the tables.")] = None,
 ) -> None:
     """Show what a training run would see of its data, before it is trained on.
 
     Takes every setting of `larpo train` (--max_length 2048, --columns, --form, --train_split ...; `larpo settings` lists them),
-    from a run's file too: `larpo data --config train.yaml` is of that run's train_data.
+    also from the file of a run: `larpo data --config train.yaml` describes its train_data.
     """
     from . import commands
 
@@ -98,12 +98,11 @@ def data(
 def align(
     context: typer.Context,
     config: Config = None,
-    status: Annotated[Path | None, typer.Option(help="Only say where the run in this folder stands.")] = None,
+    status: Annotated[Path | None, typer.Option(help="Only show where the run in this folder is.")] = None,
 ) -> None:
     """Run the whole loop: sample, score, build lists, train, evaluate, and again.
 
-    Every setting below can stand in the file or be a flag (--iterations 5, --training.beta 0.05). A run that was killed goes on
-    where it was.
+    Every setting below can be in the file or a flag (--iterations 5, --training.beta 0.05). A run that was killed continues.
     """
     if status is not None:
         from .align.status import status as where
@@ -122,7 +121,7 @@ def align(
 @app.command(context_settings=FORWARDED)
 def recipe(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Which; without it they are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which recipe; without it they are listed.")] = None,
 ) -> None:
     """Run a neighbouring method over the same kernels; flags go to it (`larpo recipe NAME --help`)."""
     from . import recipes
@@ -149,7 +148,7 @@ def _shown(name: str) -> Iterator[None]:
 
 
 @app.command()
-def settings(everything: Annotated[bool, typer.Option("--all", help="TrainingArguments too.")] = False) -> None:
+def settings(everything: Annotated[bool, typer.Option("--all", help="Also those of TrainingArguments.")] = False) -> None:
     """List the settings of `larpo train`, with their defaults."""
     from transformers import TrainingArguments
 
@@ -163,9 +162,9 @@ def settings(everything: Annotated[bool, typer.Option("--all", help="TrainingArg
 def score(context: typer.Context, config: Config = None) -> None:
     """Write the log-likelihood and implicit reward of every candidate in a file of lists.
 
-    Every setting below can stand in the file or be a flag (--batch-size 4). For ref_logps to train with, give the lengths,
-    truncation_mode and append_eos of that training. A run that was killed goes on where it was; `accelerate launch -m larpo.cli
-    score ...` shares the work of several GPUs.
+    Every setting below can be in the file or a flag (--batch-size 4). For ref_logps to train with, give the lengths,
+    truncation_mode and append_eos of that training. A run that was killed continues; `accelerate launch -m larpo.cli score ...`
+    shares the work over several GPUs.
     """
     from . import commands
     from .runs.ranks import processes
