@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from ..candidates import PAPER_SUBSETS
 from ..rewards import Judge, name_of
-from ..rewards.finding import check_settings, what_is_said
+from ..rewards.finding import check_settings, settings_that_count
 from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
 from ..runs.settings import read_settings
@@ -432,7 +432,7 @@ def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
 
 def _what_counts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of settings of a judge or a server those by which it is another one: not where it is, or how often it is asked."""
-    found = {"reward": what_is_said(settings.get("reward"))}
+    found = {"reward": settings_that_count(settings.get("reward"))}
     if settings.get("sampler") == "server":
         options = settings["sampler_options"]
         found["sampler_options"] = {name: options[name] for name in SAME_COMPLETIONS if name in options}

@@ -86,8 +86,8 @@ class Models:
         self._trained = None
 
     def _freed(self, model: weakref.ref | None) -> None:
-        """A trainer and its model hold each other. To look for such circles takes longer than to load a small model, so it is
-        done where there is one."""
+        """A trainer and its model refer to each other. Collecting such circles takes longer than loading a small model, so it
+        is done only if there is one."""
         if model is not None and model() is not None:
             gc.collect()
         if self.device.type == "cuda":
@@ -115,8 +115,8 @@ class Models:
         return load_causal_lm(name, self.config.model_init_kwargs, base=base)
 
     def check(self) -> None:
-        """Refuses an `eos_token` that is none, and an adapter or `trained_layers` that does not fit the model, before anything
-        is sampled: on a model without weights. Raises ValueError."""
+        """Raises ValueError for an unknown `eos_token`, and for an adapter or `trained_layers` that does not fit the model. It
+        needs no weights, and runs before anything is sampled."""
         config = self.config
         self.eos_token_ids()
         if config.peft is None and config.trained_layers is None:

@@ -1,8 +1,8 @@
-"""What is to be known of completions of an engine that is not the trainer's: vLLM's, or a server's.
+"""Checks of completions from an engine that is not the trainer's: vLLM's, or a server's.
 
-Its log-likelihoods of the tokens that it sampled should be the trainer's own up to rounding, since both have the same weights.
-What makes them differ is also what makes completions other than the policy's: another precision, a prompt that was read as
-other tokens, other weights.
+The engine's log-likelihoods of its tokens should be the trainer's own up to rounding, since both have the same weights. If they
+are not, the completions are not quite the policy's either: another precision, a prompt that was read as other tokens, or other
+weights.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def columns(completions: Sequence[Sampled]) -> dict[str, Any]:
-    """Of the completions of a prompt, for their row: the engine's log-likelihood of every token, where it reports them, and
-    whether the tokens of completions and prompt are the very ones that it had."""
+    """Columns for the row of a prompt: the engine's log-likelihood of every token of its completions, where it reports them,
+    and whether the tokens of completions and prompt are the very ones that the engine had."""
     return {
         "sampler_logps": [one.logps for one in completions],
         "exact": [one.exact for one in completions],
@@ -54,8 +54,8 @@ def gap(
     load: Callable[[], nn.Module], rows: Rows, pad_token_id: int, *, tolerance: float, temperature: float
 ) -> dict[str, Any]:
     """How far the engine's log-likelihoods are from those of the trainer's model: the mean and the largest difference of a
-    token, in nats, and of how many tokens; nothing where it reports none. A mean above the tolerance warns, and says what to
-    look at."""
+    token, in nats, and the number of tokens; nothing if the engine reports none. Warns of a mean above the tolerance, with the
+    usual causes."""
     rows = [row for row in rows if any(row["sampler_logps"])]
     if not rows:
         return {}

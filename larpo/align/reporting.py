@@ -1,7 +1,7 @@
 """The counts of finished stages for TensorBoard, trackio, wandb and what else transformers reports to, an iteration a step.
 
-`report_to` names the tools, as in TrainingArguments. Each is spoken to through its callback in transformers, which has
-variables of the environment of its own (TENSORBOARD_LOGGING_DIR, WANDB_PROJECT, ...).
+`report_to` names the tools, as in TrainingArguments. Each is used through its callback in transformers, which reads
+environment variables of its own (TENSORBOARD_LOGGING_DIR, WANDB_PROJECT, ...).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Speaks to the tools of `report_to`. One that fails is left out from then on, with a warning: the counts are in the run's
-    folder, and no run ends for it.
+    """Sends counts to the tools of `report_to`. A tool that fails is left out from then on, with a warning, and ends no run:
+    the counts are in the run's folder.
 
-    A run that goes on reports again what it finds done, so that each run of a tool is whole. Of several processes the first one
-    reports.
+    A run that continues reports its finished stages again, so that each run of a tool is whole. Of several processes the first
+    one reports.
     """
 
     def __init__(self, report_to: str | list[str], args: LarPOConfig):

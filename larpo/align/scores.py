@@ -11,8 +11,8 @@ from .prompts import key_of
 
 
 def to_train_by(config: AlignConfig, rows: Rows) -> Rows:
-    """The rows of candidates.parquet, of one iteration or several, with these scores: with normalise_rewards within all
-    candidates of a prompt, of whichever iteration, and with a number as `truncated` lower for those that have no end."""
+    """The rows of candidates.parquet, of one iteration or several, with these scores. With normalise_rewards they are
+    normalised over all candidates of a prompt, from any iteration; a number as `truncated` lowers those that have no end."""
     if config.normalise_rewards:
         rows = _normalised(config, rows)
     if config.truncated in ("keep", "exclude"):

@@ -194,7 +194,7 @@ def train(run: Run, iteration: int) -> dict[str, Any]:
     task = training.Task(run.policy(iteration - 1), model, folder / "checkpoints", run.seed(0, iteration))
     if not run.ranks.first(model.exists):
         # Without settings to compare: a run's folder has the run's, so what diverged there was this.
-        with remembered(folder, {}, run.ranks), run.ranks.said_once():
+        with remembered(folder, {}, run.ranks), run.ranks.warn_once():
             run.ranks.together(lambda: training.train(run, rows, task))
         run.models.release_all()
     run.remove(task.checkpoints)

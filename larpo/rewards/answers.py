@@ -10,8 +10,8 @@ from .memory import Values
 
 
 def one_per_completion(said_by: str, values: Any, n: int) -> Values:
-    """The values as floats, None where one is None. What has no order (a set) or is ordered by keys (a dict) is refused: which
-    value belongs to which completion would be a guess."""
+    """The values as floats, None where one is None. A set or a dict is refused: it does not say which value belongs to which
+    completion."""
     shape = getattr(values, "shape", None)
     is_array = shape is not None and hasattr(values, "__array__") and len(shape) == 1
     if not is_array and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):

@@ -135,7 +135,7 @@ _clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.We
 
 
 def _client() -> Any:
-    """The one of the loop that is running, without the hooks of the hub's own requests, which refuse every address where
+    """The HTTP client of the running event loop, without huggingface_hub's own hooks, which refuse every address if
     HF_HUB_OFFLINE is set."""
     from huggingface_hub import get_async_session
 

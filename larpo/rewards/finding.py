@@ -67,11 +67,11 @@ def from_settings(settings: Mapping[str, Any], find: Callable[[str], Reward] = f
     return Judge(reward=Endpoint(**{name: value for name, value in settings.items() if name in own}), **asking)
 
 
-def what_is_said(settings: Any) -> Any:
-    """Settings of a reward, or of several, without those that change nothing of what it says. What has a `model` or `version`
-    may also move to another address."""
+def settings_that_count(settings: Any) -> Any:
+    """Settings of a reward, or of several, without those that change no score. A reward with a `model` or `version` may also
+    move to another address."""
     if isinstance(settings, list):
-        return [what_is_said(one) for one in settings]
+        return [settings_that_count(one) for one in settings]
     if not isinstance(settings, Mapping):
         return settings
     moves = ("url",) if settings.get("model") or settings.get("version") else ()

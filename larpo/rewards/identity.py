@@ -14,14 +14,14 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def identity_of(reward: Any) -> dict[str, Any] | None:
-    """Its name and line, the source of the module that it stands in, and the plain values that it holds: defaults, what a
-    closure and a `functools.partial` have bound, attributes of an object; of what is decorated, also that of the decorator. An
-    object that knows better says so by an attribute or a method `identity`.
+    """What tells a reward from others: its name and line, the source of its module, and the plain values that it holds
+    (defaults, what a closure or a `functools.partial` has bound, attributes of an object). For a decorated reward, the same of
+    the decorator. An object may define its identity itself, by an attribute or a method `identity`.
 
-    Of the whole module, since a function calls others beside it: an edit anywhere in the file makes another judge. What it
-    imports from elsewhere, and values that are not plain (a model, a client), are not looked into: a `version` stands for them.
-    None where the source can't be read, as of what was typed into a prompt, or an object's own `identity` is None: nothing
-    would tell whether it has changed.
+    The source is that of the whole module, because a function calls others beside it: an edit anywhere in the file makes
+    another reward. What the module imports, and values that are not plain (a model, a client), are not looked into: a judge's
+    `version` stands for them. None if the source can't be read, as for code typed into a prompt, or if an object's own
+    `identity` is None: then no change would be noticed.
     """
     own = getattr(reward, "identity", None)
     if own is not None or hasattr(type(reward), "identity"):
@@ -52,8 +52,8 @@ def _held(reward: Any) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """A few characters for a value of JSON, also with arrays in it. Of anything else its repr counts: at worst, equal values
-    are taken for different ones."""
+    """A digest of a value of JSON, which may hold arrays. Any other object counts by its repr: at worst, equal values are taken
+    for different ones."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_content).encode()).hexdigest()
 
 

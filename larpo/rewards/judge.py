@@ -123,8 +123,8 @@ class Judge:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any] | None:
-        """What makes it this judge: how it is asked does not, but whether it sees whole lists. As it is before it is asked for
-        the first time: some count what they are asked."""
+        """What tells this judge from others: the reward, whether it sees whole lists, and the version, but not how it is asked.
+        Taken before the first question, since some rewards count their questions."""
         reward = identity_of(self.reward)
         return None if reward is None else {"reward": reward, "groupwise": self.groupwise, "version": self.version}
 
@@ -133,9 +133,9 @@ class Judge:
         return self.values(Asked(prompts, completions, columns))
 
     def values(self, asked: Asked, memory: Memory | None = None) -> Values:
-        """What it says, checked: a finite float or None, no opinion, for every completion.
+        """The checked answer for every completion: a finite float, or None for no opinion.
 
-        What is answered is remembered before an error of another call is raised.
+        Answers are remembered before an error of another call is raised.
         """
         questions = asked.lists() if self.groupwise else [[i] for i in range(len(asked.completions))]
         known = self._remembered(memory)

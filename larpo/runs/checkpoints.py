@@ -37,10 +37,10 @@ SCALER = ("scaler.pt", "global_step*")
 
 
 def last_whole_checkpoint(folder: str | Path, args: TrainingArguments | None = None) -> str | None:
-    """The newest checkpoint-N in folder from which a run ends with the weights that it would have had without a stop; None if
-    there is none. A newer one that is not whole is passed over, with a warning that says what is wrong with it.
+    """The newest whole checkpoint-N in the folder: one from which a run ends with the weights of a run that was never stopped.
+    None if there is none. A newer one that is not whole is skipped, with a warning that says what is wrong with it.
 
-    args: the settings of the run that goes on: how many processes it has, and whether it scales its gradients.
+    args: the settings of the run that continues: its number of processes, and whether it scales gradients.
     """
     for checkpoint in _newest_first(folder):
         wrong = what_is_missing(checkpoint, args)
@@ -51,9 +51,9 @@ def last_whole_checkpoint(folder: str | Path, args: TrainingArguments | None = N
 
 
 def checkpoint_to_go_on_from(folder: str | Path, args: TrainingArguments) -> str | None:
-    """As `last_whole_checkpoint`; None only where no checkpoint was written to its end, and nothing is lost by starting anew.
+    """As `last_whole_checkpoint`, but None only if no checkpoint was ever finished, so that nothing is lost by starting anew.
 
-    Raises ValueError where some were, and yet none is whole: what is wrong with each.
+    Raises ValueError, saying what is wrong with each, if some were finished and none of them is whole now.
     """
     found = last_whole_checkpoint(folder, args)
     if found is None and has_finished_checkpoint(folder):
@@ -66,8 +66,8 @@ def checkpoint_to_go_on_from(folder: str | Path, args: TrainingArguments) -> str
 
 
 def refuse_incomplete(checkpoint: str | Path, args: TrainingArguments) -> None:
-    """Raises ValueError for a checkpoint that training can't go on from as if it had never stopped. Warns of one without the
-    optimizer's state, as save_only_model leaves it, and of one of another number of processes."""
+    """Raises ValueError for a checkpoint from which training can't continue as if it had never stopped. Warns about one without
+    the optimizer's state, as save_only_model leaves it, and about one of another number of processes."""
     wrong = what_is_missing(Path(checkpoint), args)
     if wrong is None:
         _warn_of_other_processes(Path(checkpoint), args.world_size)

@@ -17,12 +17,12 @@ FILE = "diverged.json"  # why, and of which run
 
 @contextlib.contextmanager
 def remembered(folder: Path, run: Mapping[str, Any], ranks: Ranks = ALONE) -> Iterator[None]:
-    """Around a training, up to where its result is written. What ends it with a NonFiniteError is kept in the folder's FILE, by
+    """Put around a training and the writing of its result: a NonFiniteError that ends it is recorded in the folder's FILE, by
     the first of the processes that train.
 
-    run: the settings that make it this one and no other.
+    run: the settings that identify the training.
 
-    Raises ValueError where the same run has diverged before.
+    Raises ValueError where the same training has diverged before.
     """
     file = folder / FILE
 

@@ -22,7 +22,7 @@ Rows = list[dict[str, Any]]
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """`path` (a file or a folder) appears by one rename after `write(unfinished_path)`; what was there is replaced.
+    """Calls `write(unfinished_path)` and renames what it wrote (a file or a folder) to `path`, replacing what was there.
 
     The disk has all of it before it has the name: after a power cut the name may not be there, but never names less.
     """
@@ -61,8 +61,8 @@ def remove(path: Path) -> None:
 
 
 def whole_path(name: str | Path) -> str:
-    """A folder by its whole path, which stays right where a reward or a callback changes the working directory; the name of a
-    model on a hub as it is."""
+    """A folder as an absolute path, so that it stays right when a reward or a callback changes the working directory; the name
+    of a model on a hub unchanged."""
     path = Path(name).expanduser()
     return os.path.abspath(path) if path.is_dir() else os.path.expanduser(name)
 
@@ -142,10 +142,10 @@ def in_chunks(
     unit: str = "prompt",
     bar: bool = False,
 ) -> Rows:
-    """The rows of `work(chunk, items of the chunk)` for all chunks, each kept in a file: a chunk that is there is not redone.
+    """The rows of `work(chunk, items of the chunk)` for all chunks. Each chunk is kept in a file, and not computed again.
 
-    Chunks are dealt out to the processes, one to each at a time: which items a chunk has, and so what comes of it, depends on
-    no number of processes. The caller removes `folder` once what it makes of the rows is written.
+    Chunks are dealt out to the processes, one to each at a time. Which items a chunk has, and so its result, does not depend on
+    the number of processes. The caller removes `folder` once what it makes of the rows is written.
 
     description, unit: what is done, and with what: for the log, and for a bar.
     """

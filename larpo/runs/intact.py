@@ -19,8 +19,8 @@ class Damaged(ValueError):
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file of weights, states or JSON, told by its beginning and end; None if nothing is, or if it is of
-    another kind. Large files are not read through."""
+    """What is wrong with a file of weights, states or JSON; None if it is whole, or of another kind. Of a large file only the
+    beginning and the length are looked at."""
     try:
         if path.suffix == ".safetensors":
             return _damage_of_safetensors(path)

@@ -29,7 +29,8 @@ def is_locked(folder: Path) -> bool | None:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, rank: int = 0) -> Iterator[None]:
-    """Held while a run works in `folder`, by the first process of its job for all of them; a killed process gives it back.
+    """The lock that a run holds while it works in `folder`, taken by its first process. It ends with that process, even if
+    killed.
 
     Raises ValueError if another run has it.
     """

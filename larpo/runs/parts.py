@@ -1,10 +1,10 @@
-"""Results of many rows that are kept in parts as they come: what is killed goes on behind its last part, and processes share
+"""Results of many rows, kept in parts as they come: a run that was killed continues after its last part, and processes share
 the work.
 
     FOLDER/identity.json        what these are results of, and how many rows a part has
     FOLDER/NAME/00000.parquet   those of the first rows in the order in which they are computed
 
-A part appears whole. Which rows it has depends on no number of processes.
+A part appears whole. Which rows it has does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Parts:
 
 @contextmanager
 def parts_of(folder: Path, what: Mapping[str, Any], size: int, ranks: Ranks) -> Iterator[Parts]:
-    """The parts in a folder that is this work's own from now on, if it is empty: `what` says of what they are results.
+    """The parts in a folder. An empty folder is claimed for this work, which `what` identifies.
 
     size: rows of a part, where none is there yet. ranks: the processes that work together, which all see the folder.
 

@@ -105,29 +105,29 @@ class Ranks:
         return value
 
     def each(self, act: Callable[[], T]) -> T:
-        """What act() gives in this process, once it is done in all. It has no collectives: where it fails in one process, the
-        others do theirs to the end."""
+        """The result of act() in this process, once all processes are done. act has no collectives: where it fails in one
+        process, the others finish theirs."""
         return self._done_in_all(act)[0]
 
     def together(self, act: Callable[[], T]) -> T:
-        """As `each`, of what has collectives: a process in which it fails does not wait for long, since the others may be
-        waiting for it."""
+        """As `each`, for an act with collectives: a process in which it fails does not wait long for the others, since they may
+        be waiting for it."""
         return self._done_in_all(act, patience=GRACE)[0]
 
     def all(self, act: Callable[[], T]) -> list[T]:
-        """What act() gives in each process, in all of them."""
+        """The results of act() in all processes, given to each of them."""
         return self._done_in_all(act, lambda value: value)[1]
 
     @contextmanager
     def first_within(self, context: AbstractContextManager) -> Iterator[None]:
-        """The first process is within the context, for all of them: a lock, say."""
+        """The first process enters the context (a lock, say) for all of them."""
         with ExitStack() as stack:
             self.first(lambda: stack.enter_context(context) and None)
             yield
 
     @contextmanager
-    def said_once(self) -> Iterator[None]:
-        """What all processes would warn of is said by the first."""
+    def warn_once(self) -> Iterator[None]:
+        """Only the first process warns."""
         with warnings.catch_warnings():
             if not self.is_first:
                 warnings.simplefilter("ignore")

@@ -82,10 +82,10 @@ def without_secrets(value: Any) -> Any:
 
 
 def given_again(settings: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Settings that may have been read from a file in which secrets are masked: without the token of the Hugging Face hub where
-    the environment has it as HF_TOKEN, since it is found there.
+    """Settings that may have been read from a file in which secrets are masked. A masked token of the Hugging Face hub is left
+    out where the environment has HF_TOKEN, since it is found there.
 
-    Raises ValueError where another secret, or that one without HF_TOKEN, is the mask: nothing may take it for the secret.
+    Raises ValueError for any other masked secret: the mask must not be used in its place.
 
     >>> given_again({"sampler_options": {"api_key": "***"}})
     Traceback (most recent call last):

@@ -24,8 +24,8 @@ class ServedWeights:
     told: str | None = field(default=None, init=False)
 
     def tell(self, checkpoint: str, iteration: int) -> bool:
-        """Sees to it that the server samples from a checkpoint, that of the policy after an iteration. Returns whether it may
-        still be at it.
+        """Makes the server sample from a checkpoint: that of the policy after an iteration. Returns whether the server may
+        still be loading it.
 
         Raises ServerError where the command failed.
         """
@@ -60,8 +60,8 @@ class ServedWeights:
 
 
 def _alone() -> dict[str, str]:
-    """The environment without what `torchrun` and `accelerate launch` say to processes of the loop: a server that is started
-    from one of them is none, and would wait for the others."""
+    """The environment without the variables of `torchrun` and `accelerate launch`: a server that the command starts is no rank
+    of the loop, and would wait for the other ranks."""
     of_a_rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     of_a_launcher = ("TORCHELASTIC_", "GROUP_", "ROLE_")
     return {name: x for name, x in os.environ.items() if name not in of_a_rank and not name.startswith(of_a_launcher)}

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 from larpo.rewards import Endpoint, Judge, Memory, RewardError, combined, judge, judged, score
-from larpo.rewards.finding import from_settings, what_is_said
+from larpo.rewards.finding import from_settings, settings_that_count
 from tests.helpers import HANGS, prepared
 from tests.helpers.judge_server import serving
 
@@ -413,8 +413,8 @@ def test_bad_settings_of_a_judge_are_refused(settings, said):
 
 def test_settings_that_change_nothing_of_what_is_said_make_no_other_run():
     one = {"url": "http://a/x", "api": "json", "version": "1", "batch_size": 2, "retries": 9, "api_key_env": "K"}
-    assert what_is_said(one) == {"api": "json", "version": "1"} and what_is_said("a:b") == "a:b"
-    assert what_is_said({"url": "http://a/x", "timeout": 3}) == {"url": "http://a/x"}
+    assert settings_that_count(one) == {"api": "json", "version": "1"} and settings_that_count("a:b") == "a:b"
+    assert settings_that_count({"url": "http://a/x", "timeout": 3}) == {"url": "http://a/x"}
 
 
 # --- what several come to
