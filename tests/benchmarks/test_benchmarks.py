@@ -1,8 +1,10 @@
 """The benchmark sees a wrong provider, and its report says what was recorded and nothing else."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ pytest.importorskip("typer")
 
 from benchmarks import report
 from benchmarks.core import measure, suites
-from benchmarks.core.problem import BETA, IGNORE, OBJECTIVE, Problem
+from benchmarks.core.problem import BETA, IGNORE, OBJECTIVE, SIDES, WANTED, Problem
 from benchmarks.core.truth import Truth
 from benchmarks.providers import pytorch, registry
 from benchmarks.providers.prefix import Shape
@@ -24,6 +26,7 @@ from benchmarks.reporting import tables
 from benchmarks.reporting.by_shape import by_shape
 from tests.helpers import HANGS
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = measure.Settings(rounds=2, memory=False)
 QUICK_TO_RUN = ("eager", "ours", "plain Function", "log_softmax a row", "torch linear_cross_entropy", "GEMMs only", "moving")
 
@@ -65,31 +68,16 @@ def table(side, mode, entries=None):
     return measure.measure(p, entries, Truth(p), SETTINGS)
 
 
-@pytest.mark.parametrize(
-    ("side", "mode"),
-    [
-        ("logits", "train"),
-        ("logits", "score"),
-        ("linear", "frozen"),
-        ("linear", "trainable"),
-        ("linear", "score"),
-    ],
-)
+@pytest.mark.parametrize(("side", "mode"), [(side, mode) for side in ("logits", "linear") for mode in SIDES[side]])
 def test_every_provider_that_runs_here_is_right_and_timed(side, mode):
     rows = table(side, mode)["rows"]
     ran = [r for r in rows if r["status"] != "not run"]
     assert {r["status"] for r in ran} == {"ok"}, [(r["provider"], r["message"]) for r in ran]
     assert all(len(r["seconds"]) == SETTINGS.rounds for r in ran)
     assert any(r["provider"].startswith("ours") for r in ran)
-    expected = {
-        "train": {"d_logits"},
-        "frozen": {"d_hidden"},
-        "trainable": {"d_hidden", "d_weight"},
-        "score": set(),
-    }
     for row in ran:
         if not row["floor"]:
-            assert {k for k in row["errors"] if k.startswith("d_")} == expected[mode]
+            assert {k for k in row["errors"] if k.startswith("d_")} == {f"d_{name}" for name in WANTED[mode]}
 
 
 def _eager_variant(change):
@@ -493,3 +481,20 @@ def test_a_floor_walks_the_tiles_of_its_schedule(monkeypatch, mode, count, use):
     (floor,) = registry.select("linear", mode, [f"{count} GEMMs only"])
     measure.run_once(floor, floor.prepare(given))
     assert asked == [(False, use)]
+
+
+def test_recorded_rows_would_pass_the_checks_of_today():
+    flags = {p.name: p for p in registry.REGISTRY}
+    checked = 0
+    for file in (ROOT / "benchmarks/results").glob("*/*.json"):
+        for table in json.loads(file.read_text()).get("tables", ()):
+            rows = {row["provider"]: row for row in table["rows"] if row["status"] == "ok" and not row["floor"]}
+            eager, eps = rows.get("eager"), torch.finfo(getattr(torch, table["dtype"])).eps
+            nats = table["scored_tokens"] / table["candidates"] * math.log(table["V"])  # of a candidate, about
+            for name, row in rows.items() if eager else ():
+                for kind, error in row["errors"].items():
+                    extra = {"logps": 1e-6 * nats}.get(kind, max(eps, 1e-5) + flags[name].merges)
+                    if kind != "loss" and not (kind == "logps" and flags[name].rounds_tokens):
+                        assert error <= 4 * eager["errors"][kind] + extra, (file.name, table["case"], name, kind)
+                        checked += 1
+    assert checked > 100
