@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data.collator import ListCollator
-from .data.limits import PROMPT_LENGTH, Limits, Truncation
+from .data.limits import PROMPT_LENGTH, TokenLimits, Truncation
 from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, scored_with, token_hashes
 from .data.text_tokenizer import padding_id, text_tokenizer
 from .data.tokenization import tokenize_lists, tokens_of_lists
@@ -133,18 +133,11 @@ def score_lists(
     )
     beside = ("source", SCORED_WITH) if ref_model is None else ("source", SCORED_WITH, "ref_logps")
     scored = scored.remove_columns([name for name in beside if name in scored.column_names])
-    tokenised, _ = tokenize_lists(
-        scored,
-        tokenizer,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation=truncation_mode,
-        append_eos=append_eos,
-    )
+    limits = TokenLimits(max_length, max_prompt_length, truncation_mode, append_eos)
+    tokenised, _ = tokenize_lists(scored, tokenizer, **limits.arguments())
     tokenizer = text_tokenizer(tokenizer)
     collator = ListCollator(padding_id(tokenizer), slice_size=candidate_batch_size)
 
-    limits = Limits(max_length, max_prompt_length, truncation_mode, append_eos)
     record = scored_with(tokenizer, limits.as_dict(), model, ref_model)
     columns: dict[str, list[Any]] = {
         "num_tokens": [counted_tokens(row) for row in tokenised],

@@ -51,7 +51,7 @@ def convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, re
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"{place(i)}: holds {type(row).__name__}; expected an object with named fields")
-    reader = _reader(dict.fromkeys(column for row in rows for column in row), name, reading, scored, rows[0])
+    reader = reader_for(dict.fromkeys(column for row in rows for column in row), name, reading, scored, rows[0])
     read = [(i, one) for i, row in enumerate(rows) if (one := reader.try_read(row, place(i))) is not None]
     if reader.group_by is not None:
         groups: dict[str, list[tuple[int, Row]]] = {}
@@ -62,7 +62,7 @@ def convert_rows(rows: Sequence[Any], place: Callable[[int], str], name: str, re
     _refuse_none(read, name, reader)
     lists = [json_text.write_row(one) for _, one in read]
     _check_same_kind(lists, [place(i) for i, _ in read])
-    table = _columns(lists)
+    table = columns_of(lists)
     for column, values in table.items():
         try:
             pyarrow.array(values)
@@ -81,7 +81,7 @@ def convert_dataset(dataset: Dataset, name: str, reading: Reading, scored: bool)
     if not len(dataset):
         raise ValueError(f"{name}: holds no rows")
     dataset = json_text.write_dataset(dataset.with_format(None), name)
-    reader = _reader(dataset.column_names, name, reading, scored, dataset[0])
+    reader = reader_for(dataset.column_names, name, reading, scored, dataset[0])
     one_source = getattr(dataset.features.get("source"), "dtype", None) in ("string", "large_string")
     if reader.changes_nothing and not one_source:
         for i, row in enumerate(dataset):
@@ -104,7 +104,7 @@ def _in_batches(dataset: Dataset, name: str, reader: Reader) -> Dataset:
     def convert(batch: Mapping[str, list], places: list[int]) -> dict[str, list]:
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         read = (reader.try_read(row, f"{name}, row {i}") for row, i in zip(rows, places, strict=True))
-        return _columns([every | json_text.write_messages(row) for row in read if row is not None])
+        return columns_of([every | json_text.write_messages(row) for row in read if row is not None])
 
     return dataset.map(convert, with_indices=True, **_how(dataset, reader))
 
@@ -123,7 +123,7 @@ def _in_groups(dataset: Dataset, name: str, reader: Reader) -> Dataset:
             read = [(i, reader.try_read(dataset[i], f"{name}, row {i}")) for i in places]
             read = [(i, row) for i, row in read if row is not None]
             lists += [reader.try_merge([row for _, row in read], f"{name}, row {read[0][0]}")] if read else []
-        return _columns([json_text.write_messages(one) for one in lists if one is not None])
+        return columns_of([json_text.write_messages(one) for one in lists if one is not None])
 
     table = datasets.Dataset.from_dict({"rows": list(groups.values())})
     return table.map(merge, **_how(dataset, reader) | {"remove_columns": ["rows"]})
@@ -143,7 +143,7 @@ def _how(dataset: Dataset, reader: Reader) -> dict[str, Any]:
     }
 
 
-def _reader(columns: Iterable[str], name: str, reading: Reading, scored: bool, row: Row) -> Reader:
+def reader_for(columns: Iterable[str], name: str, reading: Reading, scored: bool, row: Row) -> Reader:
     columns = list(columns)
     try:
         return Reader(recognise(columns, reading, scored=scored, row=row), columns, reading)
@@ -151,7 +151,7 @@ def _reader(columns: Iterable[str], name: str, reading: Reading, scored: bool, r
         raise ValueError(f"{name}: {error}") from None
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, list]:
+def columns_of(rows: Sequence[Row]) -> dict[str, list]:
     if not rows:
         return {"prompt": []}  # nothing to write; of {} datasets would make a table without columns
     return {column: [row.get(column) for row in rows] for column in dict.fromkeys(name for row in rows for name in row)}

@@ -30,7 +30,7 @@ def prompt_limit(max_length: int | None, max_prompt_length: int | None) -> int |
 
 
 @dataclass(frozen=True)
-class Limits:
+class TokenLimits:
     """As the arguments of `tokenize_row`; a max_prompt_length that is not given is settled here.
 
     Raises ValueError for limits that leave no room.
@@ -56,12 +56,17 @@ class Limits:
             raise ValueError(f"truncation must be 'keep_end' or 'keep_start', got {self.truncation_mode!r}")
 
     @classmethod
-    def of(cls, args: LarPOConfig) -> Limits:
+    def of(cls, args: LarPOConfig) -> TokenLimits:
         """Those of a training run."""
         return cls(args.max_length, args.max_prompt_length, args.truncation_mode, args.append_eos)
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of `tokenize_row` and `tokenize_lists`."""
+        settings = self.as_dict()
+        return {"truncation": settings.pop("truncation_mode"), **settings}
 
     @property
     def prompt(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..candidates import top_bottom_indices
 from ..training.losses import is_settled
 from .converting import Read
-from .limits import Limits
+from .limits import TokenLimits
 from .loading import load_lists, read_sources
 from .one_source import read_rows
 from .reader import IMPLICIT, PER_ANSWER
@@ -140,7 +140,7 @@ class Tokenised(NamedTuple):
     report: TokenizationReport
 
     def summary(self, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, **more: Any) -> DataSummary:
-        limits = Limits.of(args).as_dict() | {name: getattr(args, name) for name in SUBSET}
+        limits = TokenLimits.of(args).as_dict() | {name: getattr(args, name) for name in SUBSET}
         return summarise(self.read, self.tokens, self.report, tokenizer, limits, **more)
 
 
@@ -149,15 +149,8 @@ def _tokenised(read: Read, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig
     if args.list_top is not None:
         options = {"top": args.list_top, "bottom": args.list_bottom}
         lists = lists.map(subset, fn_kwargs=options, desc="choosing candidates")
-    tokens, report = tokenize_lists(
-        lists,
-        tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        truncation=args.truncation_mode,
-        append_eos=args.append_eos,
-        num_proc=args.dataset_num_proc,
-    )
+    limits = TokenLimits.of(args).arguments()
+    tokens, report = tokenize_lists(lists, tokenizer, num_proc=args.dataset_num_proc, **limits)
     return Tokenised(read, lists, tokens, report)
 
 
@@ -171,7 +164,7 @@ def _for_training(data: Tokenised, tokenizer: PreTrainedTokenizerBase, args: Lar
     if args.ref_logps is not None:
         if "ref_logps" in tokenised.column_names:
             raise ValueError(f"ref_logps={args.ref_logps!r} is given, and the {name} data has ref_logps: leave one of them out")
-        tokenised = read_logps(args.ref_logps).added_to(tokenised, name, tokenizer, Limits.of(args).as_dict())
+        tokenised = read_logps(args.ref_logps).added_to(tokenised, name, tokenizer, TokenLimits.of(args).as_dict())
     if "weight" in lists.column_names:
         tokenised = tokenised.add_column("weight", _mean_one(lists["weight"][:], name))
     if getattr(args.resolved_objective(), "ties", None) == "skip":
@@ -186,10 +179,14 @@ def _for_training(data: Tokenised, tokenizer: PreTrainedTokenizerBase, args: Lar
 def _refuse_implicit_prompts(lists: Dataset, name: str) -> None:
     """Raises ValueError where words of the answers may have become the prompt's: a mean over tokens would leave them out."""
     if IMPLICIT in lists.column_names and True in (flags := lists[IMPLICIT][:]):
-        raise ValueError(
-            f"length_normalized needs to know where prompts end, and row {flags.index(True)} of the {name} data has none: what "
-            "its texts share at their start may be words of the answers. Give the data a column 'prompt'"
-        )
+        raise no_prompt(f"row {flags.index(True)} of the {name} data")
+
+
+def no_prompt(where: str) -> ValueError:
+    return ValueError(
+        f"length_normalized needs to know where prompts end, and {where} has none: what its texts share at their start may be "
+        "words of the answers. Give the data a column 'prompt'"
+    )
 
 
 def _refuse_equal(report: TokenizationReport, name: str, args: LarPOConfig) -> None:

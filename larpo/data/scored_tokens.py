@@ -47,7 +47,7 @@ def token_hashes(row: Mapping[str, Any]) -> list[str]:
 def scored_with(
     tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], model: nn.Module, ref_model: nn.Module | None = None
 ) -> str:
-    """The record of a scoring; limits: `larpo.data.limits.Limits` as a dict."""
+    """The record of a scoring; limits: `larpo.data.limits.TokenLimits` as a dict."""
     import torch
     import transformers
 

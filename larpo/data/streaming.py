@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import files, json_text
-from .forms import recognise
+from .converting import columns_of, reader_for
 from .reader import LeftOut, Reader, Row, key_of
 from .reading import Reading
 
@@ -50,7 +50,7 @@ def stream_rows(dataset: IterableDataset, name: str, reading: Reading, scored: b
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         plain = (row | json_text.write_columns(row, exact) for row in rows)
         read = (_try_read(reader, row, f"{name}, row {i} of the stream") for row, i in zip(plain, places, strict=True))
-        return _columns([one for one in read if one is not None])
+        return columns_of([one for one in read if one is not None])
 
     return dataset.map(convert, with_indices=True, batched=True, batch_size=FIRST, remove_columns=columns)
 
@@ -97,12 +97,4 @@ def _reader(rows: Iterable[Any], name: str, reading: Reading, scored: bool) -> t
     if not first:
         raise ValueError(f"{name}: holds no rows")
     columns = list(dict.fromkeys(column for row in first if isinstance(row, Mapping) for column in row))
-    try:
-        return Reader(recognise(columns, reading, scored=scored, row=first[0]), columns, reading), columns
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _columns(rows: Sequence[Row]) -> dict[str, list]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+    return reader_for(columns, name, reading, scored, first[0]), columns

@@ -28,7 +28,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import chat_template, prompt_boundary
-from .limits import PROMPT_LENGTH, Limits, Truncation
+from .limits import PROMPT_LENGTH, TokenLimits, Truncation
 from .scored_tokens import SCORED_WITH, check_scored_tokens
 from .text_tokenizer import text_tokenizer
 from .tokenization_report import EACH, TokenizationReport
@@ -83,7 +83,7 @@ def tokenize_row(
             with its text for the prompt, or does not tell which part of a completion is the assistant's.
     """
     tokenizer = text_tokenizer(tokenizer)
-    limits = Limits(max_length, max_prompt_length, truncation, append_eos)
+    limits = TokenLimits(max_length, max_prompt_length, truncation, append_eos)
     tokens, report = _tokenize(row, tokenizer, limits, where)
     if not report.tokens_read:
         del tokens["completion_mask"]
@@ -124,7 +124,7 @@ def tokenize_lists(
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"lists must be a datasets.Dataset, as larpo.as_lists makes it, got {type(dataset).__name__}")
     tokenizer = text_tokenizer(tokenizer)
-    limits = Limits(max_length, max_prompt_length, truncation, append_eos)
+    limits = TokenLimits(max_length, max_prompt_length, truncation, append_eos)
     optional = [name for name in ("ref_logps", SCORED_WITH, "source") if name in dataset.column_names]
     counts = [one.name for one in dataclasses.fields(TokenizationReport) if isinstance(one.default, int)]
 
@@ -193,7 +193,7 @@ class _Tokens(NamedTuple):
 
 
 def _tokenize(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Limits, where: str
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: TokenLimits, where: str
 ) -> tuple[dict[str, Any], TokenizationReport]:
     check_row(row, where)
     whole = _tokens_of(row, tokenizer, limits.append_eos, where)
@@ -347,7 +347,7 @@ def _first_token(tokenizer: Any, where: str) -> int:
     raise ValueError(f"{where}: the prompt is empty, and the tokenizer has neither bos_token nor eos_token to stand for it")
 
 
-def _cut_prompt(ids: list[int], limits: Limits, bos: int | None) -> list[int]:
+def _cut_prompt(ids: list[int], limits: TokenLimits, bos: int | None) -> list[int]:
     limit = limits.prompt
     if limit is None or len(ids) <= limit:
         return ids

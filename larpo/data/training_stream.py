@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .limits import Limits
+from .limits import TokenLimits
 from .loading import as_lists
-from .preprocessing import Prepared, prepare, subset
+from .preprocessing import Prepared, no_prompt, prepare, subset
 from .reader import IMPLICIT
 from .stored_logps import read_logps
 from .tokenization import tokenize_row
@@ -70,19 +70,11 @@ class ListStream(IterableDataset):
         _refuse(row, where, args)
         if args.list_top is not None:
             row = row | subset(row, args.list_top, args.list_bottom)
-        tokens = tokenize_row(
-            row,
-            self.tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation=args.truncation_mode,
-            append_eos=args.append_eos,
-            where=where,
-        )
+        tokens = tokenize_row(row, self.tokenizer, where=where, **TokenLimits.of(args).arguments())
         if self.stored is not None:
             found = self.stored.of(tokens)
             if np.isnan(found).any():
-                raise self.stored.missing(where, found, self.tokenizer, Limits.of(args).as_dict())
+                raise self.stored.missing(where, found, self.tokenizer, TokenLimits.of(args).as_dict())
             tokens["ref_logps"] = found.tolist()
         if self.optional != [name for name in ("ref_logps",) if name in tokens]:
             raise ValueError(f"ref_logps: {where} and the first list differ in whether they have any; give them for every list")
@@ -119,7 +111,4 @@ def _refuse(row: dict[str, Any], where: str, args: LarPOConfig) -> None:
             "drop the column, or load the data without streaming"
         )
     if args.length_normalized and row.get(IMPLICIT):
-        raise ValueError(
-            f"length_normalized needs to know where prompts end, and {where} has none: what its texts share at their start may "
-            "be words of the answers. Give the data a column 'prompt'"
-        )
+        raise no_prompt(where)
