@@ -194,17 +194,20 @@ def test_a_containers_limit_counts(tmp_path):
 # ---- what it costs
 
 
-DTYPES = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+DTYPES = {  # of hidden and weight, and whether tiles are bfloat16
+    "float32": (torch.float32, None, False),
+    "bfloat16": (torch.bfloat16, None, False),
+    "bf16_hidden_fp32_weight": (torch.bfloat16, torch.float32, False),
+    "bf16_tiles": (torch.bfloat16, None, True),
+    "bf16_tiles_fp32_weight": (torch.bfloat16, torch.float32, True),
+}
 
 
 @on_cpu
-@pytest.mark.parametrize("native", [False, True], ids=["default", "bf16_tiles"])
-@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES, ids=["float32", "bfloat16", "bf16_hidden_fp32_weight"])
+@pytest.mark.parametrize(("dtype", "weight_dtype", "native"), DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("schedule", WALKS)
 def test_memory_is_what_the_plan_says(schedule, dtype, weight_dtype, native, tiles, monkeypatch):
     if native:
-        if dtype == torch.float32:
-            pytest.skip("float32 tiles either way")
         monkeypatch.setattr(dtypes, "native_bf16", lambda *_: True)
     head = a_head(dtype, weight_dtype)
     run, gradients, plan = step(head, schedule)
