@@ -317,6 +317,19 @@ def check_a_dtensor_head_knows_its_rows(rank, ranks):
             parallel.linear_token_logps(hidden, labels=head.labels, **wrong)
 
 
+def check_what_only_one_device_can_do_is_refused(rank, ranks):
+    shard, head = shard_of(rank), linear_heads.make_head(V, 31, (3,))
+    rows, columns = (head.hidden, own(shard, head.weight)), (torch.zeros(3, shard.rows),)
+    for function, given, option in (
+        (parallel.linear_token_logps, rows, "return_stats"),
+        (parallel.token_logps, columns, "return_stats"),
+        (parallel.token_logps, columns, "inplace_backward"),
+        (parallel.token_logps, columns, "schedule"),
+    ):
+        with pytest.raises(TypeError, match=option):
+            function(*given, head.labels, shard=shard, **{option: True})
+
+
 def check_shards_are_cut_as_torch_cuts_them(rank, ranks):
     for size in (5, 7, 31, 9):
         chunk = torch.arange(size).chunk(ranks)[rank]

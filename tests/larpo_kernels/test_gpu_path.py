@@ -23,9 +23,9 @@ COSTS = {  # of a step from 8 candidates x 16 tokens: operations of PyTorch, lau
     "packed sequence_logps": (18, 3),
     "listwise_loss": (17, 2),
     "fused_listwise_loss": (22, 4),
-    "frozen_head": (145, 8),
-    "list_hold": (174, 9),
-    "recompute": (180, 8),
+    "frozen_head": (142, 8),
+    "list_hold": (171, 9),
+    "recompute": (177, 8),
 }
 
 
