@@ -21,12 +21,11 @@ Every function here is collective: all ranks of the group call it, in the same o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from typing_extensions import Unpack
 
 from . import logps as single
 from . import validation
@@ -35,6 +34,9 @@ from .fused_listwise_loss import fused_listwise_loss as single_loss
 from .linear.vocab_shard import Sharded, VocabShard, process_group
 from .objectives import Objective
 from .outputs import ListwiseLossOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "VocabShard",
