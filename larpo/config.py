@@ -53,7 +53,7 @@ class LarPOConfig(TrainingArguments):
         reference_free: Leave the reference policy out: scores are beta * log pi.
         label_smoothing: Share of preferences taken to be noise, as in cDPO; below 0.5. Not for listmle.
         margin: How far a candidate must be ahead in implicit reward, per unit of difference in scores.
-        sft_weight: Weight of the negative log-likelihood per token of the best candidate (TRL's rpo_alpha).
+        sft_weight: Weight of the negative log-likelihood per token of the best candidate (rpo_alpha of earlier TRL).
         on_nonfinite: A batch whose loss is NaN or infinite: 'raise' stops before the update, 'skip' leaves it out and counts
             it.
         list_top: Candidates of each list that are trained on, from the best on; together with list_bottom (None: all).

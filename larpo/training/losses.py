@@ -16,8 +16,8 @@ b its best candidate of n_b counted tokens, and d_i = g_i + margin (r_b - r_i),
 - `label_smoothing`, eps: the share of judgements taken to be noise. Pairwise, LambdaRank: F' is F of the pairs turned round,
   (1 - eps) l(d) + eps l(-d) (cDPO; Mitchell 2023, "A note on DPO with noisy preferences"). Contrastive, ListNet: the target
   becomes (1 - eps) p_i + eps / m (Szegedy et al., arXiv 1512.00567, section 7), so F' = logsumexp(d) - mean(d).
-- `sft_weight`: keeps the best answer likely, which a ranking alone may lower (RPO, arXiv 2404.19733, eq. 1; TRL's
-  `rpo_alpha`). Of several best candidates it is the mean, with ties="order" the first, with ties="skip" none.
+- `sft_weight`: keeps the best answer likely, which a ranking alone may lower (RPO, arXiv 2404.19733, eq. 1;
+  `rpo_alpha` of earlier TRL). Of several best candidates it is the mean, with ties="order" the first, with ties="skip" none.
 
 A column `weight` in the data multiplies the loss of each list, divided by the column's mean: a batch of n lists has the loss
 sum w_l loss_l / n, whose mean over the data is the weighted mean. (Were a batch divided by the weights of its own lists, the
