@@ -78,7 +78,7 @@ class AlignConfig:
     iterations: int = _arg(3, "Iterations of the loop (paper: 3).")
     prompts_per_iteration: int | None = _arg(None, "Prompts of an iteration, the next ones of a shuffled order (None: all).")
     prompts_split: str = _arg("train", "Split of `prompts`, if they are a dataset on the hub.")
-    report_to: str | list[str] = _arg(
+    report_to: str | list[str] | None = _arg(
         "none", "Tools that the counts of each stage go to: tensorboard, trackio, wandb, ... (see TrainingArguments)."
     )
     seed: int = _arg(0, "Equal seeds on an equal machine give an equal run.")

@@ -27,7 +27,7 @@ class Reporter:
     one reports.
     """
 
-    def __init__(self, report_to: str | list[str], args: LarPOConfig):
+    def __init__(self, report_to: str | list[str] | None, args: LarPOConfig):
         """Raises ValueError for a tool that transformers doesn't know, and for one that is not installed."""
         from transformers.integrations import get_reporting_integration_callbacks
         from transformers.trainer_callback import TrainerControl, TrainerState
@@ -62,7 +62,7 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def reporting(report_to: str | list[str], args: LarPOConfig) -> Iterator[Reporter]:
+def reporting(report_to: str | list[str] | None, args: LarPOConfig) -> Iterator[Reporter]:
     """A Reporter that is closed in the end."""
     reporter = Reporter(report_to, args)
     try:

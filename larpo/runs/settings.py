@@ -59,6 +59,9 @@ class Setting(NamedTuple):
         if value is True and "const" in metadata:
             return value
         value = as_meant(self.name, value, self.hint)
+        lists = [kind for kind in kinds if get_origin(kind) is list]
+        if type(value) in (str, int, float) and lists and kinds <= {*lists, NoneType}:  # one item stands for a list of it
+            value = [as_meant(self.name, value, *get_args(lists[0]))]
         if type(value) is int and float in kinds and int not in kinds:
             value = float(value)
         if type(value) is int and value in (0, 1) and kinds <= {bool, NoneType}:

@@ -47,15 +47,16 @@ class TrainingLog:
 
     def pop(self, ranks: int, device: torch.device) -> dict[str, float]:
         """What there is to log since the last call; every rank must call it."""
-        seconds = max(time.monotonic() - self._since, 1e-9)
+        now = time.monotonic()
         found = self.lists.pop(ranks)
-        found["tokens_per_second"] = round(self._tokens / seconds, 1)
+        found["tokens_per_second"] = round(self._tokens / max(now - self._since, 1e-9), 1)
         found["padding"] = round(1 - self._tokens / self._padded, 4) if self._padded else 0.0
         found |= _memory(device)
         if self._tail_threshold is not None:
             found |= {"tail/rows": self._tail.rows, "tail/merged": self._tail.merged}
             self._tail = lk.TailShares()
         self.start()
+        self._since = now  # not of now: the time that metrics took belongs to the next entry
         return found
 
 

@@ -54,6 +54,10 @@ def test_a_bad_setting_is_refused_by_name(changes, message):
         config(**changes)
 
 
+def test_reports_may_be_none_as_in_TrainingArguments():
+    assert load_config(None, NEEDED | {"report_to": None}).report_to is None
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -50,6 +50,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert how == How(beta=1.0, steps=3, shuffle=False) and isinstance(how.beta, float)
 
 
+def test_one_item_in_the_file_stands_for_a_list_of_it_as_in_a_flag(tmp_path):
+    where, how = read(text="model: m\nnames: a\nheats: 1\nreports: b", path=tmp_path)
+    assert (where.names, how.heats, how.reports) == (["a"], [1], "b")
+
+
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
