@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling import Distinct, Sampled, Sampler
-from ..serving.asking import Limits, limits_of
+from ..serving.asking import SamplingLimits, sampling_limits
 from ..serving.settings import server_settings
 from ..serving.weights import ServedWeights
 from . import other_engine
@@ -77,7 +77,7 @@ class Samplers:
             options |= {"progress": progress} | config.sampler_options
             sampler = sampling.VLLMSampler(policy, config.max_new_tokens, **options)
         elif self._served is not None:
-            limits = limits_of(self.models.tokenizer, config.max_new_tokens, **options)
+            limits = sampling_limits(self.models.tokenizer, config.max_new_tokens, **options)
             sampler = self._of_server(iteration, limits, kept, progress)
         else:
             options |= {"progress": progress, "batch_size": config.sample_batch_size}
@@ -90,7 +90,7 @@ class Samplers:
         if self.config.sampler == "vllm":
             gc.collect()  # an engine and its parts hold each other
 
-    def _of_server(self, iteration: int, limits: Limits, kept: Path, progress: bool) -> Sampler:
+    def _of_server(self, iteration: int, limits: SamplingLimits, kept: Path, progress: bool) -> Sampler:
         from ..serving.sampler import ServedModel, ServerSampler
 
         policy, settings = self.policy(iteration), self._served.settings

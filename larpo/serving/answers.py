@@ -8,10 +8,10 @@ import json
 from typing import Any
 
 from ..runs.journal import Journal
-from .asking import Answer, Choice, Limits, Wanted
+from .asking import Answer, Choice, SamplingLimits, Wanted
 
 
-def key_of(weights: str, wanted: Wanted, limits: Limits) -> str:
+def key_of(weights: str, wanted: Wanted, limits: SamplingLimits) -> str:
     asked = {"weights": weights} | dataclasses.asdict(wanted) | dataclasses.asdict(limits)
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

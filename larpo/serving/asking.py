@@ -49,7 +49,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Limits:
+class SamplingLimits:
     """How completions are drawn, and what ends them: the same for every prompt."""
 
     max_new_tokens: int
@@ -69,13 +69,13 @@ class Limits:
         return [name for name, given in found.items() if given]
 
 
-def limits_of(
+def sampling_limits(
     tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, *, eos_token_ids: Sequence[int] | None = None, **others: Any
-) -> Limits:
-    """The settings of a `TransformersSampler` as Limits. Raises ValueError for one that is out of its range."""
+) -> SamplingLimits:
+    """The settings of a `TransformersSampler` as SamplingLimits. Raises ValueError for one that is out of its range."""
     own = eos_token_ids is not None
     ends = tuple(eos_token_ids) if own else endings.ending_of(text_tokenizer(tokenizer)).token_ids
-    return Limits(max_new_tokens, ends, own, **others)
+    return SamplingLimits(max_new_tokens, ends, own, **others)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Answer:
 
 
 async def ask(
-    client: openai.AsyncOpenAI, settings: ServerSettings, model: str, form: Form, wanted: Wanted, limits: Limits
+    client: openai.AsyncOpenAI, settings: ServerSettings, model: str, form: Form, wanted: Wanted, limits: SamplingLimits
 ) -> Answer:
     """Raises openai.OpenAIError where the client gave up."""
     common: dict[str, Any] = {"model": model, "n": wanted.n, "temperature": wanted.temperature, "seed": wanted.seed}

@@ -18,7 +18,7 @@ from ..rewards import Text
 from ..rewards.background import wait_for
 from ..sampling import Sampled, Template, all_prompt_tokens, check_call
 from .answers import Answers, key_of
-from .asking import FORMS, Answer, Choice, Form, Limits, Wanted, ask
+from .asking import FORMS, Answer, Choice, Form, SamplingLimits, Wanted, ask
 from .client import ServerError, open_client, what_happened
 from .settings import ServerSettings
 
@@ -51,7 +51,7 @@ class ServerSampler:
         self,
         settings: ServerSettings,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits,
+        limits: SamplingLimits,
         model: ServedModel,
         *,
         kept: Path | None = None,

@@ -16,7 +16,7 @@ pytest.importorskip("openai")
 pytest.importorskip("transformers")
 from larpo.runs.intact import Damaged
 from larpo.sampling import Sampled
-from larpo.serving.asking import limits_of
+from larpo.serving.asking import sampling_limits
 from larpo.serving.client import ServerError
 from larpo.serving.sampler import ServedModel, ServerSampler
 from larpo.serving.settings import server_settings
@@ -43,7 +43,7 @@ def sampler(server, folder=None, max_new_tokens=4, bos=False, **settings):
     given = {"base_url": server.base_url, "model": "policy", "allow_stale_weights": True, "retries": 0} | settings
     tokenizer = tiny_tokenizer(bos=bos)
     kept = folder and folder / "kept/answers.jsonl"
-    return ServerSampler(server_settings(given), tokenizer, limits_of(tokenizer, max_new_tokens, **own), model, kept=kept)
+    return ServerSampler(server_settings(given), tokenizer, sampling_limits(tokenizer, max_new_tokens, **own), model, kept=kept)
 
 
 def of_prompt(body):
