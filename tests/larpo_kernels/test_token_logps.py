@@ -13,9 +13,10 @@ from tests.helpers.regimes import REGIMES
 from tests.helpers.tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
 HALF = (torch.bfloat16, torch.float16)
-SMALL = [  # every regime in every dtype, and in rows of several blocks; every size in every dtype
+# Every regime in every dtype, and in rows that programs share (300 columns in the interpreter); every size in every dtype.
+SMALL = [
     *((dtype, regime, 127) for dtype in (torch.float32, *HALF) for regime in REGIMES),
-    *((torch.float32, regime, 1000) for regime in REGIMES),
+    *((torch.float32, regime, 300) for regime in REGIMES),
     *((dtype, "initialisation", size) for dtype in (torch.float32, *HALF) for size in (1, 31)),
     *((dtype, "initialisation", 1000) for dtype in HALF),
 ]
@@ -342,7 +343,7 @@ def test_backward_allocates_one_gradient_and_no_float32_copy():
 )
 def test_gradient_at_a_target_that_a_mask_has_pushed_down(backend, device, dtype, mask, options):
     """Others' gradients are their probabilities, however far below them the target lies."""
-    logits, labels, upstream = some_tokens(1000, dtype, device)
+    logits, labels, upstream = some_tokens(300, dtype, device)
     lowest = torch.finfo(dtype).min
     logits = logits.scatter(-1, labels.clamp(min=0)[..., None], lowest if mask == "lowest" else max(mask, lowest))
 
@@ -370,7 +371,7 @@ def test_entropy_where_the_sum_is_finite_and_its_product_is_not(backend, device,
 @pytest.mark.parametrize("mask", [-1e4, -1e9])
 def test_entropy_of_a_row_whose_target_a_mask_has_pushed_down(backend, device, mask):
     """Kernels that share a row must not measure their parts from a target so far away: float32 has no digits left there."""
-    logits, labels, _ = some_tokens(1000, torch.float32, device)
+    logits, labels, _ = some_tokens(300, torch.float32, device)
     logits = logits.scatter(-1, labels.clamp(min=0)[..., None], mask)
     out = lk.token_logps(logits, labels, return_stats=True, backend=backend)
     truth = slow_loop.entropies(logits, labels)
@@ -480,7 +481,7 @@ def test_inplace_backward_writes_the_same_gradient_over_the_logits(backend, devi
 
 def test_inplace_backward_of_rows_that_kernels_share_is_the_same(backend, device):
     """Of targets that a mask has pushed down too: then a whole row is read before any of it is overwritten."""
-    logits, labels, upstream = some_tokens(1000 if device == "cpu" else 128256, torch.float32, device)
+    logits, labels, upstream = some_tokens(300 if device == "cpu" else 128256, torch.float32, device)
     logits[:, ::2].scatter_(-1, labels[:, ::2].clamp(min=0)[..., None], -1e9)
     expected = gradient(lambda x: lk.token_logps(x, labels, backend=backend), logits, upstream)
     activations = leaf(logits) * 1
