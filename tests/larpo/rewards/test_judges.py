@@ -184,6 +184,22 @@ def test_a_process_that_is_killed_has_kept_what_it_was_told(tmp_path):
     assert set(asked) == {str(i) for i in range(9)} and asked.total() <= 9 + 2  # what was in flight
 
 
+def test_ranks_know_what_others_were_told_and_a_damaged_line_is_asked_again(tmp_path, monkeypatch):
+    def told(rank, **found):
+        monkeypatch.setenv("RANK", str(rank))
+        one = Memory(tmp_path).of("judge", {})
+        one.put({question: [value] for question, value in found.items()})
+        return one
+
+    told(0, one=1.0, two=2.0)
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_text("\n" + file.read_text().replace('"two"', '"two') + '{"question": "three", "val')
+    assert "two" not in told(1) and told(1, two=3.0)["one"] == [1.0]
+    told(0, three=None)
+    last = told(0)
+    assert [last[question] for question in ("one", "two", "three")] == [[1.0], [3.0], [None]]
+
+
 def test_a_question_is_all_that_a_judge_is_given(tmp_path):
     reward = Counting()
     one, memory = Judge(reward=reward, batch_size=8), Memory(tmp_path)
