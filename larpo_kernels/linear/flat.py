@@ -32,5 +32,5 @@ def mostly_below(head: walk.Head, hidden: Tensor, labels: Tensor, threshold: flo
         keeps = dict(held_rows=rows, held_dtype=head.dtype, fuse_hidden_grad=False)
         _, saved = walk.forward(head, hidden, labels, **keeps, stats=False, backend=backend)
         share = saved.held / saved.total  # negative at the targets, which always count
-        below = add_up(share.masked_fill_((share < 0) | (share > threshold), 0).sum(0), head.group)
+        below = add_up(share.masked_fill_(share < 0, 0).masked_fill_(share > threshold, 0).sum(0), head.group)
         return bool(below.mean() > FLAT)

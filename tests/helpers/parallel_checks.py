@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import larpo_kernels as lk
 from larpo_kernels import parallel, validation
-from larpo_kernels.linear import dtypes, schedules, tile_shapes
+from larpo_kernels.linear import dtypes, flat, schedules, tile_shapes, walk
 from tests.helpers import linear_heads, slow_loop
 from tests.helpers.batches import IGNORE, leaf, make_batch
 from tests.helpers.regimes import REGIMES
@@ -112,6 +112,16 @@ def check_a_tail_is_told_apart_by_the_sums_of_all_ranks(rank, ranks):
             assert not kept.all() and kept[(p > 0.01).any(0)].all()
             lost = torch.where(p > 0.01, 0, p) * (head.upstream.abs() * head.hidden.norm(dim=1))[:, None]
             assert ((grads["weight"] - exact["weight"]).norm(dim=1) <= lost.sum(0) + 1e-12).all()
+
+
+def check_logits_are_flat_for_all_ranks_or_for_none(rank, ranks):
+    """Together most of the probability lies below the threshold; no rank's rows have most of it."""
+    shard = shard_of(rank, (10, 10, 11))
+    whole = linear_heads.make_head(V, 31, labels=torch.arange(schedules.FEW_TOKENS))
+    head = walk.Head(own(shard, whole.weight), None, 1.0, None, torch.float32, shard.name)
+    for threshold, expected in ((0.2, True), (1e-4, False)):
+        labels = shard.local_labels(whole.labels, None)
+        assert flat.mostly_below(head, whole.hidden, labels, threshold, "torch") == expected
 
 
 def compare(head, logps, grads, wanted, label, op_options=None):

@@ -145,10 +145,10 @@ def test_options_reach_loss_and_gradients(backend, batch, options):
 
 
 def test_any_ignore_index(backend, batch):
-    for ignore_index in (-1, 31):
+    for ignore_index, mean in ((-1, False), (31, True)):
         renamed = replace(batch, labels=batch.labels.masked_fill(batch.labels == IGNORE, ignore_index))
-        out = fused(renamed, backend, ignore_index=ignore_index)(batch.logits)
-        expected = fused(batch, backend)(batch.logits)
+        out = fused(renamed, backend, ignore_index=ignore_index, length_normalized=mean)(batch.logits)
+        expected = fused(batch, backend, length_normalized=mean)(batch.logits)
         assert torch.equal(out.loss, expected.loss) and torch.equal(out.logps, expected.logps)
 
 

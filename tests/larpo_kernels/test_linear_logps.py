@@ -125,6 +125,12 @@ def test_scale_and_softcap_come_after_the_bias(backend, device, schedule, option
     assert_matches_float64(head, backend, wanted, **walk, **options)
 
 
+@pytest.mark.parametrize("options", [{"logit_scale": 0.25}, {"logit_scale": -2.0, "softcap": 5.0}], ids=str)
+def test_scale_and_softcap_of_logits_that_fit_one_tile(device, options):
+    head = many_tiles(torch.float32, device, bias=True)
+    assert_matches_float64(head, "torch", **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_scale_and_softcap_in_half_precision(backend, device, dtype, small_tiles):
     head = many_tiles(dtype, device, bias=True)

@@ -79,7 +79,7 @@ def test_on_initialisation_like_logits_log_probs_are_closer_and_gradients_as_clo
     [
         *((schedule, False, {}) for schedule in WALKS),
         *((schedule, True, {"softcap": 4.0, "logit_scale": 2.0}) for schedule in WALKS),
-        ("recompute", True, {"logit_scale": 0.5}),
+        *(("recompute", bias, {"logit_scale": 0.5}) for bias in (False, True)),
         ("recompute", False, {"softcap": 4.0, "logit_scale": 2.0}),
     ],
     ids=str,

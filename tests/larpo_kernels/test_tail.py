@@ -22,13 +22,15 @@ def heads_of_any_size(monkeypatch):
     monkeypatch.setattr(schedules, "TAIL_AMX_WIDTH", 0)
 
 
-def peaked(spread=1.5, vocabulary=VOCABULARY, tokens=TOKENS, hidden_size=64, **options):
-    """Logits as a trained model has them: some words are frequent everywhere (Zipf), others where they fit."""
+def peaked(spread=1.5, vocabulary=VOCABULARY, tokens=TOKENS, hidden_size=64, surprise=0.0, **options):
+    """Logits as a trained model has them: some words are frequent everywhere (Zipf), others where they fit. At every ninth
+    token the last word is a surprise: its logit is raised once the labels are drawn."""
     generator = torch.Generator().manual_seed(1)
     frequent = -1.5 * torch.arange(1, vocabulary + 1).log()
     logits = frequent + spread * torch.randn(tokens, vocabulary, generator=generator)
     labels = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
     labels[::7] = IGNORE
+    logits[::9, -1] += surprise
     return make_head(vocabulary, hidden_size, labels=labels, logits=logits, **options)
 
 
@@ -91,6 +93,15 @@ def test_only_the_tail_is_merged(case, backend, device, monkeypatch):
     wanted, how = scheduled(schedule, head)
     dropped = assert_within_the_bound(head, backend, wanted, **how, **options)
     assert dropped > 0.1 or "weight" not in wanted
+
+
+@pytest.mark.parametrize("schedule", ["frozen_head", "list_hold"])
+def test_what_was_merged_and_held_is_rescaled_where_a_later_tile_raises_the_shift(schedule, backend, device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    monkeypatch.setattr(tile_shapes, "seen_step", lambda rows: rows)  # the first row alone is looked at for a shift
+    head = peaked(surprise=120.0, device=device)
+    wanted, how = scheduled(schedule, head)
+    assert_within_the_bound(head, backend, wanted, **how)
 
 
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold"])
@@ -236,3 +247,15 @@ def test_memory_is_at_most_what_the_plan_says(schedule, monkeypatch):
     beyond = costs(step).peak - sum(x[name].nbytes for name in wanted)
     per_token, slices = 20 * 8 * 150, 3 * 4 * 32 * 160
     assert 0.2 * plan.extra_bytes <= beyond <= 1.1 * plan.extra_bytes + per_token + slices
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is allocated on a CPU")
+def test_memory_of_the_look_at_a_few_tokens_is_in_the_plan(monkeypatch):
+    """Of narrow hidden states and many rows it is the most that a call has allocated at a time."""
+    monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", 1 << 17)
+    head = make_head(vocabulary=20000, hidden_size=8, shape=(schedules.FLAT_TOKENS * 3 // 2,))
+    given = dict(hidden=head.hidden.requires_grad_(), weight=head.weight, labels=head.labels)
+    options = dict(tail_threshold=THRESHOLD, schedule="recompute")
+    plan = lk.plan(**given, **options)
+    assert plan.if_flat.extra_bytes < plan.extra_bytes == 16 * 20000 * (4 + 4 + 1)  # E, shares, a mask
+    assert costs(lambda: lk.linear_token_logps(**given, **options, backend="torch")).peak <= 1.1 * plan.extra_bytes
