@@ -13,6 +13,8 @@ for package in ("deepspeed", "transformers", "accelerate", "datasets", "peft"):
 
 from tests.larpo.test_distributed_trainer import one_process
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -15,6 +15,8 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from tests.helpers import trainer_checks
 
+pytestmark = pytest.mark.slow
+
 
 def one_process(folder):
     expected = {

@@ -11,6 +11,8 @@ import torch
 
 from tests.helpers import HANGS
 
+pytestmark = pytest.mark.slow
+
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 KERNELS = {
     *("token_logps_forward", "token_logps_backward", "candidate_logps", "list_losses"),

@@ -10,6 +10,8 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from larpo_kernels import parallel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -12,6 +12,8 @@ if not hasattr(os, "fork"):
 from larpo.runs.files import read_json, read_rows, rows_once, write_text, write_whole
 from tests.helpers import HANGS, align_killed, prepared, tiny
 
+pytestmark = pytest.mark.slow
+
 
 def lives(folder: Path, mode: str) -> list[int]:
     """Exit codes of the processes of the killed run, one after the other."""

@@ -14,6 +14,8 @@ from larpo.runs.files import read_json
 from tests.helpers import HANGS, loop_checks, prepared, ranks, ranks_killed, tiny
 from tests.larpo.align.test_killed import assert_same_run
 
+pytestmark = pytest.mark.slow
+
 
 def write_model(folder):
     tiny.causal_lm(spread=2.0).save_pretrained(folder / "model")

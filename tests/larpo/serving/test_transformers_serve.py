@@ -17,6 +17,8 @@ from larpo.serving.client import ServerError
 from tests.helpers import HANGS
 from tests.helpers.align_runs import align, model_folder
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--host", "127.0.0.1", "--port"]
 
 
