@@ -60,6 +60,16 @@ def test_relevance_of_any_sign_and_size_has_the_references_loss(backend, device,
     torch.testing.assert_close(scores.grad.double().cpu(), truth_scores.grad, rtol=3e-6, atol=1e-7)
 
 
+def test_gains_are_not_divided_by_an_ideal_of_zero(backend, device):
+    """That of the best candidate alone, whose gain is 0."""
+    scores = torch.tensor(FOUR_SCORES, device=device, requires_grad=True)
+    relevance = RELEVANCES["best is zero"]
+    objective = lk.LambdaRank("dcg", k=1)
+    loss = lk.listwise_loss(scores, torch.tensor(relevance, device=device), list_sizes=4, objective=objective, backend=backend)
+    assert loss.item() == pytest.approx(exact_weighted_lambdarank(FOUR_SCORES, relevance, "dcg", 1), rel=1e-6)
+    assert torch.autograd.grad(loss, scores)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in RELEVANCES if max(map(abs, RELEVANCES[kind])) < 1000])
 @pytest.mark.parametrize("weighted", [name for name in OBJECTIVES if "dcg" in name])
 def test_the_references_dcg_weights_are_those_of_400_digits(kind, weighted):

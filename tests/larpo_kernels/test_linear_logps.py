@@ -129,6 +129,9 @@ def test_scale_and_softcap_come_after_the_bias(backend, device, schedule, option
 def test_scale_and_softcap_of_logits_that_fit_one_tile(device, options):
     head = many_tiles(torch.float32, device, bias=True)
     assert_matches_float64(head, "torch", **options)
+    out = ours(head, "torch", return_stats=True, **options)(head.hidden, head.weight, head.bias)
+    logits = F.linear(head.hidden.double(), head.weight.double(), head.bias.double())
+    torch.testing.assert_close(out.entropy.double(), slow_loop.entropies(logits, head.labels, **options), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -174,6 +177,14 @@ def test_backward_within_autocast_is_as_exact_as_without(device, fast_backend):
 
     for a, b in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_small_head_is_computed_in_float32_within_autocast(device, fast_backend):
+    head = many_tiles(torch.float32, device, bias=True)
+    logps, grads = run(ours(head, fast_backend), head, ALL)
+    with torch.autocast(device, torch.bfloat16):
+        within, grads_within = run(ours(head, fast_backend), head, ALL)
+    assert torch.equal(within, logps) and all(torch.equal(grads_within[name], grads[name]) for name in ALL)
 
 
 def test_float64_parameters_of_float32_states_compute_in_float64(device):

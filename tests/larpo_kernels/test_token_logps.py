@@ -338,6 +338,7 @@ def test_backward_allocates_one_gradient_and_no_float32_copy():
         *((torch.float32, mask, {}) for mask in (-70.0, -1e4, -1e9, "lowest")),
         *((dtype, mask, {}) for dtype in HALF for mask in (-70.0, "lowest")),
         (torch.float32, -1e4, {"logit_scale": 0.5}),
+        (torch.float32, -1e4, {"logit_scale": 20.0, "softcap": 80.0}),
     ],
     ids=str,
 )
