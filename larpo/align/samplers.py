@@ -74,8 +74,8 @@ class Samplers:
         if to_train_on:
             options |= {"top_k": config.top_k, "top_p": config.top_p, "min_new_tokens": config.min_new_tokens or 0}
         if config.sampler == "vllm":
-            options |= {"progress": progress} | config.sampler_options
-            sampler = sampling.VLLMSampler(policy, config.max_new_tokens, **options)
+            options["progress"] = progress
+            sampler = sampling.VLLMSampler(policy, config.max_new_tokens, **options, **config.sampler_options)
         elif self._served is not None:
             limits = sampling_limits(self.models.tokenizer, config.max_new_tokens, **options)
             sampler = self._of_server(iteration, limits, kept, progress)

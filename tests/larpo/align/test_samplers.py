@@ -13,6 +13,7 @@ for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml", 
     pytest.importorskip(package)
 from larpo.align import other_engine
 from larpo.align.config import differences
+from larpo.align.samplers import Samplers
 from larpo.align.status import status
 from larpo.modeling.loading import load_causal_lm
 from larpo.runs.files import read_rows
@@ -252,3 +253,10 @@ def test_a_run_with_vllm_in_its_process_makes_an_engine_of_every_policy(tmp_path
     assert engines == [(start, options, {-1}), (start, options, {20}), (trained, options, {-1})]
     counts = found.metrics[1]["sample"]
     assert counts["compared_tokens"] > 20 and counts["logps_apart_most"] < 1e-4 and not counts["weights"]["stale"]
+
+
+def test_options_of_the_engine_cannot_replace_how_completions_are_drawn(tmp_path):
+    models = types.SimpleNamespace(initial=lambda: "m", eos_token_ids=lambda: None)
+    samplers = Samplers(config(tmp_path, sampler="vllm", sampler_options={"top_k": 5}), models, None)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'top_k'"):
+        samplers.of(0, to_train_on=True, kept=tmp_path, progress=False)
