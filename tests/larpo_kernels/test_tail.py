@@ -1,6 +1,7 @@
 """tail_threshold: gradients from the vocabulary rows that matter, the rest merged; and where everything stays exact."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,6 +94,19 @@ def test_only_the_tail_is_merged(case, backend, device, monkeypatch):
     wanted, how = scheduled(schedule, head)
     dropped = assert_within_the_bound(head, backend, wanted, **how, **options)
     assert dropped > 0.1 or "weight" not in wanted
+
+
+def test_the_row_of_a_target_counts_however_unlikely_it_is(backend, device, monkeypatch):
+    use_small_tiles(monkeypatch, tokens=20, rows=100)
+    head = peaked(device=device)
+    most = shares(head)[head.labels != IGNORE].amax(0)
+    unlikely = torch.stack([a + most[a : a + 100].argmin() for a in (100, 200)])  # one of each tile but the first
+    assert (most[unlikely] < THRESHOLD).all()
+    labels = head.labels.clone()
+    labels[1:3] = unlikely
+    head = replace(head, labels=labels)
+    wanted, how = scheduled("list_hold", head)
+    assert_within_the_bound(head, backend, wanted, **how)
 
 
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold"])
