@@ -18,7 +18,10 @@ real_data = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(
 TENSORS = ("hidden", "weight", "labels", "relevance", "ref_logps")
 
 
-@pytest.fixture(scope="module", params=cases.REAL)
+@pytest.fixture(
+    scope="module",
+    params=[*cases.OPENBOOKQA, *(pytest.param(name, marks=pytest.mark.slow) for name in (cases.SAMPLED, *cases.DOCUMENTS))],
+)
 def real(request):
     return cases.build(request.param, progress=False)
 
@@ -208,6 +211,7 @@ def test_openbookqa_has_the_likelihoods_of_the_model_run_row_by_row():
         assert logp == pytest.approx(expected.item(), abs=1e-3)
 
 
+@pytest.mark.slow
 @real_data
 def test_sampled_answers_are_as_likely_as_the_models_entropy_says():
     case = cases.build(cases.SAMPLED, progress=False)

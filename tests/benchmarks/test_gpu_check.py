@@ -164,6 +164,7 @@ def test_arguments_that_would_run_something_else_are_refused(arguments, capsys):
     assert f"{arguments[0]}: got" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="steps are forked here, for speed")
 def test_a_dry_run_goes_through_every_step_whatever_befalls_some(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(device.DRY_RUN, "1")
@@ -201,6 +202,7 @@ def test_a_dry_run_goes_through_every_step_whatever_befalls_some(tmp_path, monke
     assert "| eager |" in text and "abc123" in text
 
 
+@pytest.mark.slow
 @NO_GPU
 def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path, capsys):
     where = ["--out", str(tmp_path / "out")]
@@ -414,6 +416,7 @@ def test_a_table_of_candidates_shows_the_fastest_first_and_says_when_there_is_no
     assert tune.table(group, []) == "rows: not measured, the time limit was reached; shipped values stay"
 
 
+@pytest.mark.slow
 def test_candidates_are_compiled_without_a_gpu():
     pytest.importorskip("triton")
     code = """

@@ -179,6 +179,7 @@ def other_kinds():
     return [(f"{name}Config", common | options) for name, options in given.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,options", other_kinds(), ids=[name for name, _ in other_kinds()])
 def test_other_adapters_are_trained_against_the_policy_handed_over(tmp_path, data, name, options):
     if not hasattr(peft, name):

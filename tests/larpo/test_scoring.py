@@ -67,6 +67,7 @@ def killed_after_seven_files(folder):
     score(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_run_scores_only_what_is_missing_and_writes_what_one_in_peace_does(folder, caplog):
     assert prepared.run(killed_after_seven_files, folder, timeout=HANGS) == -signal.SIGKILL
     kept = folder / "out.parquet.parts"

@@ -130,6 +130,7 @@ def test_one_graph_gives_eagers_numbers_on_either_backend(backend, device):
     assert_compiled_is_eager(fused_listwise_loss, make_batch((2, 1), device=device), backend, "aot_eager")
 
 
+@pytest.mark.slow
 def test_inductor_gives_eagers_numbers(device):
     assert_compiled_is_eager(fused_listwise_loss, make_batch(device=device), None, "inductor")
 

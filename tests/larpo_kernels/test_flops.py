@@ -98,6 +98,7 @@ def test_a_backward_counts_alone(device):
     assert flops(loss.backward) == 2 * GEMM
 
 
+@pytest.mark.slow
 def test_the_first_call_of_a_process_counts():
     code = """
         from torch.utils.flop_counter import FlopCounterMode

@@ -85,11 +85,13 @@ def name(kernel):
 # --- the kernels
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills_or_local_memory_within_shared_memory(kernels):
     assert {name(kernel): kernel["problems"] for kernel in kernels if kernel["problems"]} == {}
     assert kernels
 
 
+@pytest.mark.slow
 def test_row_kernels_move_16_bytes_at_a_time_where_rows_are_aligned(kernels):
     checked = [kernel for kernel in kernels if kernel["kernel"] in ROW_KERNELS and kernel["aligned"] and not kernel["error"]]
     for kernel in checked:
@@ -99,6 +101,7 @@ def test_row_kernels_move_16_bytes_at_a_time_where_rows_are_aligned(kernels):
     assert {kernel["kernel"] for kernel in checked} == set(ROW_KERNELS)
 
 
+@pytest.mark.slow
 def test_zeroing_an_ignored_row_stores_16_bytes_at_a_time(kernels):
     backwards = [kernel for kernel in kernels if kernel["kernel"] == "token_logps_backward" and kernel["aligned"]]
     for kernel in backwards:
@@ -107,6 +110,7 @@ def test_zeroing_an_ignored_row_stores_16_bytes_at_a_time(kernels):
     assert backwards
 
 
+@pytest.mark.slow
 def test_tiles_of_the_head_move_16_bytes_at_a_time(kernels):
     tiles = [kernel for kernel in kernels if kernel["kernel"] == "exp_tile" and kernel["aligned"]]
     for kernel in tiles:
@@ -114,6 +118,7 @@ def test_tiles_of_the_head_move_16_bytes_at_a_time(kernels):
     assert tiles
 
 
+@pytest.mark.slow
 def test_row_kernels_form_one_exp_per_logit_and_two_with_a_soft_cap(kernels):
     rows = [kernel for kernel in kernels if kernel["kernel"] in ROW_KERNELS and not kernel["error"]]
     for kernel in rows:
@@ -122,6 +127,7 @@ def test_row_kernels_form_one_exp_per_logit_and_two_with_a_soft_cap(kernels):
     assert {kernel["kernel"] for kernel in rows} == set(ROW_KERNELS)
 
 
+@pytest.mark.slow
 def test_moving_the_logits_takes_longer_than_issuing_what_is_done_to_them(inspected):
     """An H200 issues 4 warps of 32 a cycle on each of 132 multiprocessors, at 1.755 GHz, while 4.8 TB/s move."""
     per_byte = 132 * 4 * 32 * 1.755e9 / 4.8e12
@@ -136,6 +142,7 @@ def test_moving_the_logits_takes_longer_than_issuing_what_is_done_to_them(inspec
     assert checked == set(moved) or "sm_90" in inspected["skipped"]
 
 
+@pytest.mark.slow
 def test_misaligned_rows_are_reported_as_narrow(kernels):
     """The report tells the two apart, or the test of the aligned ones would say nothing."""
     odd = [kernel for kernel in kernels if kernel["kernel"] in ROW_KERNELS and not kernel["aligned"]]
@@ -144,6 +151,7 @@ def test_misaligned_rows_are_reported_as_narrow(kernels):
     assert odd
 
 
+@pytest.mark.slow
 def test_launches_are_those_of_the_table(kernels):
     for kernel in kernels:
         shipped = launch.TABLE[kernel["target"]]
@@ -172,6 +180,7 @@ def test_every_target_has_launch_parameters_and_every_launch_parameter_a_target(
 # --- the report
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_a_problem(inspected):
     """A kernel with far too much in registers: what the first test would not let pass."""
     for kernel in inspected["crammed"]:
@@ -199,6 +208,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(arguments, messag
         inspect.report(*arguments)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "report.json"
     names = ("--target", "sm_90", "--kernel", "merge_splits/plain", "--dtype", "bf16")

@@ -48,6 +48,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs_and_writes_what_it_found(name, tmp_path, capsys):
     if name in ("twosome", "linvit"):

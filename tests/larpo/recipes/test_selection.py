@@ -212,6 +212,7 @@ def test_the_likeliest_candidate_per_token_is_selected_and_no_other_option():
     assert a_list().teaches
 
 
+@pytest.mark.slow
 def test_training_learns_to_select():
     recipe = selection.SelfSelection(asked=quiz(3), load=tiny, epochs=10, batch_size=3, learning_rate=2e-2)
     for one, question in zip(recipe.prepared[1], recipe.asked, strict=True):

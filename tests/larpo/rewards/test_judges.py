@@ -165,6 +165,7 @@ def asks(url, folder):
     (folder / "said").write_text(str(found))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_has_kept_what_it_was_told(tmp_path):
     process = None
 
