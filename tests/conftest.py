@@ -24,6 +24,13 @@ from tests.helpers.regimes import REGIMES
 NO_TRITON = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        on_triton = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+        if on_triton and not GPU and item.get_closest_marker("slow_interpreted"):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish(session):
     """accelerate collects garbage whenever a trainer starts: over everything that the tests have imported, that takes longer
     than training a tiny model does."""

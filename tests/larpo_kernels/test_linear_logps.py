@@ -51,6 +51,7 @@ def test_every_schedule_is_as_exact_as_eager(backend, device, dtype, schedule, s
     assert_matches_float64(head, backend, wanted, **options)
 
 
+@pytest.mark.slow_interpreted
 def test_every_schedule_gives_the_same_numbers(backend, device, small_tiles):
     """What is kept for the backward changes neither a log-prob nor a gradient."""
     head = many_tiles(torch.float32, device, bias=True)

@@ -109,6 +109,7 @@ def test_the_row_of_a_target_counts_however_unlikely_it_is(backend, device, monk
     assert_within_the_bound(head, backend, wanted, **how)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold"])
 def test_what_was_merged_and_held_is_rescaled_where_a_later_tile_raises_the_shift(schedule, backend, device, monkeypatch):
     use_small_tiles(monkeypatch, tokens=20, rows=100)
@@ -118,6 +119,7 @@ def test_what_was_merged_and_held_is_rescaled_where_a_later_tile_raises_the_shif
     assert_within_the_bound(head, backend, wanted, **how)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold"])
 def test_log_probs_and_statistics_do_not_change(schedule, backend, device, monkeypatch):
     use_small_tiles(monkeypatch, tokens=20, rows=100)
@@ -131,6 +133,7 @@ def test_log_probs_and_statistics_do_not_change(schedule, backend, device, monke
     assert all(torch.equal(a, b) for a, b in zip(exact, tail, strict=True))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
 def test_where_no_row_stands_out_all_is_exact(schedule, backend, device, monkeypatch):
     use_small_tiles(monkeypatch, tokens=20, rows=100)
@@ -142,6 +145,7 @@ def test_where_no_row_stands_out_all_is_exact(schedule, backend, device, monkeyp
         torch.testing.assert_close(tail[1][name], exact[1][name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
 def test_flat_logits_are_walked_as_without_a_threshold(schedule, backend, device, monkeypatch):
     monkeypatch.setattr(schedules, "FLAT_TOKENS", 30)
@@ -170,6 +174,7 @@ def test_narrow_bfloat16_heads_are_exact_where_a_cpu_multiplies_them_quickly(mon
         assert found == [frozen, trained]
 
 
+@pytest.mark.slow_interpreted
 def test_a_token_that_is_not_a_number_spoils_what_it_spoils_without_a_threshold(backend, device, monkeypatch):
     use_small_tiles(monkeypatch, tokens=20, rows=100)
     head = peaked(device=device)
@@ -217,6 +222,7 @@ def test_the_plan_says_so(device):
     assert plan_of(head, (), tail_threshold=THRESHOLD).tail_threshold is None
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("schedule", ["frozen_head", "list_hold", "recompute"])
 def test_in_bfloat16_what_is_merged_is_all_that_is_added_to_rounding(schedule, backend, device, monkeypatch):
     use_small_tiles(monkeypatch, tokens=20, rows=100)
