@@ -13,6 +13,7 @@ RESULTS = (  # in the order of the tables
     *(f"{AMD}/{name}" for name in ("quick", "quick-trainable", "linear", "linear-T2048-H896-V32000", "prefix")),
     *(f"{INTEL}/{name}" for name in ("small-before", "small")),
     *(f"{H100}/{name}" for name in ("suites", "results")),
+    "intel-r-xeon-r-processor-2-threads-amx-bf16/trainer",
 )
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]
