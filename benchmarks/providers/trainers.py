@@ -182,6 +182,14 @@ class Loop:
         self._go.release()
         self._thread.join()
         self.folder.cleanup()
+        self._free()
+
+    def _free(self) -> None:
+        """Four trainers of one table fill a laptop: those of the last one must be gone, whoever still refers to them."""
+        self.trainer.optimizer.state.clear()
+        for model in (self.trainer.model, self.trainer.ref_model):
+            for parameter in model.parameters() if model is not None else ():
+                parameter.data, parameter.grad = parameter.data.new_empty(0), None
 
     def _train(self, threads: int) -> None:
         torch.set_num_threads(threads)  # which each thread has for itself
