@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: bench test test-slow test-all align lint docs clean
+.PHONY: bench test test-slow test-all inspect align lint docs clean
 
 bench: $(READY)
 	$(PY) benchmarks/run.py
@@ -18,6 +18,9 @@ test-slow: $(READY)
 	$(PY) -m pytest -n 2 -m slow
 
 test-all: test test-slow
+
+inspect: $(READY)
+	$(PY) -m larpo_kernels.inspect
 
 align: $(READY)
 	$(PY) -m larpo.align.demo
