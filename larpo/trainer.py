@@ -282,7 +282,8 @@ class LarPOTrainer(Trainer):
         return self.get_test_dataloader(eval_dataset, "eval")
 
     def get_test_dataloader(self, test_dataset, name: str = "test"):
-        with self._every_list():
+        # a loader that is used once: PyTorch waits 5 s for each persistent worker of a loader that is dropped
+        with self._every_list(dataloader_persistent_workers=False):
             return super().get_test_dataloader(self._as_own_data(test_dataset, name))
 
     def _get_eval_sampler(self, eval_dataset):
@@ -290,13 +291,15 @@ class LarPOTrainer(Trainer):
         return SequentialSampler(eval_dataset)
 
     @contextlib.contextmanager
-    def _every_list(self) -> Iterator[None]:
-        """dataloader_drop_last is for training: an evaluation is of every list."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+    def _every_list(self, **settings: Any) -> Iterator[None]:
+        """dataloader_drop_last is for training: an evaluation is of every list. Other `settings` hold for its loader too."""
+        settings["dataloader_drop_last"] = False
+        before = {name: getattr(self.args, name) for name in settings}
+        vars(self.args).update(settings)
         try:
             yield
         finally:
-            self.args.dataloader_drop_last = drop_last
+            vars(self.args).update(before)
 
     def _as_own_data(self, dataset: Any, name: str) -> Any:
         """What `evaluate` and `predict` are given, as the trainer's own data is: tokens, with ref_logps where needed."""

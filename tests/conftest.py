@@ -12,9 +12,10 @@ TRITON = importlib.util.find_spec("triton") is not None
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so this comes first
     if TRITON:
-        from tests.helpers import interpreter_bf16
+        from tests.helpers import interpreter
 
-        interpreter_bf16.install()
+        interpreter.make_bf16_exact()
+        interpreter.list_builtins_once()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores
 

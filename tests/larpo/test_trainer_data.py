@@ -144,3 +144,5 @@ def test_workers_that_persist_evaluate_the_data_they_are_given(tmp_path, data):
     whole, part = t.evaluate()["eval_loss"], t.evaluate(data.select(range(2)))["eval_loss"]
     assert part != whole
     assert t.evaluate(data.select([3]))["eval_loss"] not in (whole, part) and t.evaluate()["eval_loss"] == whole
+    assert t.get_eval_dataloader().persistent_workers
+    assert not t.get_eval_dataloader(data).persistent_workers  # dropped after one use, it would wait 5 s for each worker
