@@ -32,11 +32,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish(session):
-    """accelerate collects garbage whenever a trainer starts: over everything that the tests have imported, that takes longer
-    than training a tiny model does."""
+@pytest.fixture(scope="module", autouse=True)
+def no_search_for_garbage_in_what_stays():
+    """accelerate collects garbage whenever a trainer starts, and counts of memory do: over everything that the tests so far have
+    imported and compiled, that takes longer than training a tiny model does."""
     gc.collect()
     gc.freeze()
+    yield
 
 
 def pytest_unconfigure(config):

@@ -10,7 +10,7 @@ import larpo_kernels as lk
 jax = pytest.importorskip("jax", reason="rax, the independent oracle, needs jax")
 rax = pytest.importorskip("rax", reason="rax is the independent oracle")
 
-SIZES = [3, 8]
+M = 8  # candidates
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +22,13 @@ def float64_in_jax():
     jax.config.update("jax_enable_x64", before)
 
 
-@pytest.fixture(params=SIZES, ids=lambda m: f"m{m}")
-def m(request):
-    return request.param
-
-
-def some_list(m, tied=False):
-    """scores [m] without ties and grades [m] from 0 to 4, all different below m = 6 unless `tied`."""
-    generator = torch.Generator().manual_seed(m)
-    scores = 2 * torch.randn(m, generator=generator, dtype=torch.float64)
+def some_list(tied=False):
+    """scores [M] without ties and grades [M] from 0 to 4, all different unless `tied`."""
+    generator = torch.Generator().manual_seed(M)
+    scores = 2 * torch.randn(M, generator=generator, dtype=torch.float64)
     if tied:
-        return scores, torch.randint(0, 3, (m,), generator=generator).double()
-    return scores, torch.linspace(0, 4, m, dtype=torch.float64)[torch.randperm(m, generator=generator)]
+        return scores, torch.randint(0, 3, (M,), generator=generator).double()
+    return scores, torch.linspace(0, 4, M, dtype=torch.float64)[torch.randperm(M, generator=generator)]
 
 
 def assert_same_loss_and_gradient(objective, rax_loss, scores, relevance):
@@ -47,19 +42,19 @@ def assert_same_loss_and_gradient(objective, rax_loss, scores, relevance):
     assert ours.grad.tolist() == pytest.approx(slope.tolist(), rel=1e-10, abs=1e-14)
 
 
-def test_contrastive_is_rax_softmax_loss_of_the_best(m):
-    scores, relevance = some_list(m)
+def test_contrastive_is_rax_softmax_loss_of_the_best():
+    scores, relevance = some_list()
 
     def softmax_loss(s, y):
-        best = jax.numpy.zeros(m).at[jax.numpy.argmax(y)].set(1.0)
+        best = jax.numpy.zeros(M).at[jax.numpy.argmax(y)].set(1.0)
         return rax.softmax_loss(s, best, reduce_fn=None)
 
     assert_same_loss_and_gradient("contrastive", softmax_loss, scores, relevance)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_listmle_is_rax_listmle(m, tied):
-    scores, relevance = some_list(m, tied)
+def test_listmle_is_rax_listmle(tied):
+    scores, relevance = some_list(tied)
     assert_same_loss_and_gradient("listmle", lambda s, y: rax.listmle_loss(s, y, reduce_fn=None, key=None), scores, relevance)
 
 
@@ -69,29 +64,29 @@ def rax_pairs(lambdaweight_fn=None):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_lambdarank_is_rax_pairwise_logistic(m, tied):
-    assert_same_loss_and_gradient("lambdarank", rax_pairs(), *some_list(m, tied))
+def test_lambdarank_is_rax_pairwise_logistic(tied):
+    assert_same_loss_and_gradient("lambdarank", rax_pairs(), *some_list(tied))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("k", [None, 2, 100])
 @pytest.mark.parametrize("weighting", ["dcg", "dcg2"])
-def test_weighted_lambdarank_is_rax_with_lambdaweights_over_the_list_size(m, weighting, k, tied):
+def test_weighted_lambdarank_is_rax_with_lambdaweights_over_the_list_size(weighting, k, tied):
     weights = partial(getattr(rax, f"{weighting}_lambdaweight"), normalize=True, topn=k)
 
     def constant_weights_without_the_list_size(s, *args, **kwargs):
-        return weights(jax.lax.stop_gradient(s), *args, **kwargs) / m  # rax multiplies by m
+        return weights(jax.lax.stop_gradient(s), *args, **kwargs) / M  # rax multiplies by M
 
     assert_same_loss_and_gradient(
         lk.LambdaRank(weighting=weighting, k=k),
         rax_pairs(constant_weights_without_the_list_size),
-        *some_list(m, tied),
+        *some_list(tied),
     )
 
 
-def test_listnet_is_rax_softmax_loss_of_the_softmaxed_relevance(m):
+def test_listnet_is_rax_softmax_loss_of_the_softmaxed_relevance():
     assert_same_loss_and_gradient(
         lk.ListNet(temperature=0.5),
         lambda s, y: rax.softmax_loss(s, jax.nn.softmax(y / 0.5), reduce_fn=None),
-        *some_list(m),
+        *some_list(),
     )

@@ -239,6 +239,7 @@ def samples(base_url, folder):
     sampler(types.SimpleNamespace(base_url=base_url), folder, max_in_flight=2)(list("abcdef"), 2, 1.0, seed=0)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_loses_what_was_in_flight(tmp_path):
     """The client is in a process of its own, of which the server says when it dies."""
     client, asked = [], []
