@@ -7,6 +7,8 @@ named L4-m2: lists of a batch, candidates of a list. A pairwise trainer gets the
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import tempfile
 import threading
@@ -79,16 +81,11 @@ class TrainerStep:
 
     def policy(self):
         """The model, anew, and its tokenizer."""
-        model, tokenizer = offline.load_smollm2(self.dtype, progress=False)
-        return model.to(self.device), tokenizer
+        return _policy(self.dtype, self.device)
 
     def reference(self):
-        model, _ = self.policy()
-        torch.manual_seed(self.seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * parameter.std() * REFERENCE_NOISE)
-        return model
+        """The same model whenever it is asked for: trainers only read it, and four of them fill a laptop without copies of it."""
+        return _reference(self.dtype, self.device, self.seed)
 
     def tokens(self, tokenizer) -> list[tuple[list[int], list[int]]]:
         """Of every candidate, those of its prompt and those of its completion."""
@@ -153,6 +150,21 @@ class TrainerStep:
         torch.save({**recipe, "device": self.device.type}, path)
 
 
+def _policy(dtype: torch.dtype, device: torch.device):
+    model, tokenizer = offline.load_smollm2(dtype, progress=False)
+    return model.to(device), tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _reference(dtype: torch.dtype, device: torch.device, seed: int):
+    model, _ = _policy(dtype, device)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * REFERENCE_NOISE)
+    return model.requires_grad_(False)
+
+
 class Loop:
     """A trainer's own loop, which stops in front of every step until it is told to take it.
 
@@ -185,11 +197,10 @@ class Loop:
         self._free()
 
     def _free(self) -> None:
-        """Four trainers of one table fill a laptop: those of the last one must be gone, whoever still refers to them."""
+        """The trainers of one table fill a laptop: those of the last one must be gone, whoever still refers to them."""
         self.trainer.optimizer.state.clear()
-        for model in (self.trainer.model, self.trainer.ref_model):
-            for parameter in model.parameters() if model is not None else ():
-                parameter.data, parameter.grad = parameter.data.new_empty(0), None
+        for parameter in self.trainer.model.parameters():
+            parameter.data, parameter.grad = parameter.data.new_empty(0), None
 
     def _train(self, threads: int) -> None:
         torch.set_num_threads(threads)  # which each thread has for itself
@@ -235,7 +246,8 @@ class InFloat64:
         self.problem = problem
         policy, tokenizer = problem.policy()
         tokens = problem.tokens(tokenizer)
-        logps = [_sequence_logps(model.double(), tokens).view(-1, problem.m) for model in (policy, problem.reference())]
+        models = (policy, copy.deepcopy(problem.reference()))
+        logps = [_sequence_logps(model.double(), tokens).view(-1, problem.m) for model in models]
         self.scores = BETA * (logps[0] - logps[1])
         self.logps = _best_and_others(logps[0])
 
