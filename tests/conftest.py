@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_search_for_garbage_in_what_stays():
-    """accelerate collects garbage whenever a trainer starts, and counts of memory do: over everything that the tests so far have
-    imported and compiled, that takes longer than training a tiny model does."""
+    """accelerate collects garbage whenever a trainer starts, and so do tests that count memory: over all that was imported
+    and compiled before, that takes longer than training a tiny model does."""
     gc.collect()
     gc.freeze()
     yield

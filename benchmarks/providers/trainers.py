@@ -84,7 +84,7 @@ class TrainerStep:
         return _policy(self.dtype, self.device)
 
     def reference(self):
-        """The same model whenever it is asked for: trainers only read it, and four of them fill a laptop without copies of it."""
+        """One model, whoever asks: trainers only read it, and four of them fill a laptop without copies of it."""
         return _reference(self.dtype, self.device, self.seed)
 
     def tokens(self, tokenizer) -> list[tuple[list[int], list[int]]]:
