@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import larpo_kernels as lk  # noqa: E402
-from larpo_kernels.linear import dtypes  # noqa: E402
+import larpo_kernels as lk
+from larpo_kernels.linear import dtypes
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 TOKENS, HIDDEN, VOCAB = 512, 128, 4096
 STDS = (1, 2, 4, 8, 16, 32)
 LENGTHS = (8, 32, 128, 512)
@@ -101,10 +102,7 @@ def by_length(std=8):
 
 
 def plot(regimes, lengths, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmarks.reporting.plots import plt
 
     fig, axes = plt.subplots(1, 3, figsize=(13, 4))
     for name in METHODS:
@@ -123,4 +121,4 @@ def plot(regimes, lengths, path):
 
 
 if __name__ == "__main__":
-    plot(by_regime(), by_length(), ROOT / "docs" / "numerics.png")
+    plot(by_regime(), by_length(), DOCS / "numerics.png")

@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.reporting.by_shape import by_shape, first_calls, schedules
-from benchmarks.reporting.tables import cells, columns, heading, machine_line, remarks, shown
+from benchmarks.reporting.tables import as_markdown, cells, columns, heading, machine_line, remarks, shown
 
 UNMEASURED = "not yet measured"
 MARKER = re.compile(r"(<!-- (bench|short):(\S+) -->\n).*?(<!-- /\2:\3 -->)", re.S)
@@ -63,7 +63,7 @@ def markdown_table(table: dict) -> str:
     names = [n for n in columns(table) if n not in ("spread", "GEMMs")]
     rows = [row for row in shown(table) if _could_run(row)]
     body = [[_cell(row, cells(table, row), name) for name in names] for row in rows]
-    return _lines([names, *body])
+    return as_markdown([names, *body])
 
 
 def short_table(table: dict) -> str:
@@ -71,7 +71,7 @@ def short_table(table: dict) -> str:
     rows = [row for row in shown(table) if row["status"] == "ok" and row.get("rows") is None and row["computes"] != "pair loss"]
     ours = next((row for row in rows if row["provider"].startswith("ours")), None)  # None: it failed, the others did not
     rows = [row for row in rows if row is ours or not (row["floor"] or row["provider"].startswith("ours"))]
-    return _lines([names, *([_cell(row, cells(table, row), name) for name in names] for row in rows)])
+    return as_markdown([names, *([_cell(row, cells(table, row), name) for name in names] for row in rows)])
 
 
 def head_tables(results: list[dict]) -> str:
@@ -79,7 +79,7 @@ def head_tables(results: list[dict]) -> str:
     for result in results:
         rows = [row for step in result.get("steps", ()) if step["step"] == "head" for row in step["rows"]]
         if rows:
-            blocks.append(f"{_lines(schedules(rows))}\n\n{machine_line(result)}\n")
+            blocks.append(f"{as_markdown(schedules(rows))}\n\n{machine_line(result)}\n")
     return "\n".join(blocks)
 
 
@@ -95,10 +95,6 @@ def _cell(row: dict, text: dict[str, str], name: str) -> str:
     return UNMEASURED if missing else text[name] + once
 
 
-def _line(values: list[str]) -> str:
-    return "| " + " | ".join(v.replace("|", "\\|") for v in values) + " |"
-
-
 def unmeasured_table(name: str) -> str:
     """The providers that would be measured, their cells saying that they were not."""
     from benchmarks.core.measure import all_providers
@@ -111,7 +107,7 @@ def unmeasured_table(name: str) -> str:
     titles = dict.fromkeys(p.group or p.name for p in listed)
     names = ["provider", "time", "peak", "logps"]
     rows = [[title] + [UNMEASURED] * (len(names) - 1) for title in titles]
-    return _lines([names, *rows])
+    return as_markdown([names, *rows])
 
 
 def matching(name: str, results: list[dict]) -> list[tuple[dict, dict]]:
@@ -144,17 +140,12 @@ def markdown(name: str, results: list[dict], short: bool = False) -> str:
 
 def _one_table(result: dict, found: list[dict]) -> str:
     """Side by side, a shape a row."""
-    first, drawn = found[0], _lines(by_shape(found))
+    first, drawn = found[0], as_markdown(by_shape(found))
     about = first["note"] if first["side"] == "prefix" else f"{first['side']}, {first['mode']}"
     if first.get("small"):
         about = "forward and backward to all inputs"
-        drawn += "\n\n" + _lines(first_calls(result.get("first_calls", [])))
+        drawn += "\n\n" + as_markdown(first_calls(result.get("first_calls", [])))
     return f"**{first['dtype']}; {about}**\n\n{drawn}\n\n{machine_line(result)}\n"
-
-
-def _lines(rows: list[list[str]]) -> str:
-    names, *body = rows
-    return "\n".join(_line(r) for r in [names, ["---"] * len(names), *body])
 
 
 def fill_markers(text: str, results: list[dict]) -> str:

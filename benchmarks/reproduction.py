@@ -3,8 +3,8 @@
     python benchmarks/reproduction.py --seeds 0 --seeds 1 --seeds 2 --jobs 2
 
 The policy is a language model of 2 M parameters (benchmarks/studies/tiny_lm.py), the reward a sentiment classifier, the prompts
-openings of film reviews. Arms differ from the base by the settings named. Runs are kept and resumed in --runs; what they say
-goes to docs/reproduction.json, from which tables and plots are drawn.
+openings of film reviews. Arms differ from the base by the settings named. Runs are kept and resumed in --runs; their
+figures go to docs/reproduction.json, from which tables and plots are drawn.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -23,8 +24,9 @@ import typer
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
+from benchmarks.reporting.tables import as_markdown
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 BASE: dict[str, Any] = {
     "prompts": "imdb",
@@ -140,60 +142,51 @@ def main(
     done = {(row["arm"], row["seed"]) for row in rows}
     todo = [(arm, seed) for seed in seeds for arm in (*ARMS, CURVES) if (arm, seed) not in done]
     deadline = time.monotonic() + 60 * minutes
-    command = [sys.executable, __file__, "--runs", str(runs), "--only"]
-    under_way: dict[subprocess.Popen, tuple[str, int]] = {}
-    with tqdm(total=len(todo), unit="run") as bar:
-        while todo or under_way:
-            while todo and len(under_way) < jobs and time.monotonic() < deadline:
-                arm, seed = todo.pop(0)
-                process = subprocess.Popen(
-                    [*command, f"{arm}@{seed}"], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-                )
-                under_way[process] = (arm, seed)
-            if not under_way:
-                break
-            ended = [process for process in under_way if process.poll() is not None]
-            for process in ended:
-                said = process.stdout.read().splitlines()
-                if process.returncode:
-                    raise SystemExit(f"{under_way[process]} ended with status {process.returncode}")
-                rows.append(json.loads(said[-1]))
-                del under_way[process]
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        started = [pool.submit(run_in_a_process, arm, seed, runs, deadline) for arm, seed in todo]
+        for ended in tqdm(as_completed(started), total=len(started), unit="run"):
+            if row := ended.result():
+                rows.append(row)
                 file.write_text(json.dumps(rows, indent=1) + "\n")
-                bar.update()
-            time.sleep(0.2)
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(table(rows))
     draw(rows, DOCS / "reproduction")
 
 
-def by_arm(rows: list[dict[str, Any]], name: str) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if name in row:
-            found.setdefault(row["arm"], []).append(row[name])
-    return found
+def run_in_a_process(arm: str, seed: int, runs: Path, deadline: float) -> dict[str, Any] | None:
+    """`run_one` on one core; None where the time is up."""
+    if time.monotonic() > deadline:
+        return None
+    command = [sys.executable, __file__, "--runs", str(runs), "--only", f"{arm}@{seed}"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if ended.returncode:
+        raise SystemExit(f"{arm}, seed {seed}, ended with status {ended.returncode}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def values(rows: list[dict[str, Any]], arm: str, name: str) -> list[float]:
+    """Of an arm, one a seed."""
+    return [row[name] for row in rows if row["arm"] == arm]
+
+
+def start_of(rows: list[dict[str, Any]]) -> float:
+    """The held-out reward before training, over all runs."""
+    return mean(row["start"] for row in rows if "start" in row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, arm by arm, as Markdown."""
-    columns = {name: by_arm(rows, name) for name in ("reward", "kl", "win_rate", "distinct", "steps")}
-    lines = [
-        "| finding | arm | seeds | held-out reward | KL, nats | win rate | distinct | steps |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    start = by_arm(rows, "start")
-    starts = [value for values in start.values() for value in values]
-    if starts:
-        lines.append(f"| | start | | {mean(starts):.2f} | 0 | | | |")
+    lines = [["finding", "arm", "seeds", "held-out reward", "KL, nats", "win rate", "distinct", "steps"]]
+    lines.append(["", "start", "", f"{start_of(rows):.2f}", "0", "", "", ""])
     for finding, arms in FINDINGS.items():
         for arm in arms:
-            if arm in columns["reward"]:
-                values = {name: column[arm] for name, column in columns.items()}
-                lines.append(
-                    f"| {finding} | {arm} | {len(values['reward'])} | {spread(values['reward'])} | {spread(values['kl'])} | "
-                    f"{spread(values['win_rate'])} | {mean(values['distinct']):.2f} | {mean(values['steps']):.0f} |"
-                )
-    return "\n".join(lines)
+            if rewards := values(rows, arm, "reward"):
+                spreads = [spread(values(rows, arm, name)) for name in ("reward", "kl", "win_rate")]
+                distinct, steps = (mean(values(rows, arm, name)) for name in ("distinct", "steps"))
+                lines.append([finding, arm, str(len(rewards)), *spreads, f"{distinct:.2f}", f"{steps:.0f}"])
+    return as_markdown(lines)
 
 
 def spread(values: list[float]) -> str:
@@ -202,37 +195,29 @@ def spread(values: list[float]) -> str:
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     """A plot per finding: reward of every seed, and its mean; Recall@N curves for the sixth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmarks.reporting.plots import plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    reward = by_arm(rows, "reward")
-    start = mean(value for values in by_arm(rows, "start").values() for value in values)
     for number, (finding, arms) in enumerate(FINDINGS.items(), 1):
-        arms = [arm for arm in arms if arm in reward]
-        figure, axes = plt.subplots(figsize=(7, 0.5 * len(arms) + 1.2), layout="constrained")
-        for y, arm in enumerate(reversed(arms)):
-            axes.plot(reward[arm], [y] * len(reward[arm]), "o", color="tab:blue", alpha=0.5)
-            axes.plot([mean(reward[arm])], [y], "|", color="black", markersize=18, markeredgewidth=2)
-        axes.axvline(start, color="grey", linestyle=":", label="before training")
-        axes.set_yticks(range(len(arms)), list(reversed(arms)))
-        axes.set_xlabel("held-out reward; a dot per seed, a bar at the mean")
-        axes.set_title(finding)
+        rewards = {arm: found for arm in reversed(arms) if (found := values(rows, arm, "reward"))}
+        figure, axes = plt.subplots(figsize=(7, 0.5 * len(rewards) + 1.2), layout="constrained")
+        for y, found in enumerate(rewards.values()):
+            axes.plot(found, [y] * len(found), "o", color="tab:blue", alpha=0.5)
+            axes.plot([mean(found)], [y], "|", color="black", markersize=18, markeredgewidth=2)
+        axes.axvline(start_of(rows), color="grey", linestyle=":", label="before training")
+        axes.set_yticks(range(len(rewards)), list(rewards))
+        axes.set(xlabel="held-out reward; a dot per seed, a bar at the mean", title=finding)
         axes.legend(loc="lower right")
         figure.savefig(folder / f"finding-{number}.png", dpi=110)
         plt.close(figure)
-    curves = [row for row in rows if row["arm"] == CURVES]
+    curves = [row["recall_at_n"] for row in rows if row["arm"] == CURVES]
     if curves:
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for temperature in curves[0]["recall_at_n"]:
-            ns = [int(n) for n in curves[0]["recall_at_n"][temperature]]
-            values = [mean(row["recall_at_n"][temperature][str(n)] for row in curves) for n in ns]
-            axes.plot(ns, values, "o-", label=f"temperature {temperature}")
+        for temperature, recall in curves[0].items():
+            means = [mean(curve[temperature][n] for curve in curves) for n in recall]
+            axes.plot([int(n) for n in recall], means, "o-", label=f"temperature {temperature}")
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("N")
-        axes.set_ylabel("Recall@N: one of N completions has a reward above 1")
+        axes.set(xlabel="N", ylabel="Recall@N: one of N completions has a reward above 1")
         axes.set_title("6. Recall@N of the initial model")
         axes.legend()
         figure.savefig(folder / "finding-6.png", dpi=110)

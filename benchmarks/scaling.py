@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.reporting.tables import aligned
+from benchmarks.reporting.tables import aligned, as_markdown, filled
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GPUS = [2**i for i in range(11)]  # 1 to 1024
@@ -169,25 +169,15 @@ def table(policy: Policy, batch: tuple[int, int], machine: Machine) -> list[list
     return lines
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---:"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def written(text: str, batch: tuple[int, int], machine: Machine) -> str:
     """The page with its tables made anew."""
     for policy in POLICIES:
-        start, end = f"<!-- scaling:{policy.name} -->", f"<!-- /scaling:{policy.name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n\n{markdown(table(policy, batch, machine))}\n\n{end}{rest.split(end)[1]}"
+        text = filled(text, f"scaling:{policy.name}", as_markdown(table(policy, batch, machine), "---:"))
     return text
 
 
 def draw(batch: tuple[int, int], machine: Machine, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmarks.reporting.plots import plt
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True)
     for row, policy in zip(axes, POLICIES, strict=True):

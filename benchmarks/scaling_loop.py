@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scaling
-from benchmarks.reporting.tables import aligned
+from benchmarks.reporting.tables import aligned, as_markdown, filled
 from benchmarks.scaling import HALF, Machine, Policy, Work
 
 BATCH = (128, 8)  # lists of an update, candidates of each
@@ -100,9 +100,7 @@ def tables(machine: Machine, what: Iteration) -> dict[str, list[list[str]]]:
 def written(text: str, found: dict[str, list[list[str]]]) -> str:
     """The page with its tables made anew."""
     for name, rows in found.items():
-        start, end = f"<!-- loop:{name} -->", f"<!-- /loop:{name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n\n{scaling.markdown(rows)}\n\n{end}{rest.split(end)[1]}"
+        text = filled(text, f"loop:{name}", as_markdown(rows, "---:"))
     return text
 
 

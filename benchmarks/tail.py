@@ -28,19 +28,20 @@ if __package__ in (None, ""):  # run as a file
 import larpo_kernels as lk
 from benchmarks import tail_learning
 from benchmarks.core import cases
+from benchmarks.reporting.tables import filled
 from benchmarks.studies import tails
 from larpo.recipes.harness.report import markdown, over_seeds
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 THRESHOLDS = {"2^-16": 2**-16, "2^-14": 2**-14, "2^-12": 2**-12, "1e-3": 1e-3, "2^-8": 2**-8, "1e-2": 1e-2}
-SAID = ("2^-12", "1e-3")  # of which tables tell, and which were tried in training
+SHOWN = ("2^-12", "1e-3")  # in the tables, and tried in training
 TEXTS = {
     "quiz answers": cases.OPENBOOKQA[0],
     "own samples": cases.SAMPLED,
     "film reviews": "smollm2-reviews",
     "news": "smollm2-news",
 }
-SIZES = {"film reviews": (512, 1024, 2048), "news": (1024,)}  # tokens of a block; all where not said
+SIZES = {"film reviews": (512, 1024, 2048), "news": (1024,)}  # tokens of a block; all tokens where none are given
 PLOTTED = 1024  # tokens of the block that a text is drawn by, or what is nearest
 GROUPS = (1, 8, 64)
 MADE_UP = {"initialisation-like": "T512-H576-V49152-m4", "std 20": "T512-H576-V49152-m4-peaked"}
@@ -203,10 +204,10 @@ def measured(name: str, block: Block, thresholds: Sequence[str]) -> list[Row]:
     truth, groups = exact(block), {number: groups_of(block.weight, number) for number in GROUPS}
     about = {"text": name, "tokens": len(block.labels)}
     rows = [{**about, "threshold": None, "exact": of_the_library(block, truth, None), "bf16 eager": of_eager_bf16(block)}]
-    for said in thresholds:
-        threshold = THRESHOLDS[said]
+    for label in thresholds:
+        threshold = THRESHOLDS[label]
         row = in_theory(block, truth, threshold, groups)
-        rows.append({**about, "threshold": said, **row, "merged": of_the_library(block, truth, threshold)})
+        rows.append({**about, "threshold": label, **row, "merged": of_the_library(block, truth, threshold)})
     return rows
 
 
@@ -223,21 +224,21 @@ def measure(path: Path) -> list[Row]:
     todo += [("film reviews", block) for block in reviews.values()]
     for name, block in tqdm([(name, block) for name, block in todo if (name, len(block.labels)) not in done], unit="block"):
         plotted = name in TEXTS and (name not in SIZES or len(block.labels) == PLOTTED)
-        found += measured(name, block, tuple(THRESHOLDS) if plotted else SAID)
+        found += measured(name, block, tuple(THRESHOLDS) if plotted else SHOWN)
         path.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-# --- what is said of it ------------------------------------------------------------------------------------------
+# --- tables and the plot ------------------------------------------------------------------------------------------
 
 
 def errors_table(found: list[Row]) -> list[Row]:
     """Two thresholds on every block, beside what exact float32 and eager bfloat16 err by."""
-    said = []
+    shown = []
     for base in sorted((row for row in found if row["threshold"] is None), key=_place):
-        for threshold in SAID:
+        for threshold in SHOWN:
             row = _at(found, base, threshold)
-            said.append(
+            shown.append(
                 {
                     "text": base["text"],
                     "tokens": base["tokens"],
@@ -253,7 +254,7 @@ def errors_table(found: list[Row]) -> list[Row]:
                     "bf16 eager ": _e(base["bf16 eager"]["d weight"]),
                 }
             )
-    return said
+    return shown
 
 
 def groups_table(found: list[Row]) -> list[Row]:
@@ -263,7 +264,7 @@ def groups_table(found: list[Row]) -> list[Row]:
         {"text": name, "threshold": threshold, "rows kept": f"{row['kept']:.0%}", "dropped": _e(row["dropped"])}
         | {f"{number} mean row{'s' * (number > 1)}": _e(row[f"merged into {number}"]) for number in GROUPS}
         for name, base in largest.items()
-        for threshold in SAID
+        for threshold in SHOWN
         for row in [_at(found, base, threshold)]
     ]
 
@@ -271,13 +272,13 @@ def groups_table(found: list[Row]) -> list[Row]:
 def learning_table(found: list[Row]) -> list[Row]:
     """Mean and standard deviation over seeds, and how far a seed's reward is from the exact run's."""
     exact = {(row["world"], row["seed"]): row["reward"] for row in found if row["arm"] == "exact"}
-    said = []
-    for world in (name for name in tail_learning.WORLDS if any(name == row["world"] and row["arm"] in SAID for row in found)):
+    shown = []
+    for world in (name for name in tail_learning.WORLDS if any(name == row["world"] and row["arm"] in SHOWN for row in found)):
         for arm in tail_learning.ARMS:
             rows = [row for row in found if (row["world"], row["arm"]) == (world, arm)]
             if rows:
                 apart = [row["reward"] - exact[world, row["seed"]] for row in rows if (world, row["seed"]) in exact]
-                said.append(
+                shown.append(
                     {
                         "world": world,
                         "gradients": arm,
@@ -289,7 +290,7 @@ def learning_table(found: list[Row]) -> list[Row]:
                         "reward minus exact's, seed by seed": ", ".join(f"{x:+.3f}" for x in apart) if arm != "exact" else "",
                     }
                 )
-    return said
+    return shown
 
 
 def _place(row: Row) -> tuple[bool, str, int]:
@@ -313,18 +314,13 @@ def written(text: str, found: list[Row], learned: list[Row]) -> str:
     """The page with its tables made anew."""
     tables = {"errors": errors_table(found), "groups": groups_table(found), "learning": learning_table(learned)}
     for name, rows in tables.items():
-        start, end = f"<!-- tail:{name} -->", f"<!-- /tail:{name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n\n{markdown(rows)}\n\n{end}{rest.split(end)[1]}"
+        text = filled(text, f"tail:{name}", markdown(rows))
     return text
 
 
 def draw(found: list[Row], path: Path) -> None:
     """Errors and rows kept against the threshold: the four texts at the block nearest to 1024 tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmarks.reporting.plots import plt
 
     figure, (hidden, weight, kept) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     x = list(THRESHOLDS.values())

@@ -149,10 +149,7 @@ def draw(done: list[dict], folder: Path) -> list[Path]:
     """Bandwidth of the rows and rate of the head, if they were measured and matplotlib is there."""
     rows = {r["step"]: [row for row in r["rows"] if row.get("ok", True)] for r in done}
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from benchmarks.reporting.plots import plt, save
     except ImportError:
         return []
     files = []
@@ -165,7 +162,7 @@ def draw(done: list[dict], folder: Path) -> list[Path]:
             axis.set(xscale="log", title=which, xlabel="tokens", ylabel="% of measured copy bandwidth", ylim=(0, 110))
             axis.grid(alpha=0.3)
         axes[1].legend()
-        files.append(_save(figure, folder / "rows.png"))
+        files.append(save(figure, folder / "rows.png"))
     if head := [r for r in _best_launch(rows.get("head", [])) if not r["ignored"]]:
         figure, axis = plt.subplots(figsize=(9, 1 + len(head) / 3))
         names = [f"{head_shape(r)}, {r['schedule']}" for r in head][::-1]
@@ -173,13 +170,8 @@ def draw(done: list[dict], folder: Path) -> list[Path]:
         axis.barh(names, [r["TFLOP/s"] for r in head][::-1], height=0.5, color="tab:blue", label="ours")
         axis.set(xlabel="TFLOP/s")
         axis.legend()
-        files.append(_save(figure, folder / "head.png"))
+        files.append(save(figure, folder / "head.png"))
     return files
-
-
-def _save(figure, path: Path) -> Path:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    return path
 
 
 def _best_launch(rows: list[dict]) -> list[dict]:

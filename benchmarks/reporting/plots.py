@@ -53,7 +53,7 @@ def _file(table: dict, folder: Path, kind: str) -> Path:
     return folder / f"{table['device']}-{table['side']}-{table['mode']}-{table['case']}-{table['dtype']}-{kind}.png"
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     figure.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(figure)
     return path
@@ -85,7 +85,7 @@ def error_against_time(table: dict, folder: Path) -> Path | None:
     figure.suptitle(f"Error against time. {_title(table)}")
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
-    return _save(figure, _file(table, folder, "error-time"))
+    return save(figure, _file(table, folder, "error-time"))
 
 
 def _error_name(kind: str) -> str:
@@ -116,7 +116,7 @@ def cost_bars(table: dict, folder: Path) -> Path | None:
         axes[0].axvline(table["gradient_bytes"], color="black", lw=0.8, ls=":")
         axes[0].set_xlabel("dotted: the gradients themselves", fontsize=8)
     figure.suptitle(_title(table), y=1.02)
-    return _save(figure, _file(table, folder, "cost"))
+    return save(figure, _file(table, folder, "cost"))
 
 
 def _sweeps(tables: list[dict], field: str) -> list[list[dict]]:
@@ -157,7 +157,7 @@ def sweep(field: str, points: list[dict], folder: Path) -> Path:
     figure.legend(loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
     name = f"{first['device']}-{first['side']}-{first['mode']}-{first['dtype']}-against-{field}"
     others = "-".join(f"{k}{first[k]}" for k in ("T", "H", "V", "m") if k != field and first[k])
-    return _save(figure, folder / f"{name}-{others}.png")
+    return save(figure, folder / f"{name}-{others}.png")
 
 
 def small_calls(tables: list[dict], folder: Path) -> Path:
@@ -177,7 +177,7 @@ def small_calls(tables: list[dict], folder: Path) -> Path:
     figure.suptitle(f"Time of a call, forward and backward, best of many; {tables[0]['dtype']} on {tables[0]['device']}")
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
-    return _save(figure, folder / f"{tables[0]['device']}-small-calls.png")
+    return save(figure, folder / f"{tables[0]['device']}-small-calls.png")
 
 
 def _plain_ticks(axis, values: list[float], text) -> None:

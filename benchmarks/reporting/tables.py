@@ -1,4 +1,7 @@
-"""What a recorded table says, as text: rows in order, cells, headings. No dependencies, so it serves a bare machine too."""
+"""What a recorded table says, as text: rows in order, cells, headings; and rows of text as columns, as Markdown, in a page.
+
+No dependencies, so it serves a bare machine too.
+"""
 
 from __future__ import annotations
 
@@ -218,3 +221,17 @@ def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def as_markdown(rows: list[list[str]], rule: str = "---") -> str:
+    """Rows of text as a Markdown table, the names first."""
+    names, *body = rows
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in [names, [rule] * len(names), *body]]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def filled(page: str, marker: str, content: str) -> str:
+    """The page with other content between <!-- marker --> and <!-- /marker -->."""
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before, rest = page.split(start)
+    return f"{before}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}"

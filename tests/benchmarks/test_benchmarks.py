@@ -362,7 +362,7 @@ def test_plots_are_drawn_for_tables_and_for_sweeps(tmp_path):
 def test_a_peak_that_was_not_measured_is_not_drawn_as_nothing(tmp_path, monkeypatch):
     plots = pytest.importorskip("benchmarks.reporting.plots", exc_type=ImportError)
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     plots.cost_bars(made_table(row("eager", [2.0], peak_bytes=None), row("ours", [1.0], peak_bytes=5_000_000)), tmp_path)
     memory, time = ([text.get_text() for text in axis.texts] for axis in figures[0].axes)
     assert memory == ["not measured", "5.0 MB"] and len(time) == 2 and "not measured" not in time
