@@ -33,7 +33,7 @@ import torch
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu import device
+from benchmarks.gpu import calls, device
 from benchmarks.gpu.timing import medians
 from benchmarks.reporting.tables import aligned
 from larpo_kernels.linear import tile_shapes
@@ -128,6 +128,16 @@ def using(values: dict[str, int], arch: str) -> Iterator[None]:
         launch.TABLE[arch] = entry
 
 
+def under(values: dict[str, int], arch: str, function: Callable) -> Callable:
+    """The function, which launches with these values."""
+
+    def run():
+        with using(values, arch):
+            return function()
+
+    return run
+
+
 # --- compiling beforehand -------------------------------------------------------------------------------------------
 
 LAUNCHES = {  # group -> kernels of larpo_kernels/inspect/cases.py that its parameters reach
@@ -190,43 +200,20 @@ SIZES = {  # group -> tokens, vocabulary
 }
 
 
+PASSES = {"rows": ("forward", "backward"), "split": ("forward",), "fill": ("backward",)}  # that the parameters reach
+SCHEDULES_OF = {"tile": ("frozen_head", "recompute"), "schedule": ("frozen_head", "list_hold", "recompute")}
+
+
 def problems(group: str) -> Iterator[tuple[str, Callable]]:
     """Named functions whose time the group's parameters decide; made one at a time, for they hold memory."""
     for n, v in ((64, 96),) if device.dry() else SIZES[group]:
-        if group in ("rows", "split", "fill"):
-            yield from _rows(n, v, group)
+        if group in PASSES:
+            _, passes = calls.of_rows(n, v, torch.bfloat16)
+            yield from ((f"{name} {n} x {v}", passes[name]) for name in PASSES[group])
         else:
             h = 64 if group == "tile" or device.dry() else 4096  # few columns: the GEMM shall not hide the kernels
-            schedules = ("frozen_head", "recompute") if group == "tile" else ("frozen_head", "list_hold", "recompute")
-            hidden = torch.randn(n, h, device=device.name()).bfloat16()
-            weight = (torch.randn(v, h, device=device.name()) / h**0.5).bfloat16()
-            labels = torch.randint(v, (n,), device=device.name())
-            for schedule in schedules:
-                yield f"{schedule} {n} x {v}", _head(hidden, weight, labels, schedule)
-
-
-def _rows(n: int, v: int, group: str) -> Iterator[tuple[str, Callable]]:
-    import larpo_kernels as lk
-
-    logits = torch.empty(n, v, dtype=torch.bfloat16, device=device.name()).normal_().requires_grad_()
-    labels, upstream = torch.randint(v, (n,), device=device.name()), torch.randn(n, device=device.name())
-    if group != "fill":
-        yield f"forward {n} x {v}", lambda: lk.token_logps(logits.detach(), labels)
-    if group != "split":
-        logps = lk.token_logps(logits, labels)
-        yield f"backward {n} x {v}", lambda: torch.autograd.grad(logps, logits, upstream, retain_graph=True)
-
-
-def _head(hidden, weight, labels, schedule) -> Callable:
-    import larpo_kernels as lk
-
-    x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(schedule != "frozen_head")
-
-    def run():
-        out = lk.linear_token_logps(x, w, labels, schedule=schedule, ignore_index=None).sum()  # nobody waits for a count
-        return torch.autograd.grad(out, [t for t in (x, w) if t.requires_grad])
-
-    return run
+            inputs = calls.head_inputs(n, h, v)
+            yield from ((f"{name} {n} x {v}", calls.of_head(name, *inputs)) for name in SCHEDULES_OF[group])
 
 
 def measured(group: Group, candidates: list[dict], base: dict[str, int], arch: str, deadline: float) -> list[dict]:
@@ -234,20 +221,12 @@ def measured(group: Group, candidates: list[dict], base: dict[str, int], arch: s
 
     A candidate that raises, or that was not reached in time, is left out from then on.
     """
-
-    def under(values, function):
-        def run():
-            with using(base | values, arch):
-                return function()
-
-        return run
-
     seconds, alive = [{} for _ in candidates], set(range(len(candidates)))
     for name, function in problems(group.name):
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        runs = {str(i): under(candidates[i], function) for i in sorted(alive)}
+        runs = {str(i): under(base | candidates[i], arch, function) for i in sorted(alive)}
         found = medians(runs, rounds=9, budget_s=min(left / 2, 10.0), warm_s=left / 2, failed={})
         alive = {int(i) for i in found}
         if 0 not in alive:  # nothing to compare with

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,13 +50,13 @@ WANTED_BY = {schedule: WANTED[mode] for schedule, (mode, _) in SCHEDULES.items()
 TRAINING = [schedule for schedule, wanted in WANTED_BY.items() if wanted]
 
 
-def guarded(what: str, check, **shown) -> dict:
+def guarded(what: str, check: Callable[..., dict], *arguments) -> dict:
     """The row of a check that returns numbers, among them perhaps "ok"; an exception is a failure with its message."""
     try:
-        return {"what": what, "ok": True, **shown, **check()}
+        return {"what": what, "ok": True, **check(*arguments)}
     except Exception as error:  # one failure must not hide the others
         text = str(error).strip().splitlines() or [""]
-        return {"what": what, "ok": False, **shown, "error": f"{type(error).__name__}: {text[0]}"[:300]}
+        return {"what": what, "ok": False, "error": f"{type(error).__name__}: {text[0]}"[:300]}
 
 
 # --- the tests -----------------------------------------------------------------------------------------------------
@@ -112,21 +112,21 @@ def _failures(file: Path) -> list[dict]:
 def smoke_rows(context) -> Iterator[dict]:
     """Log-probabilities of rows and their gradient, in every dtype; the loss of every objective."""
     for n, v, dtype in shapes().smoke_rows:
-        yield guarded(f"rows, {n} x {v} {dtype}", lambda n=n, v=v, d=dtype: _rows(n, v, getattr(torch, d)), elements=n * v)
+        yield guarded(f"rows, {n} x {v} {dtype}", _rows, n, v, getattr(torch, dtype))
     for objective in ("contrastive", "pairwise", "listmle", "lambdarank", "listnet"):
-        yield guarded(f"loss from logits, {objective}", lambda o=objective: _list_loss(o))
+        yield guarded(f"loss from logits, {objective}", _list_loss, objective)
 
 
 def smoke_head(context) -> Iterator[dict]:
     """Every schedule."""
     n, h, v = shapes().smoke_head
     for schedule in SCHEDULES:
-        yield guarded(f"hidden, {schedule}: {n} tokens x {v} columns", lambda s=schedule: _head(n, h, v, s))
+        yield guarded(f"hidden, {schedule}: {n} tokens x {v} columns", _head, n, h, v, schedule)
 
 
 def smoke_graph(context) -> Iterator[dict]:
-    yield guarded("graph, from logits", lambda: _replayed(_from_logits("contrastive", False), exact=True))
-    yield guarded("graph, from hidden", lambda: _replayed(_from_hidden("list_hold", False), exact=True))
+    yield guarded("graph, from logits", _replayed, partial(_from_logits, "contrastive", False))
+    yield guarded("graph, from hidden", _replayed, partial(_from_hidden, "list_hold", False))
 
 
 def _list_loss(objective: str) -> dict:
@@ -139,13 +139,11 @@ def _list_loss(objective: str) -> dict:
     out = lk.fused_listwise_loss(logits, labels, relevance, beta=BETA, backend=device.backend(), **given)
     (grad,) = torch.autograd.grad(3 * out.loss, logits)
     few = slice(0, 4)  # the gradient of the first list; lists do not affect each other
-    z, y = logits.detach().double(), labels.clamp(min=0)[..., None]
-    logps = ((z.gather(-1, y) - z.logsumexp(-1, keepdim=True))[..., 0] * (labels != IGNORE)).sum(-1).requires_grad_()
+    z = logits.detach().double()
+    logps = _truth(z, labels, torch.ones_like(labels))[0].sum(-1).requires_grad_()
     loss = lk.reference.listwise_loss(BETA * logps, relevance.double(), **given)
     (c,) = torch.autograd.grad(3 * loss, logps)
-    d = -z[few].softmax(-1)
-    d.scatter_add_(-1, y[few], torch.ones_like(d[..., :1]))
-    d *= (c[few, None] * (labels[few] != IGNORE))[..., None]
+    _, d = _truth(z[few], labels[few], c[few, None])
     loss, value = loss.detach(), out.loss.detach().double()
     errors = {
         "loss": float((value - loss).abs() / loss.abs().clamp(min=1e-3)),
@@ -162,18 +160,19 @@ def big(context) -> Iterator[dict]:
     """More than 2^31 elements and more than 65,535 rows, against float64 on the first, middle and last rows."""
     size = shapes()
     for n, v in size.big_rows:
-        yield guarded(f"logits: {n} x {v}", lambda n=n, v=v: _more(_rows(n, v, torch.bfloat16), n * v))
+        yield guarded(f"logits: {n} x {v}", _more, n * v, _rows, n, v, torch.bfloat16)
         device.release()
     n, h, v = size.big_head
     scored = int((_labels(n, v) != IGNORE).sum())  # the tiles, and E where it is held, are of these tokens alone
     for schedule in TRAINING:
         what = f"hidden, {schedule}: {scored} scored tokens x {v} columns"
-        yield guarded(what, lambda s=schedule: _more(_head(n, h, v, s), scored * v))
+        yield guarded(what, _more, scored * v, _head, n, h, v, schedule)
         device.release()
 
 
-def _more(found: dict, elements: int) -> dict:
-    """Fails a check whose matrix is not as large as it is meant to be."""
+def _more(elements: int, check: Callable[..., dict], *arguments) -> dict:
+    """A check that fails too where its matrix is not as large as it is meant to be."""
+    found = check(*arguments)
     return {**found, "ok": found["ok"] and elements > shapes().more_than, "elements": elements}
 
 
@@ -194,18 +193,22 @@ def _worst(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x.double() - y).abs().max() / y.abs().max())
 
 
+def _truth(z: torch.Tensor, labels: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [...] and their gradient to z [..., V], float64, times upstream; 0 where ignored."""
+    keep, at = labels != IGNORE, labels.clamp(min=0)[..., None]
+    d = -z.softmax(-1)
+    d.scatter_add_(-1, at, torch.ones_like(d[..., :1]))
+    d *= (upstream.double() * keep)[..., None]
+    return torch.where(keep, z.log_softmax(-1).gather(-1, at)[..., 0], 0), d
+
+
 def _rows(n: int, v: int, dtype: torch.dtype) -> dict:
     torch.manual_seed(0)
     logits = torch.empty(n, v, dtype=dtype, device=device.name()).normal_().requires_grad_()
     labels, upstream, at = _labels(n, v), torch.randn(n, device=device.name()), _some(n)
     logps = lk.token_logps(logits, labels, backend=device.backend())
     (grad,) = torch.autograd.grad(logps, logits, upstream)
-    z, y = logits.detach()[at].double(), labels[at]
-    keep = y != IGNORE
-    true = torch.where(keep, z.log_softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0], 0)
-    d = -z.softmax(-1)
-    d[torch.arange(len(at), device=device.name()), y.clamp(min=0)] += 1
-    d *= (upstream[at].double() * keep)[:, None]
+    true, d = _truth(logits.detach()[at].double(), labels[at], upstream[at])
     errors = {"logps": _worst(logps.detach()[at], true), "d_logits": _worst(grad[at], d)}
     zero = bool((grad[labels == IGNORE] == 0).all())
     ok = errors["logps"] < 1e-5 and errors["d_logits"] < torch.finfo(dtype).eps + 1e-5 and zero
@@ -220,12 +223,7 @@ def _head(n: int, h: int, v: int, schedule: str) -> dict:
     logps = lk.linear_token_logps(hidden, weight, labels, schedule=schedule, backend=device.backend())
     wanted = [x for x in (hidden, weight) if x.requires_grad]
     grads = torch.autograd.grad(logps, wanted, upstream) if wanted else ()
-    y, keep = labels[at], labels[at] != IGNORE
-    z = hidden.detach()[at].double() @ weight.detach().double().T
-    true = torch.where(keep, z.log_softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0], 0)
-    d = -z.softmax(-1)
-    d[torch.arange(len(at), device=device.name()), y.clamp(min=0)] += 1
-    d *= (upstream[at].double() * keep)[:, None]
+    true, d = _truth(hidden.detach()[at].double() @ weight.detach().double().T, labels[at], upstream[at])
     errors = {"logps": _worst(logps.detach()[at], true)}
     if grads:
         errors["d_hidden"] = _worst(grads[0][at], d @ weight.detach().double())
@@ -254,18 +252,19 @@ def graphs(context) -> Iterator[dict]:
     for objective in ("contrastive", "lambdarank"):
         for packed in (False, True):
             what = f"from logits, {objective}, {'packed' if packed else 'padded'}"
-            yield guarded(f"no waiting, {what}", lambda o=objective, p=packed: _without_waiting(_from_logits(o, p)))
-            yield guarded(f"graph, {what}", lambda o=objective, p=packed: _replayed(_from_logits(o, p), exact=True))
+            case = partial(_from_logits, objective, packed)
+            yield guarded(f"no waiting, {what}", _without_waiting, case)
+            yield guarded(f"graph, {what}", _replayed, case)
     for schedule in (*TRAINING, "score_only", "auto"):
         every_label_counts = partial(_from_hidden, schedule, ignored=False, ignore_index=None)
-        yield guarded(f"no waiting, from hidden, {schedule}", lambda make=every_label_counts: _without_waiting(make()))
+        yield guarded(f"no waiting, from hidden, {schedule}", _without_waiting, every_label_counts)
         for ignored in (False, True):
             what = f"graph, from hidden, {schedule}, {'ignored tokens' if ignored else 'all tokens count'}"
             exact = not ignored and schedule != "auto"  # which takes another schedule in a graph
-            yield guarded(what, lambda s=schedule, i=ignored, e=exact: _replayed(_from_hidden(s, i), exact=e))
+            yield guarded(what, _replayed, partial(_from_hidden, schedule, ignored), exact)
     sizes = [[4] * 4, torch.full((4,), 4, device=device.name())]
     for name, list_sizes in zip(("a Python list", "a tensor"), sizes, strict=True):
-        row = guarded("", lambda x=list_sizes: _without_waiting(_from_logits("listmle", False, x)))
+        row = guarded("", _without_waiting, partial(_from_logits, "listmle", False, list_sizes))
         yield {"what": f"list_sizes as {name}", "waits": not row["ok"], "note": row.get("error", "")}
 
 
@@ -324,8 +323,8 @@ def _shuffle(changing: dict[str, torch.Tensor]) -> None:
                 x.copy_(torch.where(x == IGNORE, x, (x * 7 + 3) % shapes().graph[-1]))
 
 
-def _replayed(case, exact: bool) -> dict:
-    changing, step = case
+def _replayed(case: Callable, exact: bool = True) -> dict:
+    changing, step = case()
     captured, replay = device.captured(step)
     _shuffle(changing)
     replay()
@@ -337,8 +336,8 @@ def _replayed(case, exact: bool) -> dict:
     return {"ok": same if exact else largest < 2e-2, "bitwise": same, "largest relative difference": largest}
 
 
-def _without_waiting(case) -> dict:
-    _, step = case
+def _without_waiting(case: Callable) -> dict:
+    _, step = case()
     step()  # compiles
     device.synchronize()
     with device.waiting_is_an_error():
@@ -351,14 +350,15 @@ def _without_waiting(case) -> dict:
 
 def determinism(context) -> Iterator[dict]:
     """Bitwise the same numbers in 100 runs, and for a list whatever other lists are in the batch."""
-    cases = {f"from logits, {o}": (lambda o=o: _from_logits(o, False)) for o in ("contrastive", "lambdarank", "listnet")}
-    cases |= {f"from hidden, {s}": (lambda s=s: _from_hidden(s, True)) for s in (*TRAINING, "score_only")}
-    for what, make in cases.items():
-        yield guarded(f"{shapes().runs} runs, {what}", lambda m=make: _same_every_time(m()[1]))
+    cases = {f"from logits, {o}": partial(_from_logits, o, False) for o in ("contrastive", "lambdarank", "listnet")}
+    cases |= {f"from hidden, {s}": partial(_from_hidden, s, True) for s in (*TRAINING, "score_only")}
+    for what, case in cases.items():
+        yield guarded(f"{shapes().runs} runs, {what}", _same_every_time, case)
     yield guarded("a list alone and in a larger batch, from logits", _company)
 
 
-def _same_every_time(step) -> dict:
+def _same_every_time(case: Callable) -> dict:
+    _, step = case()
     first = [x.clone() for x in step()]
     different = sum(not all(map(torch.equal, first, step())) for _ in range(shapes().runs - 1))
     return {"ok": different == 0, "different": different}

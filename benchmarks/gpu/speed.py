@@ -15,9 +15,9 @@ import larpo_kernels as lk
 from benchmarks import tune as tuning
 from benchmarks.core import cases
 from benchmarks.core.measure import Settings, all_providers, auto_plan, measure
-from benchmarks.core.problem import IGNORE, SCHEDULES, WANTED, Problem
+from benchmarks.core.problem import IGNORE, SCHEDULES, Problem
 from benchmarks.core.truth import Truth
-from benchmarks.gpu import device
+from benchmarks.gpu import calls, device
 from benchmarks.gpu.plan import shapes
 from benchmarks.gpu.steps import read_rows
 from benchmarks.gpu.timing import Times, interleaved
@@ -47,16 +47,6 @@ def _launches(context) -> dict[str, dict[str, int]]:
     return {"shipped": own, **({"tuned": own | tuned} if any(own.get(name) != tuned[name] for name in tuned) else {})}
 
 
-def _under(values: dict[str, int], function):
-    arch = tuning.arch_here()
-
-    def run():
-        with tuning.using(values, arch):
-            return function()
-
-    return run
-
-
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -78,25 +68,15 @@ def _each(found: tuple, rows_of: Callable) -> Iterator[dict]:
 
 
 def _row(n: int, v: int, dtype: torch.dtype, launches: dict) -> Iterator[dict]:
-    logits = torch.empty(n, v, dtype=dtype, device=device.name()).normal_().requires_grad_()
-    labels, upstream = torch.randint(v, (n,), device=device.name()), torch.randn(n, device=device.name())
-    logps = lk.token_logps(logits, labels)
-    flat, other = logits.detach().view(-1), torch.empty(n * v, dtype=dtype, device=device.name())
-    half = n * v // 2
-
-    def forward():
-        with torch.no_grad():
-            lk.token_logps(logits, labels)
-
-    def backward():
-        torch.autograd.grad(logps, logits, upstream, retain_graph=True)
-
+    logits, passes = calls.of_rows(n, v, dtype)
+    flat, other = logits.view(-1), torch.empty(n * v, dtype=dtype, device=device.name())
+    half, arch = n * v // 2, tuning.arch_here()
     functions = {"copy of half": lambda: other[:half].copy_(flat[:half])}  # reads and writes: the bytes of one read
     functions["copy"] = lambda: other.copy_(flat)
     for name, values in launches.items():
-        functions[f"{name} forward"], functions[f"{name} backward"] = _under(values, forward), _under(values, backward)
+        functions |= {f"{name} {which}": tuning.under(values, arch, run) for which, run in passes.items()}
     times = interleaved(functions, rounds=15, budget_s=1.0)
-    host = interleaved({"forward": forward, "backward": backward}, rounds=15, budget_s=0.3)
+    host = interleaved(passes, rounds=15, budget_s=0.3)
     found = {name: median(x.device) for name, x in times.items()}
     size = n * v * logits.element_size()
     for name in launches:
@@ -128,31 +108,12 @@ def head(context) -> Iterator[dict]:
     yield from _each(shapes().heads, lambda *shape: _head(*shape, launches))
 
 
-def _inputs(n: int, h: int, v: int):
-    """hidden, weight, labels, and the gradient of each token's log-probability."""
-    torch.manual_seed(0)
-    hidden = torch.randn(n, h, device=device.name()).bfloat16()
-    weight = (torch.randn(v, h, device=device.name()) / h**0.5).bfloat16()
-    return hidden, weight, torch.randint(v, (n,), device=device.name()), torch.randn(n, device=device.name())
-
-
-def _step(schedule: str, hidden, weight, labels, upstream, ignore_index: int | None = None):
-    """A function that runs forward and backward."""
-    wanted = WANTED[SCHEDULES[schedule][0]]
-    x, w = hidden.detach().requires_grad_("hidden" in wanted), weight.detach().requires_grad_("weight" in wanted)
-
-    def run():
-        logps = lk.linear_token_logps(x, w, labels, schedule=schedule, ignore_index=ignore_index)
-        return torch.autograd.grad(logps, [t for t in (x, w) if t.requires_grad], upstream) if wanted else logps
-
-    return run
-
-
 def _head(n: int, ignored: int, h: int, v: int, launches: dict) -> Iterator[dict]:
-    hidden, weight, labels, upstream = _inputs(n, h, v)
+    hidden, weight, labels, upstream = calls.head_inputs(n, h, v)
     labels[:ignored] = IGNORE
-    steps = {s: _step(s, hidden, weight, labels, upstream, IGNORE if ignored else None) for s in SCHEDULES}
-    ours = {(name, s): _under(values, run) for name, values in launches.items() for s, run in steps.items()}
+    steps = {s: calls.of_head(s, hidden, weight, labels, upstream, IGNORE if ignored else None) for s in SCHEDULES}
+    arch = tuning.arch_here()
+    ours = {(name, s): tuning.under(values, arch, run) for name, values in launches.items() for s, run in steps.items()}
     functions = {**products(hidden, weight), **{f"{name} {s}": run for (name, s), run in ours.items()}}
     times: dict[str, Times] = interleaved(functions, rounds=9, budget_s=5.0)
     found = {name: median(x.device) for name, x in times.items()}
@@ -188,9 +149,9 @@ def _head(n: int, ignored: int, h: int, v: int, launches: dict) -> Iterator[dict
 def profile(context) -> Iterator[dict]:
     """Kernels by time, of one forward and backward of each schedule and of the loss from logits."""
     n, h, v = shapes().profile
-    given = _inputs(n, h, v)
+    given = calls.head_inputs(n, h, v)
     for schedule in ("list_hold", "frozen_head", "recompute", "score_only"):
-        yield {"what": schedule, "kernels": _kernels(_step(schedule, *given))}
+        yield {"what": schedule, "kernels": _kernels(calls.of_head(schedule, *given))}
     logits = torch.empty(n // 64, 64, v, dtype=torch.bfloat16, device=device.name()).normal_().requires_grad_()
     relevance = torch.randn(n // 64, device=device.name())
 
