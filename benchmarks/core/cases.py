@@ -83,7 +83,6 @@ def build(
     device: str | torch.device = "cpu",
     seed: int = 0,
     *,
-    cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Case:
     """Make the case called `name`; see this file's head for the names.
@@ -95,7 +94,7 @@ def build(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating-point dtype")
     if name in REAL:
-        return _real(name, dtype, device, seed, cache_dir, progress)
+        return _real(name, dtype, device, seed, progress)
     if match := MADE_UP.fullmatch(name):
         return _made_up(name, match, dtype, device, seed)
     raise ValueError(
@@ -121,19 +120,12 @@ def head_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 # --- real cases --------------------------------------------------------------------------------------------
 
 
-def _real(
-    name: str,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    seed: int,
-    cache_dir: str | Path | None,
-    progress: bool,
-) -> Case:
+def _real(name: str, dtype: torch.dtype, device: str | torch.device, seed: int, progress: bool) -> Case:
     offline.require("safetensors")
     from safetensors.torch import load_file, save_file
 
     def score(path: Path) -> None:
-        model, tokenizer = offline.load_smollm2(cache_dir=cache_dir, progress=progress)
+        model, tokenizer = offline.load_smollm2(progress=progress)
         if name in (SAMPLED, *DOCUMENTS):
             rows = _sampled_rows(model, tokenizer, seed, progress) if name == SAMPLED else _document_rows(name, tokenizer)
             relevance = torch.randn(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -145,7 +137,7 @@ def _real(
         save_file(scored, path)
 
     file = OPENBOOKQA[0] if name in OPENBOOKQA else f"{name}-seed{seed}"
-    folder = offline.cache_folder(cache_dir) / "cases"
+    folder = offline.cache_folder() / "cases"
     scored = load_file(offline.build_once(folder / f"{file}-v{SCORED_VERSION}.safetensors", score))
     hidden, labels = scored["hidden"], scored["labels"]
     if not name.endswith("-prompt"):
@@ -153,7 +145,7 @@ def _real(
     return Case(
         name=name,
         hidden=hidden.to(device, dtype),
-        weight=offline.smollm2_head(cache_dir, progress=progress).to(device, dtype),
+        weight=offline.smollm2_head(progress=progress).to(device, dtype),
         labels=labels.to(device),
         relevance=scored["relevance"].to(device),
         list_sizes=SAMPLED_PER_PROMPT if name == SAMPLED else 4,

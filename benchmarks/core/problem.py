@@ -54,6 +54,12 @@ class _Catch(torch.autograd.Function):
         return None, None, None
 
 
+def identity(one) -> dict:
+    """The head of a table's description, of a Problem or of what stands in its place."""
+    dtype = str(one.dtype).removeprefix("torch.")
+    return {"case": one.case, "side": one.side, "mode": one.mode, "dtype": dtype, "device": one.device.type}
+
+
 @dataclass
 class Problem:
     """S candidates of T tokens; logits or hidden and weight, never both."""
@@ -169,12 +175,8 @@ class Problem:
         """Shape and kind, as the recorded results hold them."""
         sizes = self.list_sizes
         return {
-            "case": self.case,
+            **identity(self),
             "note": self.note,
-            "side": self.side,
-            "mode": self.mode,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
             "candidates": len(self.labels),
             "lists": len(sizes),
             "m": sizes[0] if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from benchmarks.core.machine import has_native_bfloat16
 from benchmarks.core.problem import SIDES
@@ -33,10 +34,7 @@ LIST_SIZES = (2, 4, 8, 16)
 
 
 def quick() -> list[Job]:
-    return [
-        Job(REAL, "logits", ("train",)),
-        Job(REAL, "linear", TRAINING),
-    ]
+    return [Job(REAL, "logits", ("train",)), Job(REAL, "linear", TRAINING)]
 
 
 def logits() -> list[Job]:
@@ -64,23 +62,16 @@ def full() -> list[Job]:
     masked = [shape(8192, 128256, 8) + "-masked0.5"]
     names = [*grid, *by_list_size, *masked, shape(8192, 128256, 8) + "-peaked"]
     real = [Job(REAL, "logits", ("train",)), Job(SAMPLED, "linear", TRAINING, "bfloat16")]
-    return [
-        *real,
-        *(Job(n, "logits", ("train",)) for n in names),
-        *(Job(n, "linear", TRAINING) for n in names),
-    ]
+    return [*real, *(Job(n, "logits", ("train",)) for n in names), *(Job(n, "linear", TRAINING) for n in names)]
 
 
-def prefix() -> list[Job]:
-    """Whole training steps, the prompt shared or not: prompt to completion as 0.4, 1 and 4, by list size."""
-    shapes = ((64, 160), (128, 128), (256, 64))
-    return [Job(f"P{p}-R{r}-m{m}", "prefix", SIDES["prefix"], "float32") for p, r in shapes for m in (4, 8, 16)]
+def prefix(times: int = 1, dtype: str = "float32") -> list[Job]:
+    """Whole training steps, the prompt shared or not: prompt to completion as 0.4, 1 and 4, by list size.
 
-
-def prefix_long() -> list[Job]:
-    """The same ratios at eight times the length, for a GPU."""
-    shapes = ((512, 1280), (1024, 1024), (2048, 512))
-    return [Job(f"P{p}-R{r}-m{m}", "prefix", SIDES["prefix"], "bfloat16") for p, r in shapes for m in (4, 8, 16)]
+    times: how many times as long as on a CPU.
+    """
+    shapes = [(times * prompt, times * completion) for prompt, completion in ((64, 160), (128, 128), (256, 64))]
+    return [Job(f"P{p}-R{r}-m{m}", "prefix", SIDES["prefix"], dtype) for p, r in shapes for m in (4, 8, 16)]
 
 
 def trainer() -> list[Job]:
@@ -102,7 +93,7 @@ SUITES = {
     "full": full,
     "small": small,
     "prefix": prefix,
-    "prefix-long": prefix_long,
+    "prefix-long": partial(prefix, 8, "bfloat16"),  # for a GPU
     "trainer": trainer,
 }
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 import larpo_kernels as lk
-from benchmarks.core.problem import BETA, OBJECTIVE
+from benchmarks.core.problem import BETA, OBJECTIVE, identity
 from benchmarks.core.truth import Target
 from benchmarks.providers.registry import Output, provider
 from larpo.modeling.prefix_sharing import DENSE_MASK_TOKENS, TOLERANCE
@@ -121,13 +121,9 @@ class ModelStep:
         scored, parameters = shape.m * shape.completion, sum(p.numel() for p in self.model.parameters())
         config = self.model.config
         return {
-            "case": self.case,
+            **identity(self),
             "note": f"Llama, {config.num_hidden_layers} layers, {parameters / 1e6:.1f} M parameters, "
             f"{config._attn_implementation}; gradients to all parameters",
-            "side": self.side,
-            "mode": self.mode,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
             "candidates": shape.m,
             "lists": 1,
             "m": shape.m,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.core.problem import BETA
+from benchmarks.core.problem import BETA, identity
 from benchmarks.core.truth import Target
 from benchmarks.providers.registry import Output, provider
 from larpo import offline
@@ -124,13 +124,9 @@ class TrainerStep:
         tokens, parameters = self.tokens(tokenizer), sum(p.numel() for p in model.parameters())
         scored, total = sum(len(end) for _, end in tokens), sum(len(start) + len(end) for start, end in tokens)
         return {
-            "case": self.case,
+            **identity(self),
             "note": f"{parameters / 1e6:.1f} M parameters and as many of the reference; AdamW; peak is above what stays from "
             "step to step: the weights and AdamW's moments",
-            "side": self.side,
-            "mode": self.mode,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
             "candidates": len(tokens),
             "lists": len(self.rows),
             "m": self.m,

@@ -60,25 +60,12 @@ def lists_of(path: Path, way: str) -> Iterable:
     stream = larpo.load_lists(path, streaming=True)
     if way == "stream":
         return stream
+    from benchmarks.studies.tiny_lm import byte_level_bpe
     from larpo.data.training_stream import training_stream
 
+    tokenizer = byte_level_bpe((row["prompt"] for row in made_up(1000)), 400, pad_token="</s>", eos_token="</s>")
     args = larpo.LarPOConfig(output_dir=tempfile.gettempdir(), report_to="none", use_cpu=True, max_steps=1)
-    return training_stream(stream, _tokenizer(), args)
-
-
-def _tokenizer():
-    """Byte-level BPE, as most models have it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        (row["prompt"] for row in made_up(1000)),
-        trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=letters, show_progress=False),
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="</s>", eos_token="</s>")
+    return training_stream(stream, tokenizer, args)
 
 
 def measure(path: Path, way: str, n: int) -> dict:

@@ -7,6 +7,7 @@ second on one core. Made in the cache folder on the first call (a few minutes).
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -35,23 +36,25 @@ def text(seed: int = 0) -> list[str]:
     return lines
 
 
-def _build(path: Path, progress: bool) -> None:
+def byte_level_bpe(lines: Iterable[str], vocab_size: int, **special: str):
+    """A tokenizer as most models have one, learned from these lines; its special tokens come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters, first = pre_tokenizers.ByteLevel.alphabet(), list(dict.fromkeys(special.values()))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=first, initial_alphabet=letters, show_progress=False)
+    bpe.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+def _build(path: Path, progress: bool) -> None:
     from tqdm import trange
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     lines = text()
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        lines,
-        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
+    tokenizer = byte_level_bpe(lines, VOCAB, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
