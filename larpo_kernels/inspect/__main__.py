@@ -61,22 +61,11 @@ def _progress(done: int, total: int, what: str) -> None:
 
 
 def show(kernels: list[KernelReport]) -> None:
-    """Prints the table: by rich where it is installed, else as plain text."""
-    rows = [_row(kernel) for kernel in kernels]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-        for row in (COLUMNS, *rows):
-            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-        return
-    table = Table(*COLUMNS)
+    """Prints the table."""
+    rows = [COLUMNS, *map(_row, kernels)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        table.add_row(*row)
-    console = Console()
-    # too wide for some terminals, where cells wrap; never for a file
-    (console if console.is_terminal else Console(width=200)).print(table)
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _row(k: KernelReport) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import networkx as nx  # which comes with torch
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -27,65 +29,35 @@ def loops(code: list[Instruction]) -> list[Body]:
     A jump back alone is no loop: compilers put rare code at the end and jump back from there. It is one if its goal
     dominates it, that is, if no way from the first instruction leads to the jump around the goal.
     """
-    follows = _followers(code)
-    comes_from: list[list[int]] = [[] for _ in code]
-    for i, followers in enumerate(follows):
-        for j in followers:
-            comes_from[j].append(i)
-    dominators = _dominators(comes_from)
-    bodies: dict[int, set[int]] = {}
-    always: dict[int, int] = {}
-    for i, followers in enumerate(follows):
-        for head in followers:
-            if dominators[i] is not None and dominators[i] >> head & 1:
-                bodies.setdefault(head, set()).update(_body(head, i, comes_from))
-                always[head] = always.get(head, -1) & dominators[i]
+    labels = {label: i for i, instruction in enumerate(code) for label in instruction.labels}
+    flow, tree = _flow(code, labels), nx.DiGraph()
+    if code:
+        tree.add_node(0)
+        dominators = nx.immediate_dominators(flow, 0)  # of what can be reached
+        tree.add_edges_from((above, i) for i, above in dominators.items() if i != 0)
+    bodies, always = {}, {}
+    for head in sorted({labels[x.jump] for x in code if x.jump in labels}.intersection(tree)):
+        dominated = nx.descendants(tree, head)
+        tails = [i for i in flow.predecessors(head) if i in dominated or i == head]
+        if tails:
+            around = flow.subgraph(dominated)
+            bodies[head] = {head}.union(tails, *(nx.ancestors(around, tail) for tail in tails if tail != head))
+            always[head] = set.intersection(*(nx.ancestors(tree, tail) | {tail} for tail in tails))
     found = []
-    for head, body in sorted(bodies.items()):
+    for head, body in bodies.items():
         inside = [other for goal, other in bodies.items() if goal != head and goal in body]
         own = sorted(body.difference(*inside))
-        found.append(Body([code[i] for i in own], [code[i] for i in own if always[head] >> i & 1]))
+        found.append(Body([code[i] for i in own], [code[i] for i in own if i in always[head]]))
     return found
 
 
-def _followers(code: list[Instruction]) -> list[list[int]]:
-    at = {label: i for i, instruction in enumerate(code) for label in instruction.labels}
-    follows = []
+def _flow(code: list[Instruction], labels: dict[str, int]) -> nx.DiGraph:
+    """From the index of each instruction to those that may come next."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(range(len(code)))
     for i, instruction in enumerate(code):
-        after = [i + 1] if instruction.falls_through and i + 1 < len(code) else []
-        if instruction.jump in at:
-            after.append(at[instruction.jump])
-        follows.append(after)
-    return follows
-
-
-def _dominators(comes_from: list[list[int]]) -> list[int | None]:
-    """Of each instruction the set of those on every way to it, as bits; None if no way leads there."""
-    bits: list[int | None] = [None] * len(comes_from)
-    if not bits:
-        return bits
-    bits[0] = 1
-    changed = True
-    while changed:
-        changed = False
-        for i in range(1, len(bits)):
-            known = [bits[j] for j in comes_from[i] if bits[j] is not None]
-            if not known:
-                continue
-            common = known[0]
-            for other in known[1:]:
-                common &= other
-            if bits[i] != common | 1 << i:
-                bits[i], changed = common | 1 << i, True
-    return bits
-
-
-def _body(head: int, tail: int, comes_from: list[list[int]]) -> set[int]:
-    """Everything from which `tail` is reached without passing `head`."""
-    body, todo = {head}, [tail]
-    while todo:
-        i = todo.pop()
-        if i not in body:
-            body.add(i)
-            todo += comes_from[i]
-    return body
+        if instruction.falls_through and i + 1 < len(code):
+            flow.add_edge(i, i + 1)
+        if instruction.jump in labels:
+            flow.add_edge(i, labels[instruction.jump])
+    return flow

@@ -217,11 +217,10 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     (kernel,) = json.loads(file.read_text())["kernels"]
     assert kernel["kernel"] == "merge_splits" and kernel["warps"] == 1 and kernel["registers"] > 0
     (line,) = [line for line in done.stdout.splitlines() if "merge_splits/plain" in line]
-    assert {"bf16", "sm_90", str(kernel["registers"])} <= set(line.replace("│", " ").split())
+    assert {"bf16", "sm_90", str(kernel["registers"])} <= set(line.split())
 
 
-def test_without_rich_the_table_is_plain_text(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
+def test_a_kernel_that_does_not_compile_is_a_line_of_the_table(capsys):
     command = importlib.import_module("larpo_kernels.inspect.__main__")
     failed = inspect.KernelReport("some_kernel", "plain", "sm_90", "bf16", False, error="reason")
     command.show([failed])
