@@ -77,6 +77,12 @@ def check_floats(name: str, x: Any, dims: Sequence[int], what: str) -> None:
         )
 
 
+def check_values(name: str, x: Any) -> None:
+    """Logits or hidden states."""
+    last = "V" if name == "logits" else "H"
+    check_floats(name, x, (2, 3), f"[S, T, {last}] (padded) or [N, {last}] (packed)")
+
+
 def tokens(
     values: torch.Tensor,
     labels: torch.Tensor,
@@ -87,12 +93,11 @@ def tokens(
     ignore_index: int | None = -100,
     need_candidates: bool = True,
 ) -> Tokens:
-    """Checks logits (or hidden states) with labels and borders, and returns them in one form without a copy.
+    """Checks the labels and borders of logits (or hidden states, both checked already), and returns all in one form without
+    a copy.
 
     vocab_size: the range of the labels; by default the last axis of `values`.
     """
-    last = "V" if name == "logits" else "H"
-    check_floats(name, values, (2, 3), f"[S, T, {last}] (padded) or [N, {last}] (packed)")
     _tensor("labels", labels)
     if not is_integer(labels):
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
@@ -111,6 +116,7 @@ def tokens(
     token_indices = _token_indices(labels, vocab_size, ignore_index) if checked else None
     if values.dim() == 3:
         if cu_seqlens is not None:
+            last = "V" if name == "logits" else "H"
             raise ValueError(f"cu_seqlens belongs to packed {name} [N, {last}]; got it with padded {name} {shape(values)}")
         return Tokens(values, labels, None, checked, token_indices)
     if need_candidates:
@@ -151,7 +157,7 @@ def _are_all_columns(labels: torch.Tensor, vocab_size: int, but: int = -1) -> bo
 
 def check_head(hidden: Any, weight: Any, bias: Any) -> None:
     """Hidden states against the head that is applied to them."""
-    check_floats("hidden", hidden, (2, 3), "[S, T, H] (padded) or [N, H] (packed)")
+    check_values("hidden", hidden)
     _tensor("weight", weight)
     for name, x in (("hidden", hidden), ("weight", weight)):
         if hasattr(x, "device_mesh"):

@@ -75,6 +75,7 @@ class LogitsCall(_Call):
     ):
         logits, self.shard = Sharded.parts(logits)
         ignore_index, logit_scale, softcap = self.transform = transform
+        validation.check_values("logits", logits)
         self.tokens = validation.tokens(
             logits,
             labels,
@@ -136,8 +137,8 @@ class LinearHeadCall(_Call):
         validation.check_options(logit_scale=transform.logit_scale, softcap=transform.softcap)
         if asked.tail_threshold is not None:
             validation.probability("tail_threshold", asked.tail_threshold)
-        compute = dtype_of_tiles(hidden, self.weight, sharded=shard is not None)
-        self.backend = backends.pick(backend, hidden, compute)
+        self.compute = dtype_of_tiles(hidden, self.weight, sharded=shard is not None)
+        self.backend = backends.pick(backend, hidden, self.compute)
         self.labels, self.token_indices = self.tokens.labels, self.tokens.token_indices
         if not self.tokens.checked:
             self.token_indices = ops.find_token_indices(self.labels, transform.ignore_index)
@@ -148,6 +149,7 @@ class LinearHeadCall(_Call):
             bias,
             num_tokens,
             asked,
+            self.compute,
             whole_vocab_size=None if shard is None else vocab_size,
             one_tile=self.tokens.checked and self.backend == "torch" and shard is None,
         )
@@ -158,4 +160,4 @@ class LinearHeadCall(_Call):
             labels, group = self.shard.local_labels(labels, transform.ignore_index), self.shard.name
             transform = transform._replace(ignore_index=None if transform.ignore_index is None else IGNORED)
         tensors = self.tokens.values, self.weight, self.bias, labels, self.token_indices
-        return ops.linear_step(tensors, self.tokens.checked, self.plan, transform, stats, self.backend, group)
+        return ops.linear_step(tensors, self.tokens.checked, self.plan, self.compute, transform, stats, self.backend, group)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import memory, tile_shapes
-from .dtypes import dtype_of_tiles, stored_dtype
+from .dtypes import stored_dtype
 from .memory import Needs, Workload
 
 SCHEDULES = ("auto", "score_only", "frozen_head", "list_hold", "recompute")
@@ -179,9 +179,17 @@ def one_tile_plan(hidden, weight, num_tokens: int, needs: Needs, compute: torch.
 
 
 def plan_for(
-    hidden, weight, bias, num_tokens: int, asked: Request, *, whole_vocab_size: int | None = None, one_tile: bool = False
+    hidden,
+    weight,
+    bias,
+    num_tokens: int,
+    asked: Request,
+    compute: torch.dtype,
+    *,
+    whole_vocab_size: int | None = None,
+    one_tile: bool = False,
 ) -> Plan:
-    """`make_plan` for the tensors of a call, num_tokens of which count.
+    """`make_plan` for the tensors of a call, num_tokens of which count, with tiles in the dtype `compute`.
 
     whole_vocab_size: where weight is one rank's rows. one_tile: nothing but their size stands against forming all logits.
     """
@@ -191,7 +199,6 @@ def plan_for(
         if asked.schedule == "auto":  # free memory and the number of tokens belong to a run, not to a graph
             schedule = "recompute" if needs.parameters else "frozen_head" if needs.hidden else "score_only"
             asked = asked._replace(schedule=schedule)
-    compute = dtype_of_tiles(hidden, weight, sharded=whole_vocab_size is not None)
     small = asked.tail_threshold is None or weight.numel() < TAIL_HEAD
     if one_tile and small and asked.schedule == "auto" and asked.memory_budget is None:
         plan = one_tile_plan(hidden, weight, num_tokens, needs, compute)

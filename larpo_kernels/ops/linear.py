@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..linear import flat, walk
-from ..linear.dtypes import dtype_of_tiles, stored_dtype
+from ..linear.dtypes import stored_dtype
 from ..linear.schedules import is_recorded
 from ..linear.tail import Tail, all_rows_count
 from ..linear.tile_shapes import walked_tokens
@@ -298,6 +298,7 @@ def linear_step(
     tensors: tuple,  # hidden, weight, bias, labels, token_indices as `find_token_indices` gives them
     checked: bool,
     plan,  # schedules.Plan
+    compute: torch.dtype,  # of the tiles
     transform: tuple,  # ignore_index, logit_scale, softcap
     stats: bool,
     backend: str,
@@ -306,7 +307,7 @@ def linear_step(
     """logps, entropy, top1 of hidden states by a plan."""
     hidden, weight, _, labels, token_indices = tensors
     ignore_index, logit_scale, softcap = transform
-    compute, transform = dtype_of_tiles(hidden, weight, sharded=bool(group)), (ignore_index, float(logit_scale), softcap)
+    transform = ignore_index, float(logit_scale), softcap
     if plan.one_tile:
         return SMALL_LINEAR_LOGPS, small_linear.Arguments(*tensors, *transform, compute, stats, backend)
     stored, fuse = stored_dtype(compute, hidden.dtype), plan.schedule == "frozen_head"
