@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.limits import PROMPT_LENGTH
+from .data.limits import PROMPT_LENGTH, Truncation
 from .data.reading import Reading
+from .field_docs import documented
 from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
 from .runs.files import read_json, remove, write_json, write_text, write_whole
 from .runs.identity import changed, content
@@ -75,28 +76,37 @@ WHAT = (
 # Settings that need the machine of a run, in place of which data can be looked at on any.
 ANYWHERE = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "fsdp": None, "deepspeed": None, "report_to": "none"}
 
-TRAIN_DATA = (
-    "Candidate lists: .jsonl, .json, .csv (.gz, .zst), .parquet, a saved dataset or a hub name; or a dict with path, split, "
-    "config, revision and how to read it, or a list of such with weight, to be mixed (JSON on a command line)."
-)
 
-
+@documented
 @dataclass
 class TrainJob(Reading):
-    """The settings of `larpo train` that are not in LarPOConfig."""
+    """The settings of `larpo train` that are not in LarPOConfig.
 
-    model: str = field(metadata={"help": "Name or folder of a causal LM."})
-    train_data: list[Any] | str | dict[str, Any] | None = field(default=None, metadata={"help": TRAIN_DATA})
-    train_split: str = field(default="train", metadata={"help": "Split of train_data, where it has splits."})
-    eval_data: str | None = field(default=None, metadata={"help": "Lists to evaluate on."})
-    eval_split: str = field(default="test", metadata={"help": "Split of eval_data, where it has splits."})
-    ref_model: str | None = field(default=None, metadata={"help": "The reference; by default the model as it is at the start."})
-    streaming: bool = field(default=False, metadata={"help": "Read train_data as training goes on, with max_steps."})
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Lists of a stream from which the next one is drawn; 0: none."})
-    peft: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Settings of peft.LoraConfig, a dict (JSON on a command line): trains an adapter."}
-    )
-    resume: bool = field(default=True, metadata={"help": "Go on from the newest whole checkpoint in output_dir, if any."})
+    Args:
+        model: Name or folder of a causal LM.
+        train_data: Candidate lists: .jsonl, .json, .csv (.gz, .zst), .parquet, a saved dataset or a hub name; or a dict with
+            path, split, config, revision and how to read it, or a list of such with weight, to be mixed (JSON on a command
+            line).
+        train_split: Split of train_data, where it has splits.
+        eval_data: Lists to evaluate on.
+        eval_split: Split of eval_data, where it has splits.
+        ref_model: The reference; by default the model as it is at the start.
+        streaming: Read train_data as training goes on, with max_steps.
+        shuffle_buffer: Lists of a stream from which the next one is drawn; 0: none.
+        peft: Settings of peft.LoraConfig, a dict (JSON on a command line): trains an adapter.
+        resume: Go on from the newest whole checkpoint in output_dir, if any.
+    """
+
+    model: str
+    train_data: list[Any] | str | dict[str, Any] | None = None
+    train_split: str = "train"
+    eval_data: str | None = None
+    eval_split: str = "test"
+    ref_model: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    peft: dict[str, Any] | str | None = None
+    resume: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -283,30 +293,42 @@ def show_summaries(summaries: dict[str, DataSummary], *, html: str | None = None
         write_text(Path(html), page(summaries))
 
 
+@documented
 @dataclass
 class ScoreJob(Reading):
-    """The settings of `larpo score`."""
+    """The settings of `larpo score`.
 
-    model: str = field(metadata={"help": "Name or folder of a causal LM."})
-    data: str = field(
-        metadata={"help": "Candidate lists, with scores or without: .jsonl, .json, .parquet, a saved dataset or a hub name."}
-    )
-    out: str = field(metadata={"help": "Where to write them with logps: .parquet or .jsonl."})
-    split: str = field(default="train", metadata={"help": "Split of the data, where it has splits."})
-    ref_model: str | None = field(default=None, metadata={"help": "Adds ref_logps and implicit_rewards."})
-    beta: float = field(default=0.1, metadata={"help": "implicit_rewards = beta * (logps - ref_logps)."})
-    batch_size: int = field(default=8, metadata={"help": "Lists at a time."})
-    candidate_batch_size: int | None = field(default=None, metadata={"help": "Candidates at a time."})
-    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of prompt and completion."})
-    max_prompt_length: int | None = field(
-        default=PROMPT_LENGTH, metadata={"help": "Most tokens of a prompt (not given: half of max_length, 512 at most)."}
-    )
-    truncation_mode: str = field(
-        default="keep_end", metadata={"help": "What stays of a prompt that is too long: keep_end or keep_start."}
-    )
-    append_eos: bool = field(default=True, metadata={"help": "End completions that are plain strings with EOS."})
-    dtype: str | None = field(default=None, metadata={"help": "Dtype of the weights (None: float32, as in training)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let a model from the hub run its own code."})
+    Args:
+        model: Name or folder of a causal LM.
+        data: Candidate lists, with scores or without: .jsonl, .json, .parquet, a saved dataset or a hub name.
+        out: Where to write them with logps: .parquet or .jsonl.
+        split: Split of the data, where it has splits.
+        ref_model: Adds ref_logps and implicit_rewards.
+        beta: implicit_rewards = beta * (logps - ref_logps).
+        batch_size: Lists at a time.
+        candidate_batch_size: Candidates at a time.
+        max_length: Most tokens of prompt and completion.
+        max_prompt_length: Most tokens of a prompt (not given: half of max_length, 512 at most).
+        truncation_mode: What stays of a prompt that is too long: keep_end or keep_start.
+        append_eos: End completions that are plain strings with EOS.
+        dtype: Dtype of the weights (None: float32, as in training).
+        trust_remote_code: Let a model from the hub run its own code.
+    """
+
+    model: str
+    data: str
+    out: str
+    split: str = "train"
+    ref_model: str | None = None
+    beta: float = 0.1
+    batch_size: int = 8
+    candidate_batch_size: int | None = None
+    max_length: int | None = 1024
+    max_prompt_length: int | None = PROMPT_LENGTH
+    truncation_mode: Truncation = "keep_end"
+    append_eos: bool = True
+    dtype: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -13,22 +13,24 @@ from larpo_kernels import validation
 from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import Objective
 
-from .data.limits import PROMPT_LENGTH, prompt_limit
+from .data.limits import PROMPT_LENGTH, Truncation, prompt_limit
 from .field_docs import documented
 from .runs.secrets import given_again, is_secret, masked, without_secrets
-from .runs.yaml_config import as_meant, json_object
+from .runs.yaml_config import as_meant, check_choice, is_whole, json_object
 from .training.losses import ListLoss, objective_of
 from .training.nonfinite import ON_NONFINITE
 from .training.refused_settings import refuse_settings
 
-COUNTS = (
-    "max_length",
-    "max_prompt_length",
-    "candidate_micro_batch_size",
-    "precompute_ref_batch_size",
-    "ndcg_k",
-    "max_tokens_per_batch",
-)
+COUNTS = {  # settings that are None or whole numbers, and the least of each
+    "max_length": 1,
+    "max_prompt_length": 1,
+    "candidate_micro_batch_size": 1,
+    "precompute_ref_batch_size": 1,
+    "ndcg_k": 1,
+    "max_tokens_per_batch": 1,
+    "list_top": 0,
+    "list_bottom": 0,
+}
 
 
 @documented
@@ -109,7 +111,7 @@ class LarPOConfig(TrainingArguments):
     list_bottom: int | None = None
     max_length: int | None = 1024
     max_prompt_length: int | None = PROMPT_LENGTH
-    truncation_mode: str = "keep_end"
+    truncation_mode: Truncation = "keep_end"
     append_eos: bool = True
     max_tokens_per_batch: int | None = None
     dataset_num_proc: int | None = None
@@ -142,9 +144,9 @@ class LarPOConfig(TrainingArguments):
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         self._check_loss()
         self._check_lists()
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        _one_of("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_choice("kernel_backend", self.kernel_backend, (None, "torch", "triton"))
         if self.tail_threshold is not None:
             validation.probability("tail_threshold", self.tail_threshold)
         refuse_settings(self)
@@ -169,10 +171,10 @@ class LarPOConfig(TrainingArguments):
         self.resolved_loss()  # refused here, not after the model is loaded
 
     def _check_lists(self) -> None:
-        for name in COUNTS:
-            _count(name, getattr(self, name), at_least=1)
-        for name in ("list_top", "list_bottom"):
-            _count(name, getattr(self, name), at_least=0)
+        for name, least in COUNTS.items():
+            value = getattr(self, name)
+            if value is not None and not is_whole(value, least):
+                raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
         if (self.list_top is None) != (self.list_bottom is None):
             raise ValueError(f"list_top and list_bottom go together, got {self.list_top} and {self.list_bottom}")
         if self.list_top is not None and self.list_top + self.list_bottom < 2:
@@ -182,7 +184,7 @@ class LarPOConfig(TrainingArguments):
                 f"max_prompt_length must be below max_length, which counts prompt and completion; "
                 f"got {self.max_prompt_length} and {self.max_length}"
             )
-        _one_of("truncation_mode", self.truncation_mode, ("keep_end", "keep_start"))
+        check_choice("truncation_mode", self.truncation_mode, get_args(Truncation))
 
     def _check_reference(self) -> None:
         if self.ref_logps is not None:
@@ -228,13 +230,3 @@ class LarPOConfig(TrainingArguments):
             length_normalized=self.length_normalized,
             backend=self.kernel_backend,
         )
-
-
-def _count(name: str, value: Any, at_least: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < at_least):
-        raise ValueError(f"{name} must be None or an int >= {at_least}, got {value!r}")
-
-
-def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from ..candidates import PAPER_SUBSETS
+from ..field_docs import documented
 from ..rewards import Judge, name_of
 from ..rewards.finding import check_settings, settings_that_count
 from ..runs.identity import changed
 from ..runs.secrets import given_again, masked
 from ..runs.settings import read_settings
-from ..runs.yaml_config import as_meant, nearest
+from ..runs.yaml_config import as_meant, check_choice, is_number, is_whole, nearest, only_choices
 from ..sampling import temperature_at
 from ..serving.settings import SAME_COMPLETIONS, server_settings
 
@@ -47,167 +48,148 @@ OWNED = {  # settings of LarPOConfig that the loop sets by itself, and its own s
 MAY_CHANGE = ("iterations", "output_dir", "report_to", "compared_prompts", "logps_tolerance")  # of a run that has begun
 
 
-def _arg(default: Any = MISSING, text: str = "", factory: Any = MISSING, choices: tuple | None = None) -> Any:
-    """A field, what it is for, and its choices, if it has only some."""
-    metadata = {"help": text} | ({} if choices is None else {"choices": choices})
-    return (
-        field(default=default, metadata=metadata) if factory is MISSING else field(default_factory=factory, metadata=metadata)
-    )
-
-
+@documented
 @dataclass(kw_only=True, repr=False)
 class AlignConfig:
     """A run of LarPO's algorithm 1 (arXiv 2502.03699): sample, score, build lists, train, evaluate, and again.
+
+    Args:
+        output_dir: The run folder; a run that was killed continues from what is in it.
+        model: Name or folder of a causal LM, or smollm2 (SmolLM2-135M-Instruct out of a Python package).
+        prompts: A file (.txt: one per line; .json, .jsonl, .parquet: field `prompt`, other fields go to the reward), a dataset
+            on the hub, imdb (openings of film reviews), a list of prompts or rows, or a datasets.Dataset.
+        reward: What scores a completion: imdb_sentiment, package.module:function (a coroutine too), the name or folder of a
+            sequence classifier, {reward: one of these, groupwise: true, ...}, {url: http://..., api: ...}, or a list of these.
+        iterations: Iterations of the loop (paper: 3).
+        prompts_per_iteration: Prompts of an iteration, the next ones of a shuffled order (None: all).
+        prompts_split: Split of `prompts`, if they are a dataset on the hub.
+        report_to: Tools that the counts of each stage go to: tensorboard, trackio, wandb, ... (see TrainingArguments).
+        seed: Equal seeds on an equal machine give an equal run.
+        reference: The reference policy: iteration (the policy at the start of the iteration; paper) or initial (`model`).
+        k: Completions sampled per prompt and iteration (paper: 10).
+        temperatures: A number, one per iteration, or [linear, start, end] (paper: 0.8 to 1.2).
+        max_new_tokens: Most tokens of a completion.
+        min_new_tokens: Fewest tokens of a completion that is trained on (None: it may end at once).
+        eos_token: The token, or tokens, that end a completion (None: those of the model's generation settings, the tokenizer's
+            eos_token and the one that closes a turn in the chat template).
+        stop: A text, or several, that also end a completion. It is trained on, and rewards do not see it.
+        top_k: Sample from the top_k likeliest tokens only (0: all).
+        top_p: Sample from the likeliest tokens that hold this probability only.
+        distinct: Sample again until the k completions of a prompt differ (4 tries).
+        sample_batch_size: Completions generated at a time.
+        chunk_size: Prompts that one process samples or scores before it writes the results: what is repeated if it is killed
+            (None: as many as fill a batch of sample_batch_size; 64 with another sampler). Completions depend on it.
+        sampler: What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API).
+        sampler_options: Keywords of vllm.LLM; for a server the settings of larpo.serving.settings: base_url, model,
+            reload_command, ...
+        compared_prompts: Prompts per iteration on whose completions log-likelihoods of vllm or a server are compared with the
+            trainer's.
+        logps_tolerance: Mean difference between the sampler's and the trainer's log-likelihoods, nats per token, that is warned
+            of.
+        reward_weights: A weight per reward (None: 1 each).
+        normalise_rewards: Bring each reward to mean 0 and spread 1 within a list before it is weighted, for the lists that are
+            trained on.
+        truncated: What to do with a completion that was cut at max_new_tokens: keep it, exclude it (no reward is asked), or a
+            number to subtract from its score.
+        on_reward_error: What to do if a reward fails: raise, or skip (the completions of that chunk get no score).
+        refill: Sample further prompts in place of those whose candidates all have the same score, until an iteration has
+            prompts_per_iteration lists with an order.
+        refill_most: Most rounds of refill, each of as many prompts as there are lists missing.
+        memory: Candidates of earlier iterations that enter the lists: none, previous or all (paper: all).
+        subset: What is trained on of each ranked list: all, [top, bottom], or paper: 1 against 3 for contrastive, 2 and 2 for
+            listmle and lambdarank, 1 against 1 for pairwise.
+        negatives: What the bottom of the subset holds: low (lowest rewards; paper), hard (of the lower half by reward those
+            that the policy finds likely), related or random (candidates of another prompt).
+        baseline: dpo: iterative DPO, the best against the worst of the same k, so that both spend the same generations.
+        training: Settings of LarPOConfig: objective, beta, learning_rate, ...
+        trained_layers: Train only this many of the last decoder layers (None: everything).
+        peft: Settings of peft.LoraConfig: trains an adapter.
+        model_init_kwargs: Arguments of from_pretrained: dtype, attn_implementation.
+        keep_models: Which policies stay in the run folder: all, or last.
+        eval_prompts: Held-out prompts: how many of `prompts` to hold out, or prompts of their own, given like `prompts`.
+        eval_prompts_split: Split of `eval_prompts`, if they are a dataset on the hub.
+        eval_k: Completions per held-out prompt, and the largest N of best-of-N and Recall@N.
+        eval_temperatures: Temperatures of best-of-N and Recall@N; 1.0 is among them, where reward and KL are measured.
+        solved_above: A completion with a higher reward solves its prompt (None: no Recall@N).
 
     Raises ValueError for a value that is out of its range, naming the field, and TypeError for prompts that are neither a
     source's name nor rows. A token of the hub that config.yaml has masked is taken from the environment, HF_TOKEN.
     """
 
-    output_dir: str = _arg(text="The run folder; a run that was killed continues from what is in it.")
-    model: str = _arg(text="Name or folder of a causal LM, or smollm2 (SmolLM2-135M-Instruct out of a Python package).")
-    prompts: Any = _arg(
-        text="A file (.txt: one per line; .json, .jsonl, .parquet: field `prompt`, other fields go to the reward), a dataset "
-        "on the hub, imdb (openings of film reviews), a list of prompts or rows, or a datasets.Dataset."
-    )
-    reward: Any = _arg(
-        text="What scores a completion: imdb_sentiment, package.module:function (a coroutine too), the name or folder of a "
-        "sequence classifier, {reward: one of these, groupwise: true, ...}, {url: http://..., api: ...}, or a list of these."
-    )
+    output_dir: str
+    model: str
+    prompts: Any
+    reward: Any
 
     # --- the loop
-    iterations: int = _arg(3, "Iterations of the loop (paper: 3).")
-    prompts_per_iteration: int | None = _arg(None, "Prompts of an iteration, the next ones of a shuffled order (None: all).")
-    prompts_split: str = _arg("train", "Split of `prompts`, if they are a dataset on the hub.")
-    report_to: str | list[str] | None = _arg(
-        "none", "Tools that the counts of each stage go to: tensorboard, trackio, wandb, ... (see TrainingArguments)."
-    )
-    seed: int = _arg(0, "Equal seeds on an equal machine give an equal run.")
-    reference: str = _arg(
-        "iteration",
-        "The reference policy: iteration (the policy at the start of the iteration; paper) or initial (`model`).",
-        choices=("iteration", "initial"),
-    )
+    iterations: int = 3
+    prompts_per_iteration: int | None = None
+    prompts_split: str = "train"
+    report_to: str | list[str] | None = "none"
+    seed: int = 0
+    reference: Literal["iteration", "initial"] = "iteration"
 
     # --- retrieve
-    k: int = _arg(10, "Completions sampled per prompt and iteration (paper: 10).")
-    temperatures: Any = _arg(1.0, "A number, one per iteration, or [linear, start, end] (paper: 0.8 to 1.2).")
-    max_new_tokens: int = _arg(256, "Most tokens of a completion.")
-    min_new_tokens: int | None = _arg(None, "Fewest tokens of a completion that is trained on (None: it may end at once).")
-    eos_token: str | list[str] | None = _arg(
-        None,
-        "The token, or tokens, that end a completion (None: those of the model's generation settings, the tokenizer's "
-        "eos_token and the one that closes a turn in the chat template).",
-    )
-    stop: str | list[str] | None = _arg(
-        None, "A text, or several, that also end a completion. It is trained on, and rewards do not see it."
-    )
-    top_k: int = _arg(0, "Sample from the top_k likeliest tokens only (0: all).")
-    top_p: float = _arg(1.0, "Sample from the likeliest tokens that hold this probability only.")
-    distinct: bool = _arg(False, "Sample again until the k completions of a prompt differ (4 tries).")
-    sample_batch_size: int = _arg(64, "Completions generated at a time.")
-    chunk_size: int | None = _arg(
-        None,
-        "Prompts that one process samples or scores before it writes the results: what is repeated if it is killed (None: as "
-        "many as fill a batch of sample_batch_size; 64 with another sampler). Completions depend on it.",
-    )
-    sampler: str = _arg(
-        "transformers",
-        "What samples: transformers, vllm (in this process) or server (of the OpenAI-compatible API).",
-        choices=("transformers", "vllm", "server"),
-    )
-    sampler_options: dict[str, Any] = _arg(
-        text="Keywords of vllm.LLM; for a server the settings of larpo.serving.settings: base_url, model, reload_command, ...",
-        factory=dict,
-    )
-    compared_prompts: int = _arg(
-        32,
-        "Prompts per iteration on whose completions log-likelihoods of vllm or a server are compared with the trainer's.",
-    )
-    logps_tolerance: float = _arg(
-        0.05, "Mean difference between the sampler's and the trainer's log-likelihoods, nats per token, that is warned of."
-    )
+    k: int = 10
+    temperatures: Any = 1.0
+    max_new_tokens: int = 256
+    min_new_tokens: int | None = None
+    eos_token: str | list[str] | None = None
+    stop: str | list[str] | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    distinct: bool = False
+    sample_batch_size: int = 64
+    chunk_size: int | None = None
+    sampler: Literal["transformers", "vllm", "server"] = "transformers"
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    compared_prompts: int = 32
+    logps_tolerance: float = 0.05
 
     # --- rerank
-    reward_weights: list[float] | None = _arg(None, "A weight per reward (None: 1 each).")
-    normalise_rewards: bool = _arg(
-        False,
-        "Bring each reward to mean 0 and spread 1 within a list before it is weighted, for the lists that are trained on.",
-    )
-    truncated: Any = _arg(
-        "keep",
-        "What to do with a completion that was cut at max_new_tokens: keep it, exclude it (no reward is asked), or a number to "
-        "subtract from its score.",
-    )
-    on_reward_error: str = _arg(
-        "raise",
-        "What to do if a reward fails: raise, or skip (the completions of that chunk get no score).",
-        choices=("raise", "skip"),
-    )
+    reward_weights: list[float] | None = None
+    normalise_rewards: bool = False
+    truncated: Any = "keep"
+    on_reward_error: Literal["raise", "skip"] = "raise"
 
     # --- lists
-    refill: bool = _arg(
-        False,
-        "Sample further prompts in place of those whose candidates all have the same score, until an iteration has "
-        "prompts_per_iteration lists with an order.",
-    )
-    refill_most: int = _arg(3, "Most rounds of refill, each of as many prompts as there are lists missing.")
-    memory: str = _arg(
-        "all",
-        "Candidates of earlier iterations that enter the lists: none, previous or all (paper: all).",
-        choices=("none", "previous", "all"),
-    )
-    subset: Any = _arg(
-        "paper",
-        "What is trained on of each ranked list: all, [top, bottom], or paper: 1 against 3 for contrastive, 2 and 2 for "
-        "listmle and lambdarank, 1 against 1 for pairwise.",
-    )
-    negatives: str = _arg(
-        "low",
-        "What the bottom of the subset holds: low (lowest rewards; paper), hard (of the lower half by reward those that the "
-        "policy finds likely), related or random (candidates of another prompt).",
-        choices=("low", "hard", "related", "random"),
-    )
-    baseline: str | None = _arg(
-        None,
-        "dpo: iterative DPO, the best against the worst of the same k, so that both spend the same generations.",
-        choices=(None, "dpo"),
-    )
+    refill: bool = False
+    refill_most: int = 3
+    memory: Literal["none", "previous", "all"] = "all"
+    subset: Any = "paper"
+    negatives: Literal["low", "hard", "related", "random"] = "low"
+    baseline: Literal["dpo"] | None = None
 
     # --- train
-    training: dict[str, Any] = _arg(text="Settings of LarPOConfig: objective, beta, learning_rate, ...", factory=dict)
-    trained_layers: int | None = _arg(None, "Train only this many of the last decoder layers (None: everything).")
-    peft: dict[str, Any] | None = _arg(None, "Settings of peft.LoraConfig: trains an adapter.")
-    model_init_kwargs: dict[str, Any] = _arg(text="Arguments of from_pretrained: dtype, attn_implementation.", factory=dict)
-    keep_models: str = _arg("all", "Which policies stay in the run folder: all, or last.", choices=("all", "last"))
+    training: dict[str, Any] = field(default_factory=dict)
+    trained_layers: int | None = None
+    peft: dict[str, Any] | None = None
+    model_init_kwargs: dict[str, Any] = field(default_factory=dict)
+    keep_models: Literal["all", "last"] = "all"
 
     # --- evaluate
-    eval_prompts: Any = _arg(
-        32, "Held-out prompts: how many of `prompts` to hold out, or prompts of their own, given like `prompts`."
-    )
-    eval_prompts_split: str = _arg("test", "Split of `eval_prompts`, if they are a dataset on the hub.")
-    eval_k: int = _arg(4, "Completions per held-out prompt, and the largest N of best-of-N and Recall@N.")
-    eval_temperatures: list[float] = _arg(
-        text="Temperatures of best-of-N and Recall@N; 1.0 is among them, where reward and KL are measured.",
-        factory=lambda: [1.0],
-    )
-    solved_above: float | None = _arg(None, "A completion with a higher reward solves its prompt (None: no Recall@N).")
+    eval_prompts: Any = 32
+    eval_prompts_split: str = "test"
+    eval_k: int = 4
+    eval_temperatures: list[float] = field(default_factory=lambda: [1.0])
+    solved_above: float | None = None
 
     def __post_init__(self):
         self.prompts = _rows("prompts", self.prompts)
         if not isinstance(self.eval_prompts, int):
             self.eval_prompts = _rows("eval_prompts", self.eval_prompts)
-        for name in ("iterations", "k", "refill_most", "max_new_tokens", "sample_batch_size", "eval_k"):
-            self._at_least_one(name)
-        for name in ("prompts_per_iteration", "trained_layers", "chunk_size"):
-            if getattr(self, name) is not None:
-                self._at_least_one(name)
+        optional = ("prompts_per_iteration", "trained_layers", "chunk_size")
+        for name in ("iterations", "k", "refill_most", "max_new_tokens", "sample_batch_size", "eval_k", *optional):
+            value = getattr(self, name)
+            if not (is_whole(value, 1) or (value is None and name in optional)):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("compared_prompts", "logps_tolerance"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        for one in fields(self):
-            allowed, value = one.metadata.get("choices"), getattr(self, one.name)
-            if allowed is not None and value not in allowed:
-                raise ValueError(f"{one.name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        hints = get_type_hints(AlignConfig)
+        for name, hint in hints.items():
+            if (choices := only_choices(hint)) and getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices)
         for name in ("training", "model_init_kwargs", "sampler_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must hold `name: value` settings, got {masked(getattr(self, name), name)!r}")
@@ -217,7 +199,7 @@ class AlignConfig:
         self._check_temperatures()
         self._check_combinations()
         self._check_training_names()
-        for name, hint in get_type_hints(AlignConfig).items():
+        for name, hint in hints.items():
             setattr(self, name, as_meant(name, getattr(self, name), hint))
 
     def _check_temperatures(self) -> None:
@@ -248,11 +230,6 @@ class AlignConfig:
         if bottom == 0 and self.negatives != "low":
             raise ValueError(f"negatives {self.negatives!r} fill the bottom of the subset, but subset={self.subset!r} has none")
 
-    def _at_least_one(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
     def _take_no_mask_for_a_secret(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
         settings = {name: value for name, value in settings.items() if not _is_rows(name, value)}
@@ -260,13 +237,9 @@ class AlignConfig:
             setattr(self, name, value)
 
     def _check_ending(self) -> None:
-        least = self.min_new_tokens
-        if least is not None and (
-            not isinstance(least, int) or isinstance(least, bool) or not 0 <= least <= self.max_new_tokens
-        ):
-            raise ValueError(
-                f"min_new_tokens must be a whole number from 0 to max_new_tokens={self.max_new_tokens}, got {least!r}"
-            )
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if least is not None and not (is_whole(least, 0) and least <= most):
+            raise ValueError(f"min_new_tokens must be a whole number from 0 to max_new_tokens={most}, got {least!r}")
         for name in ("eos_token", "stop"):
             value = getattr(self, name)
             texts = [value] if isinstance(value, str) else value
@@ -286,7 +259,7 @@ class AlignConfig:
                     f"among each other; got {self.memory!r}"
                 )
         cut = self.truncated
-        if cut not in ("keep", "exclude") and (not isinstance(cut, int | float) or isinstance(cut, bool) or not 0 < cut < inf):
+        if cut not in ("keep", "exclude") and not (is_number(cut) and 0 < cut < inf):
             raise ValueError(f"truncated must be 'keep', 'exclude' or a number above 0, got {cut!r}")
 
     def _check_training_names(self) -> None:
@@ -325,13 +298,8 @@ class AlignConfig:
         if self.subset == "paper":
             return PAPER_SUBSETS.get(self.objective, (1, None))
         pair = self.subset
-        if (
-            not isinstance(pair, Sequence)
-            or isinstance(pair, str)
-            or len(pair) != 2
-            or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in pair)
-            or sum(pair) < 2
-        ):
+        is_pair = isinstance(pair, Sequence) and len(pair) == 2 and all(is_whole(n, 0) for n in pair)
+        if not is_pair or sum(pair) < 2:
             raise ValueError(f"subset must be 'all', 'paper' or [top, bottom] with at least 2 together, got {pair!r}")
         return tuple(pair)
 

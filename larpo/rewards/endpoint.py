@@ -6,14 +6,14 @@ The HTTP client is that of huggingface_hub, with the proxies and certificates th
 from __future__ import annotations
 
 import asyncio
-import os
-import urllib.parse
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from ..runs.secrets import MASK, is_secret, masked
+from ..runs.secrets import is_secret
+from ..runs.servers import check_address, key_in, shown, without_key
+from ..runs.yaml_config import check_choice, is_number
 from .judge import Later
 from .text import Text, text_of
 
@@ -56,17 +56,11 @@ class Endpoint:
     again_after: ClassVar[type] = Later
 
     def __post_init__(self):
-        address = urllib.parse.urlsplit(str(self.url))
-        if address.scheme not in ("http", "https") or not address.hostname:
-            said = f"url of a reward must be an address like http://localhost:8000/classify, got {masked(self.url)!r}"
-            raise ValueError(said)
-        if address.username or address.password or masked(self.url) != self.url:
-            raise ValueError("url of a reward must hold no user, password or key: a key is read from api_key_env")
-        if self.api not in APIS:
-            raise ValueError(f"api of a reward must be one of {', '.join(map(repr, APIS))}, got {self.api!r}")
+        check_address("url of a reward", self.url, "http://localhost:8000/classify", may_have_query=True)
+        check_choice("api of a reward", self.api, APIS)
         if self.label is not None and self.api == "json":
             raise ValueError(f"label of a reward is of a classifier, and api json answers by `scores`; got {self.label!r}")
-        if not isinstance(self.timeout, int | float) or not self.timeout > 0:
+        if not (is_number(self.timeout) and self.timeout > 0):
             raise ValueError(f"timeout of a reward must be a number of seconds above 0, got {self.timeout!r}")
         if secret := [name for name in self.extra_body if is_secret(name)]:
             raise ValueError(f"extra_body of a reward must not hold {secret[0]!r}: a key is read from api_key_env")
@@ -101,7 +95,7 @@ class Endpoint:
         try:
             answer = await _client().post(self.url, json=body, headers=headers, timeout=self.timeout)
         except httpx.TransportError as error:
-            raise Later(f"no answer ({type(error).__name__}: {self._without_key(str(error))})") from None
+            raise Later(f"no answer ({type(error).__name__}: {without_key(str(error), self.api_key_env)})") from None
         if answer.status_code in BUSY:
             raise Later(self._said(answer), _seconds(answer.headers.get("retry-after")))
         if answer.is_error:
@@ -114,21 +108,11 @@ class Endpoint:
     def _said(self, answer: Any) -> str:
         return f"it answers {answer.status_code} {answer.reason_phrase}: {self._shown(answer.text)}"
 
-    def _shown(self, text: str, most: int = 200) -> str:
-        text = " ".join(masked(self._without_key(text)).split())
-        return text if len(text) <= most else f"{text[:most]}..."
+    def _shown(self, text: str) -> str:
+        return shown(text, self.api_key_env, most=200)
 
     def _key(self) -> str | None:
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise ValueError(f"api_key_env of a reward is {self.api_key_env!r}, and there is no such environment variable")
-        return key
-
-    def _without_key(self, text: str) -> str:
-        key = self._key()
-        return text.replace(key, MASK) if key else text
+        return key_in(self.api_key_env, "api_key_env of a reward")
 
 
 _clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..runs.secrets import masked
+from ..runs.yaml_config import is_number, is_whole
 from .answers import one_per_completion
 from .asked import Asked, Call
 from .background import wait_for
@@ -87,7 +88,7 @@ class Judge:
     def __post_init__(self):
         for name, least in (("batch_size", 1), ("max_in_flight", 1), ("retries", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is not None and not is_whole(value, least):
                 raise ValueError(f"{name} of a judge must be a whole number of at least {least}, got {value!r}")
         if self.groupwise and self.batch_size is not None:
             raise ValueError("batch_size and groupwise exclude each other: a groupwise judge is asked once for each prompt")
@@ -108,7 +109,7 @@ class Judge:
             self.remember = self.groupwise or self.batch_size is not None
 
     def _check_timeout(self, timeout: Any) -> None:
-        if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
+        if not (is_number(timeout) and timeout > 0):
             raise ValueError(f"timeout of a judge must be a number of seconds above 0, got {timeout!r}")
         if not self.is_coroutine:
             raise ValueError(f"timeout of a judge is for coroutine functions: nothing ends a call of {name_of(self.reward)!r}")

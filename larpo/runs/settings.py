@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from enum import Enum
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from .secrets import masked
-from .yaml_config import as_meant, choices_of, kinds_of, load_yaml, nearest, yaml_value
+from .yaml_config import as_meant, check_choice, kinds_of, load_yaml, nearest, only_choices, yaml_value
 
 EMPTY = {"None": None, "null": None, "[]": []}
 YES, NO = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
@@ -66,9 +65,9 @@ class Setting(NamedTuple):
             value = float(value)
         if type(value) is int and value in (0, 1) and kinds <= {bool, NoneType}:
             value = bool(value)
-        choices = tuple(metadata.get("choices") or (x for kind in kinds if _is_enum(kind) for x in choices_of(kind)))
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"{self.name} must be one of {', '.join(map(repr, choices))}, got {masked(value, self.name)!r}")
+        choices = metadata.get("choices") or only_choices(self.hint)
+        if choices and value is not None:
+            check_choice(self.name, value, choices)
         if type(value) in (NoneType, int, float, list, dict) and not _takes(self.hint, value):
             kind = self.hint.__name__ if isinstance(self.hint, type) else self.hint
             raise ValueError(f"{self.name} does not take {masked(value, self.name)!r} (its type is {kind})")
@@ -161,7 +160,3 @@ def _of_text(text: str, hint: Any) -> Any:
 
 def _takes(hint: Any, value: Any) -> bool:
     return any(kind is Any or (get_origin(kind) or kind) is type(value) for kind in kinds_of(hint))
-
-
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Enum)

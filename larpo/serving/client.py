@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..runs.secrets import masked
-from .settings import ServerSettings, without_key
+from ..runs.servers import shown
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     import openai
@@ -35,7 +35,7 @@ async def what_happened(error: openai.OpenAIError, client: openai.AsyncOpenAI, s
         return f"{server} gave no answer within {settings.timeout:g} seconds, {settings.retries + 1} times"
     if isinstance(error, openai.APIConnectionError):
         return f"{server} can't be reached ({error.__cause__ or error}): is it running, and is this its address?"
-    said = _shortened(masked(without_key(str(error), settings)))
+    said = shown(str(error), settings.api_key_env)
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         key = "has none to show" if settings.api_key_env is None else f"shows the one in {settings.api_key_env}"
         return f"{server} wants another key, and this run {key} ({said})"
@@ -55,8 +55,3 @@ async def _models(client: openai.AsyncOpenAI, most: int = 5) -> list[str]:
     except openai.OpenAIError:
         return []
     return [one.id for one in listed.data or []][:most]
-
-
-def _shortened(text: str, most: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most]}..."

@@ -2,72 +2,67 @@
 
 from __future__ import annotations
 
-import os
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
-from ..runs.secrets import MASK, is_secret
-from ..runs.yaml_config import as_meant, nearest
+from ..field_docs import documented
+from ..runs.secrets import is_secret
+from ..runs.servers import check_address, key_in
+from ..runs.yaml_config import as_meant, is_number, is_whole, nearest
 
 CHECKPOINT = "{checkpoint}"  # stands for the folder, or the hub's name, of the policy that samples
 
 
-def _arg(default: Any, text: str) -> Any:
-    """A field and what it is for."""
-    return field(default=default, metadata={"help": text})
-
-
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """The sampler_options of `sampler: server`. Raises ValueError for a value out of range, naming the setting."""
+    """The sampler_options of `sampler: server`. Raises ValueError for a value out of range, naming the setting.
 
-    base_url: str = field(metadata={"help": "Address of the API, up to /v1: http://localhost:8000/v1."})
-    model: str = _arg(
-        CHECKPOINT,
-        "The server's name of the model. {checkpoint} in it stands for the policy's folder, for servers that load the model "
-        "that a request names, such as `transformers serve`.",
-    )
-    initial_model: str | None = _arg(
-        None,
-        "The server's name of the model that the run starts from, if policies are adapters on it (None: as for every other "
-        "policy).",
-    )
-    api_key_env: str | None = _arg(None, "Name of the environment variable that holds the key (None: no key).")
-    max_in_flight: int = _arg(32, "Most requests at a time.")
-    timeout: float = _arg(600.0, "Seconds until a request without an answer is given up, and tried again.")
-    retries: int = _arg(5, "Further tries of a request that gets no answer or an error of the server, at growing intervals.")
-    extra_body: Mapping[str, Any] = field(
-        default_factory=dict, metadata={"help": "Added to every request, for options of the server beyond the API."}
-    )
-    reload_command: str | None = _arg(
-        None,
-        "A shell command that makes the server load a policy's weights; it runs before the policy's first completions. "
-        "{checkpoint} stands for their folder, {iteration} for the iteration that made them (0: the initial model).",
-    )
-    reload_timeout: float = _arg(
-        1800.0, "Seconds that reload_command may take, and after it the server until it answers again."
-    )
-    allow_stale_weights: bool = _arg(
-        False, "Sample from a server that gets no new weights; a warning says so, and its completions are marked as stale."
-    )
+    Args:
+        base_url: Address of the API, up to /v1: http://localhost:8000/v1.
+        model: The server's name of the model. {checkpoint} in it stands for the policy's folder, for servers that load the
+            model that a request names, such as `transformers serve`.
+        initial_model: The server's name of the model that the run starts from, if policies are adapters on it (None: as for
+            every other policy).
+        api_key_env: Name of the environment variable that holds the key (None: no key).
+        max_in_flight: Most requests at a time.
+        timeout: Seconds until a request without an answer is given up, and tried again.
+        retries: Further tries of a request that gets no answer or an error of the server, at growing intervals.
+        extra_body: Added to every request, for options of the server beyond the API.
+        reload_command: A shell command that makes the server load a policy's weights; it runs before the policy's first
+            completions. {checkpoint} stands for their folder, {iteration} for the iteration that made them (0: the initial
+            model).
+        reload_timeout: Seconds that reload_command may take, and after it the server until it answers again.
+        allow_stale_weights: Sample from a server that gets no new weights; a warning says so, and its completions are marked as
+            stale.
+    """
+
+    base_url: str
+    model: str = CHECKPOINT
+    initial_model: str | None = None
+    api_key_env: str | None = None
+    max_in_flight: int = 32
+    timeout: float = 600.0
+    retries: int = 5
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    reload_command: str | None = None
+    reload_timeout: float = 1800.0
+    allow_stale_weights: bool = False
 
     def __post_init__(self):
         hints = get_type_hints(ServerSettings)
         for one in fields(self):
             object.__setattr__(self, one.name, as_meant(_named(one.name), getattr(self, one.name), hints[one.name]))
-        url = urllib.parse.urlsplit(str(self.base_url))
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(f"{_named('base_url')} must be an address like http://localhost:8000/v1, got {self.base_url!r}")
-        if url.username or url.password or url.query:
-            raise ValueError(f"{_named('base_url')} must hold no user, password or query: a key is read from api_key_env")
-        whole, seconds = int, int | float
-        least_of = {"max_in_flight": (whole, 1), "retries": (whole, 0), "timeout": (seconds, 0), "reload_timeout": (seconds, 0)}
-        for name, (kinds, least) in least_of.items():
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{_named(name)} must be a number of at least {least}, got {value!r}")
+        check_address(_named("base_url"), self.base_url, "http://localhost:8000/v1", may_have_query=False)
+        for name, fits, least in (
+            ("max_in_flight", is_whole, 1),
+            ("retries", is_whole, 0),
+            ("timeout", is_number, 0),
+            ("reload_timeout", is_number, 0),
+        ):
+            if not fits(getattr(self, name), least):
+                raise ValueError(f"{_named(name)} must be a number of at least {least}, got {getattr(self, name)!r}")
         if not isinstance(self.extra_body, Mapping):
             raise ValueError(f"{_named('extra_body')} must hold `name: value` settings, got {self.extra_body!r}")
         if CHECKPOINT not in self.model and self.reload_command is None and not self.allow_stale_weights:
@@ -86,12 +81,7 @@ class ServerSettings:
 
     def api_key(self) -> str:
         """The key, or what stands for none. Raises ValueError where the variable is not set."""
-        if self.api_key_env is None:
-            return "none"  # not left out: the client would send whatever is in OPENAI_API_KEY
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise ValueError(f"{_named('api_key_env')} is {self.api_key_env!r}, and there is no such environment variable")
-        return key
+        return key_in(self.api_key_env, _named("api_key_env")) or "none"  # or the client would send what is in OPENAI_API_KEY
 
 
 SAME_COMPLETIONS = ("model", "initial_model", "extra_body")  # the others may change in a run that goes on
@@ -110,12 +100,6 @@ def server_settings(options: Mapping[str, Any]) -> ServerSettings:
     if not options.get("base_url"):
         raise ValueError(f"sampler server needs {_named('base_url')}, such as http://localhost:8000/v1")
     return ServerSettings(**options)
-
-
-def without_key(text: str, settings: ServerSettings) -> str:
-    """A text that a server or a command gave, without the key should it show it."""
-    key = None if settings.api_key_env is None else os.environ.get(settings.api_key_env)
-    return text.replace(key, MASK) if key else text
 
 
 def _named(name: str) -> str:

@@ -10,8 +10,9 @@ import tempfile
 from dataclasses import dataclass, field
 
 from ..runs.secrets import masked
+from ..runs.servers import without_key
 from .client import ServerError
-from .settings import CHECKPOINT, ServerSettings, without_key
+from .settings import CHECKPOINT, ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class ServedWeights:
             output.seek(0)
             said = output.read().decode(errors="replace").strip()[-500:]
         if code != 0:
-            said = masked(without_key(said, settings)) or "it said nothing"
+            said = masked(without_key(said, settings.api_key_env)) or "it said nothing"
             raise ServerError(f"reload_command for the weights after iteration {iteration} ended with code {code}: {said}")
 
 

@@ -39,6 +39,8 @@ from torch import Tensor
 import larpo_kernels as lk
 from larpo_kernels.objectives import OBJECTIVES, Objective, implicit_rewards, resolve
 
+from ..runs.yaml_config import is_number
+
 TIES = {"pairwise": "mean", "contrastive": "mean", "listmle": "efron"}  # where nothing else is asked for
 UNIFORM = ("contrastive", "listnet")  # objectives with a distribution for a target
 
@@ -86,7 +88,7 @@ class ListLoss:
     def __post_init__(self):
         for name, below in (("label_smoothing", 0.5), ("margin", math.inf), ("sft_weight", math.inf)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+            if not (is_number(value) and 0 <= value < below):
                 limits = f">= 0 and below {below}" if below < math.inf else "finite and >= 0"
                 raise ValueError(f"{name} must be a number {limits}, got {value!r}")
         name, weighted = self.objective.name, getattr(self.objective, "weighting", None) is not None

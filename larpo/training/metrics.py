@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runs.yaml_config import is_whole
+
 Sums = dict[str, tuple[float, int]]
 PAIRS = 2**21  # pairs of candidates that are compared at a time: 16 MB of float64
 
@@ -109,7 +111,7 @@ def list_metric_sums(
     ndcg_k: int | None = None,
 ) -> Sums:
     """As `list_metrics`, but of each metric its sum over lists and the number of lists that define it."""
-    if ndcg_k is not None and (not isinstance(ndcg_k, int) or isinstance(ndcg_k, bool) or ndcg_k < 1):
+    if ndcg_k is not None and not is_whole(ndcg_k, 1):
         raise ValueError(f"ndcg_k must be None or an int >= 1, got {ndcg_k!r}")
     sizes, columns = _on_cpu(list_sizes, scores, relevance, logps)
     found = MetricMeans()

@@ -1,5 +1,6 @@
 """LarPOConfig: defaults that follow each other, and settings of TrainingArguments that mean nothing here."""
 
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,10 @@ import yaml
 from larpo import commands
 from larpo.align import AlignConfig
 from larpo.align.training import arguments
+from larpo.commands import ScoreJob, TrainJob
 from larpo.config import LarPOConfig
+from larpo.data.reading import Reading
+from larpo.serving.settings import ServerSettings
 from larpo.training.refused_settings import refuse_settings
 
 
@@ -162,14 +166,14 @@ def test_what_is_there_for_scripts_is_not_ignored_by_the_command(tmp_path, text,
 # --- what is said of a setting
 
 
-def test_every_setting_is_described_where_help_and_the_command_line_show_it():
-    from dataclasses import fields
-
-    own = [one for one in fields(LarPOConfig) if one.name in LarPOConfig.__annotations__]
-    assert len(own) > 30
+@pytest.mark.parametrize("settings", [LarPOConfig, AlignConfig, TrainJob, ScoreJob, Reading, ServerSettings])
+def test_every_setting_is_described_where_help_and_the_command_line_show_it(settings):
+    own = [one for one in fields(settings) if one.name in settings.__annotations__]
+    assert len(own) > 5
     for one in own:
-        (line,) = [line for line in LarPOConfig.__doc__.splitlines() if line.strip().startswith(f"{one.name} (")]
-        assert f", default {one.default!r}): {one.metadata['help'][:20]}" in line
+        (line,) = [line for line in settings.__doc__.splitlines() if line.strip().startswith(f"{one.name} (")]
+        default = "" if one.default is MISSING else f", default {one.default!r}"
+        assert f"{default}): {one.metadata['help'][:20]}" in line
 
 
 # --- settings that are read back
