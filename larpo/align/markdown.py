@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.visible import visible
@@ -21,6 +22,15 @@ def cell(text: Any, limit: int = 200) -> str:
     shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
     escaped = "".join("\\" + c if c in SPECIAL else c for c in visible(shown))
     return escaped.replace("://", ":\\//").replace("www.", "www\\.")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows by the heads of their columns, which line up: to be read as it is, too."""
+    cells = [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    head, *lines = (" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in cells)
+    rule = " | ".join("-" * width for width in widths)
+    return "\n".join(f"| {line} |" for line in (head, rule, *lines))
 
 
 def block(text: str, language: str) -> str:

@@ -7,52 +7,35 @@ from typing import Any
 
 from ..runs.files import read_rows
 from ..runs.secrets import masked
+from . import markdown
 from .evaluation import interval
 from .markdown import block, cell
 from .run_state import Run
 
 Metrics = list[dict[str, Any]]
 EXAMPLES = 5
-LISTS = (
-    "iteration",
-    "temperature",
-    "sampled",
-    "duplicates",
-    "unscored",
-    "memorised",
-    "tied lists",
-    "prompts refilled",
-    "lists",
-    "candidates",
-    "steps",
-)
 
 
 def table(metrics: Metrics) -> str:
     """Reward and KL of the start and of every iteration, as a Markdown table."""
-    rows = [_row(one) for one in metrics]
-    head = ("", "held-out reward", "KL to start, nats", "win rate", "distinct", "sampled reward", "lists", "minutes")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-    rule = " | ".join("-" * width for width in widths)
-    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+    return markdown.table([_row(one) for one in metrics])
 
 
-def _row(one: dict[str, Any]) -> tuple[str, ...]:
+def _row(one: dict[str, Any]) -> dict[str, str]:
     """Without a sampled reward and lists for the start, which trains on nothing."""
     found, started = one["evaluate"], one["iteration"] == 0
     seconds = sum(counts["seconds"] for counts in one.values() if isinstance(counts, dict))
     sampled = None if started else one["score"]["reward"]
-    return (
-        "start" if started else f"iteration {one['iteration']}",
-        "–" if found["reward"] is None else interval(found["reward"]),
-        interval(found["kl"]),
-        "–" if started or found["win_rate"] is None else f"{found['win_rate']['mean']:.0%}",
-        f"{found['distinct']:.0%}",
-        "–" if sampled is None else f"{sampled:+.2f}",
-        "–" if started else f"{one['lists']['lists']}",
-        f"{seconds / 60:.1f}",
-    )
+    return {
+        "": "start" if started else f"iteration {one['iteration']}",
+        "held-out reward": "–" if found["reward"] is None else interval(found["reward"]),
+        "KL to start, nats": interval(found["kl"]),
+        "win rate": "–" if started or found["win_rate"] is None else f"{found['win_rate']['mean']:.0%}",
+        "distinct": f"{found['distinct']:.0%}",
+        "sampled reward": "–" if sampled is None else f"{sampled:+.2f}",
+        "lists": "–" if started else f"{one['lists']['lists']}",
+        "minutes": f"{seconds / 60:.1f}",
+    }
 
 
 def title(run: Run) -> str:
@@ -69,7 +52,7 @@ def page(run: Run, metrics: Metrics, pictures: dict[str, Path]) -> str:
         "that rises at a large KL, or with completions that repeat, may have been gamed.",
         table(metrics),
         *(f"## {title}\n\n![{title}]({_relative(file, run)})" for title, file in pictures.items()),
-        "## What was trained on\n\n" + _lists(metrics),
+        "## What was trained on\n\n" + markdown.table([_lists(one) for one in metrics[1:]]),
         "## Before and after\n\n" + _examples(run, len(metrics) - 1),
         "## Settings\n\n`config.yaml` holds all of them. Start the same command again to go on after an interruption, or with "
         "more iterations to go further.\n\n" + _settings(run),
@@ -81,28 +64,21 @@ def _relative(file: Path, run: Run) -> str:
     return file.relative_to(run.folder.path).as_posix()
 
 
-def _lists(metrics: Metrics) -> str:
-    lines = [
-        f"| {' | '.join(LISTS)} |",
-        f"|{' - |' * len(LISTS)}",
-    ]
-    for one in metrics[1:]:
-        sampled, lists = one["sample"], one["lists"]
-        cells = (
-            one["iteration"],
-            f"{sampled['temperature']:g}",
-            sampled["candidates"],
-            lists["duplicates"],
-            lists["unscored"],
-            lists["memorised_candidates"],
-            lists["tied_lists"],
-            one["refill"]["prompts"] if "refill" in one else "–",
-            lists["lists"],
-            lists["candidates"],
-            one["train"]["steps"],
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def _lists(one: dict[str, Any]) -> dict[str, Any]:
+    sampled, lists = one["sample"], one["lists"]
+    return {
+        "iteration": one["iteration"],
+        "temperature": f"{sampled['temperature']:g}",
+        "sampled": sampled["candidates"],
+        "duplicates": lists["duplicates"],
+        "unscored": lists["unscored"],
+        "memorised": lists["memorised_candidates"],
+        "tied lists": lists["tied_lists"],
+        "prompts refilled": one["refill"]["prompts"] if "refill" in one else "–",
+        "lists": lists["lists"],
+        "candidates": lists["candidates"],
+        "steps": one["train"]["steps"],
+    }
 
 
 def _examples(run: Run, last: int) -> str:
