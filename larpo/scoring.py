@@ -20,6 +20,7 @@ from .data.limits import PROMPT_LENGTH, TokenLimits, Truncation
 from .data.scored_tokens import SCORED_WITH, TOKEN_HASHES, counted_tokens, scored_with, token_hashes
 from .data.text_tokenizer import padding_id, text_tokenizer
 from .data.tokenization import tokenize_lists, tokens_of_lists
+from .modeling.eval_mode import in_eval_mode
 from .modeling.policy import Policy, attached
 from .modeling.sharding import most_of_all_ranks
 from .runs.parts import Parts, parts_of
@@ -58,10 +59,8 @@ def candidate_logps(
     batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)]
     idle = -len(batches) % shard[1] if collective else max(shard[1] - len(batches), 0)
     batches = [*batches, *batches[:1] * idle][shard[0] :: shard[1]]
-    training = model.training
-    model.eval()
     found: dict[int, list[float]] = {}
-    with nullcontext() if autocast is None else autocast:
+    with in_eval_mode(model), autocast or nullcontext():
         for rows in tqdm(batches, desc=description, unit="batch", disable=not progress):
             batch = collator([tokenised[i] for i in rows])
             rows_of_parts = batch["rows"]
@@ -69,7 +68,6 @@ def candidate_logps(
             parts = [model(rows=send_to_device(rows_of_parts[i % len(rows_of_parts)], device)) for i in range(most)]
             each = torch.cat(parts[: len(rows_of_parts)]).cpu().split(batch["list_sizes"].tolist())
             found |= {i: logps.tolist() for i, logps in zip(rows, each, strict=True)}
-    model.train(training)
     return found
 
 

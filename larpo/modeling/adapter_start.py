@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .eval_mode import in_eval_mode
 from .lm_heads import causal_lm
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def handed_over(model: nn.Module, ids: Sequence[int]) -> Tensor | None:
     """`token_logps` of a model before it is given an adapter; None where it can't be called yet."""
     if not can_run(model, ids):
         return None
-    with _in_eval_mode(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         return token_logps(model, ids)
 
 
@@ -76,7 +77,7 @@ def compare(model: PeftModel, before: Tensor | None, ids: Sequence[int]) -> Adap
     if before is None:
         return _by_configuration(model)
     trained = _trained(model)
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         with torch.no_grad():
             on = token_logps(model, ids)
         with _adapter_off(model), _requiring_grad(model, trained.values()), torch.enable_grad():
@@ -96,7 +97,7 @@ def refuse_untrainable(model: PeftModel, ids: Sequence[int]) -> None:
     if not can_run(model, ids):
         return
     trained = _trained(model)
-    with _in_eval_mode(model), torch.enable_grad():
+    with in_eval_mode(model), torch.enable_grad():
         ours, of_peft = (_gradients(_token_logps(called, ids), trained.values()) for called in (causal_lm(model), model))
     idle = all(g is None or not g.any() for g in ours)
     idle &= not all("trainable_tokens" in name for name in trained)  # which these tokens need not be
@@ -148,17 +149,6 @@ def _same(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 def _kinds(model: PeftModel) -> str:
     return ", ".join(f"{name!r} ({type(one).__name__})" for name, one in model.peft_config.items())
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

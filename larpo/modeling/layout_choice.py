@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..data.collator import Layout, ListCollator
+from .eval_mode import in_eval_mode
 from .lm_heads import causal_lm
 from .policy import compute_dtype
 from .prefix_sharing import check_prefix_sharing, supports_prefix_sharing
@@ -34,11 +35,9 @@ def differs_when_shared(
 
     model: with a policy attached. prepare: takes a batch to the model's device.
     """
-    training = model.training
-    model.eval()
     logps = []
-    for layout in ("shared", "padded"):
-        batch = prepare(ListCollator(pad_token_id, layout)([example]))
-        logps.append(model(rows=batch["rows"][0]))
-    model.train(training)
+    with in_eval_mode(model):
+        for layout in ("shared", "padded"):
+            batch = prepare(ListCollator(pad_token_id, layout)([example]))
+            logps.append(model(rows=batch["rows"][0]))
     return check_prefix_sharing(*logps, batch["num_tokens"], compute_dtype(causal_lm(model)))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .eval_mode import in_eval_mode
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -143,8 +145,6 @@ def check(
     inputs: keywords of the model and of its backbone. forward: the model's own; by default lm.forward.
     at: places in hidden.flatten(0, 1) to compare, all by default.
     """
-    training = lm.training
-    lm.eval()  # dropout would make two forwards differ
     places = slice(None) if at is None else at
 
     def from_hidden(hidden: Tensor) -> tuple[Tensor, float]:
@@ -157,13 +157,12 @@ def check(
         return post_processing(lm.config)(ours.float()), max(torch.finfo(x.dtype).eps for x in (hidden, weight))
 
     try:
-        logits = (forward or lm.forward)(**inputs, use_cache=False).logits.flatten(0, 1)[places]
-        hidden = lm.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[places]
-        ours, coarsest = within_head(lm, from_hidden, hidden)
+        with in_eval_mode(lm):
+            logits = (forward or lm.forward)(**inputs, use_cache=False).logits.flatten(0, 1)[places]
+            hidden = lm.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+            ours, coarsest = within_head(lm, from_hidden, hidden)
     except (Unsupported, AttributeError, TypeError) as error:
         return str(error)
-    finally:
-        lm.train(training)
     if not len(logits):
         return None
     logits = logits.float()

@@ -18,6 +18,7 @@ from ..data.scored_tokens import SCORED_WITH, counted_tokens, model_name, refere
 from ..scoring import candidate_logps
 from . import adapters
 from .checks import refuse_shared
+from .eval_mode import in_eval_mode
 from .reference_model import SyncReference, frozen_copy, without_dropout
 from .sharding import is_sharded, on_deepspeed, reshard, will_replace_parameters
 
@@ -147,11 +148,9 @@ class ReferencePolicy:
             logps = logps_of(self.model)
             reshard(self.model)
             return logps
-        training = policy.training
         with self._switched(accelerator.unwrap_model(policy)):
-            policy.eval()
-            logps = logps_of(policy)
-            policy.train(training)
+            with in_eval_mode(policy):
+                logps = logps_of(policy)
             reshard(policy)  # PEFT is about to set requires_grad: on gathered parameters it would be forgotten
         return logps
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .eval_mode import in_eval_mode
+
 if TYPE_CHECKING:
     from ..config import LarPOConfig
 
@@ -74,15 +76,12 @@ class RouterLoss:
         ids = torch.arange(CHECKED_TOKENS, device=lm.device)[None] % config.vocab_size
         if lm.device.type == "meta" or any(hasattr(p, "ds_id") for p in lm.parameters()):
             return None  # FSDP or ZeRO-3 hold the weights elsewhere: nothing can be run yet
-        training = lm.training
-        lm.eval()
         try:
-            own = lm(input_ids=ids, use_cache=False, output_router_logits=True).aux_loss
-            ours = self(lm.base_model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits, {})
+            with in_eval_mode(lm):
+                own = lm(input_ids=ids, use_cache=False, output_router_logits=True).aux_loss
+                ours = self(lm.base_model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits, {})
         except (AttributeError, TypeError, IndexError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
-        finally:
-            lm.train(training)
         if not torch.is_tensor(own) or not torch.allclose(own.float(), ours.float(), rtol=1e-2):
             return f"its own forward reports {own}, its router logits make {ours}"
         return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import lm_heads, row_layouts
+from .eval_mode import in_eval_mode
 from .row_layouts import TokenizedCandidate
 
 if TYPE_CHECKING:
@@ -47,10 +48,8 @@ def choose(lm: PreTrainedModel, rows: Mapping[str, Tensor], forward: Callable, d
     Raises ValueError where there is no such call.
     """
     few, candidates = _few_rows(rows, lm.config)
-    training = lm.training
-    lm.eval()  # dropout would make two forwards differ
     reasons = []
-    try:
+    with in_eval_mode(lm):
         alone = [] if "segments" in few else [_alone(forward, one, few["predictor_positions"].device) for one in candidates]
         rounding = _rounding(lm, dtype, *(one.dtype for one in alone))
         for with_positions in (True, False) if "attention_mask" in few else (True,):
@@ -58,8 +57,6 @@ def choose(lm: PreTrainedModel, rows: Mapping[str, Tensor], forward: Callable, d
             reasons.append(agreed(_compare(forward, inputs, few["predictor_positions"], alone, rounding) if alone else None))
             if reasons[-1] is None:
                 return Call(with_positions, agreed(lm_heads.check(lm, inputs, forward, few["predictor_positions"])))
-    finally:
-        lm.train(training)
     raise ValueError(
         f"{type(lm).__name__} gives tokens other probabilities in {row_layouts.layout_of(few)} rows of candidates than in a "
         f"candidate alone ({reasons[-1]}): something else than the model would be trained, so its family is refused"
