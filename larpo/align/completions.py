@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import rewards
 from ..candidates import Candidate, PromptList
@@ -15,6 +15,9 @@ from ..data.chat_template import template_keywords
 from ..runs.files import Rows, plain
 from .prompts import Prompt
 from .run_state import Run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,14 @@ def with_logps(run: Run, policy: str, rows: Rows, k: int, chunks: Path, column: 
 
 
 def _logps(run: Run, policy: str, rows: Rows) -> list[list[float]]:
-    from ..data.loading import as_lists
     from ..scoring import score_lists
 
-    tokens = [{name: row[name] for name in ("prompt_ids", "completion_ids")} for row in rows]
-    texts = [{"prompt": plain(row["prompt"]), "completions": [plain(one) for one in row["completions"]]} for row in rows]
     model = run.models.load(policy)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*completions? empty")  # a policy may end at once
         scored = score_lists(
             model,
-            as_lists([a | b for a, b in zip(texts, tokens, strict=True)], scored=False),
+            as_data(rows),
             run.models.tokenizer,
             batch_size=max(1, run.config.sample_batch_size // run.config.k),
             max_length=None,
@@ -93,6 +93,18 @@ def _logps(run: Run, policy: str, rows: Rows) -> list[list[float]]:
             progress=False,
         )
     return scored["logps"][:]
+
+
+def as_data(rows: Rows, *columns: str) -> Dataset:
+    """Rows of a run as candidate lists, with the exact tokens and these columns."""
+    from ..data.loading import as_lists
+
+    found = [
+        {"prompt": plain(row["prompt"]), "completions": [plain(one) for one in row["completions"]]}
+        | {name: row[name] for name in ("prompt_ids", "completion_ids", *columns)}
+        for row in rows
+    ]
+    return as_lists(found, scored="scores" in columns)
 
 
 def _answer(prompt: rewards.Text, text: str) -> rewards.Text:

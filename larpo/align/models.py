@@ -33,19 +33,15 @@ class Models:
     _model: Any = None
     _tokenizer: Any = None
     _trained: weakref.ref | None = None
-    _initial: str = field(init=False)
+    initial: str = field(init=False)  # name on the hub, or folder by its whole path, of the model that the run starts from
 
     def __post_init__(self):
         if self.config.model == "smollm2":
             from ..offline import smollm2_folder
 
-            self._initial = str(smollm2_folder())
+            self.initial = str(smollm2_folder())
         else:
-            self._initial = whole_path(self.config.model)
-
-    def initial(self) -> str:
-        """Name on the hub, or folder by its whole path, of the model that the run starts from."""
-        return self._initial
+            self.initial = whole_path(self.config.model)
 
     def load(self, name: str | Path) -> PreTrainedModel:
         """The model of this name or folder, in eval mode, on the device; an adapter's folder gives its model with it."""
@@ -60,7 +56,7 @@ class Models:
 
     def load_reference(self) -> PreTrainedModel:
         """The initial model as the reference of the one that is trained."""
-        return self._held(self.initial(), self._device_to_train_from())
+        return self._held(self.initial, self._device_to_train_from())
 
     def _device_to_train_from(self) -> torch.device:
         return torch.device("cpu") if self.sharded else self.device
@@ -98,7 +94,7 @@ class Models:
         if self._tokenizer is None:
             from ..modeling.loading import load_tokenizer
 
-            self._tokenizer = load_tokenizer(self.initial(), self.config.model_init_kwargs)
+            self._tokenizer = load_tokenizer(self.initial, self.config.model_init_kwargs)
         return self._tokenizer
 
     def eos_token_ids(self) -> tuple[int, ...] | None:
@@ -110,8 +106,8 @@ class Models:
     def _load(self, name: str) -> PreTrainedModel:
         from ..modeling.loading import adapter_config, load_causal_lm
 
-        initial = adapter_config(self.initial(), self.config.model_init_kwargs or {})
-        base = self.initial() if initial is None else initial.base_model_name_or_path  # an iteration's adapter is on that
+        initial = adapter_config(self.initial, self.config.model_init_kwargs or {})
+        base = self.initial if initial is None else initial.base_model_name_or_path  # an iteration's adapter is on that
         return load_causal_lm(name, self.config.model_init_kwargs, base=base)
 
     def check(self) -> None:
@@ -124,7 +120,7 @@ class Models:
         from ..modeling.adapters import lora_config, with_adapter
         from ..modeling.loading import adapter_config
 
-        if adapter_config(self.initial(), config.model_init_kwargs or {}) is not None:
+        if adapter_config(self.initial, config.model_init_kwargs or {}) is not None:
             name = "peft" if config.peft is not None else "trained_layers"
             raise ValueError(
                 f"{name} must be left out where model={config.model!r} is an adapter's folder, whose adapter is trained on; or "
@@ -152,7 +148,7 @@ class Models:
         options = {name: given[name] for name in ("trust_remote_code", "revision") if name in given}
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.initial(), **options), **options)
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.initial, **options), **options)
         except (OSError, RuntimeError):
             return None
 

@@ -49,7 +49,7 @@ class Samplers:
 
     def policy(self, iteration: int) -> str:
         """Name or folder."""
-        return self.models.initial() if iteration == 0 else str(self.folder.model(iteration))
+        return self.models.initial if iteration == 0 else str(self.folder.model(iteration))
 
     def weights(self, iteration: int) -> dict[str, Any]:
         """Which weights completions are of, as their files say it; stale: not those, but what a server was started with."""

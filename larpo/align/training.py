@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.files import Rows, plain, read_json, write_whole
+from ..runs.files import Rows, read_json, write_whole
 from ..runs.ranks import shown
+from .completions import as_data
 from .config import AlignConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def train(run: Run, rows: Rows, task: Task) -> None:
         policy,
         models.load_reference() if config.reference == "initial" and not settings.get("reference_free") else None,
         arguments(config, str(task.checkpoints), task.seed),
-        train_dataset=_dataset(rows),
+        train_dataset=as_data(rows, "scores", "source"),
         processing_class=models.tokenizer,
         peft_config=_peft_config(config, policy),
     )
@@ -120,19 +121,6 @@ def _write(folder: Path, model: Any, tokenizer: Any, weights: Any = None, state:
             state.save_to_json(str(unfinished / STATE))
 
     write_whole(folder, save)
-
-
-def _dataset(rows: Rows) -> Any:
-    from ..data.loading import as_lists
-
-    columns = ("scores", "source", "prompt_ids", "completion_ids")
-    return as_lists(
-        [
-            {"prompt": plain(row["prompt"]), "completions": [plain(one) for one in row["completions"]]}
-            | {name: row[name] for name in columns}
-            for row in rows
-        ]
-    )
 
 
 def _peft_config(config: AlignConfig, policy: Any) -> Any:

@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from larpo_kernels import validation
+
 from ..runs.yaml_config import is_whole
 
 Sums = dict[str, tuple[float, int]]
@@ -252,15 +254,6 @@ def _on_cpu(list_sizes: int | Sequence[int] | Tensor, *columns: Tensor | None) -
     wide = torch.float64 if any(x.dtype == torch.float64 for x in parts) else torch.float32
     lengths = [len(x) for x in parts]
     copied = list(torch.cat([x.to(device, wide) for x in parts]).cpu().double().split(lengths))
-    s = lengths[0]
-    if on_device:
-        sizes = copied.pop().long()
-    elif isinstance(list_sizes, int):
-        if list_sizes < 1 or s % list_sizes:
-            raise ValueError(f"list_sizes={list_sizes} must be >= 1 and divide the number of candidates, which is {s}")
-        sizes = torch.full((s // list_sizes,), list_sizes)
-    else:
-        sizes = torch.tensor(list(list_sizes), dtype=torch.int64)
-    if (sizes < 1).any() or int(sizes.sum()) != s:
-        raise ValueError(f"list_sizes must all be >= 1 and sum to the number of candidates, {s}; got {sizes.tolist()}")
+    borders, m = validation.lists(copied.pop().long() if on_device else list_sizes, lengths[0], torch.device("cpu"))
+    sizes = torch.full((lengths[0] // m,), m) if borders is None else borders.diff()
     return sizes.numpy(), [x.numpy() for x in copied]

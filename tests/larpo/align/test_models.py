@@ -28,13 +28,13 @@ def held(tmp_path):
 
 
 def test_a_model_without_a_trainer_is_freed_without_a_search_for_circles(held, collections):
-    first = weakref.ref(held.load(held.initial()))
+    first = weakref.ref(held.load(held.initial))
     held.release()
     assert first() is None and collections == []
 
 
 def test_a_model_that_a_trainer_holds_in_a_circle_is_freed_once_training_is_done(held, collections):
-    model = held.load_for_training(held.initial())
+    model = held.load_for_training(held.initial)
     model.trainer = {"of": model}
     trained = weakref.ref(model)
     del model

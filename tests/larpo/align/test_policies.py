@@ -85,7 +85,7 @@ def test_a_model_in_the_home_folder_is_found(tmp_path, monkeypatch):
     model = Path(align_runs.model_folder())
     monkeypatch.setenv("HOME", str(model.parent))
     models = Models(config(tmp_path, model=f"~/{model.name}"), torch.device("cpu"))
-    assert models.load(models.initial()).config.hidden_size == 32
+    assert models.load(models.initial).config.hidden_size == 32
 
 
 def test_an_adapter_goes_on_from_iteration_to_iteration(tmp_path):
