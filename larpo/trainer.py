@@ -508,8 +508,9 @@ class LarPOTrainer(Trainer):
         if lm_heads.causal_lm(self.model).config._attn_implementation != "flex_attention":
             self.data_collator.max_completion_tokens = prefix_sharing.DENSE_MASK_TOKENS
         self.reference.prepare(self.accelerator, args.device)
-        self._sync: SyncReference | None = self.reference.following(self.model, args)
-        if self._sync is not None:
+        self._sync: SyncReference | None = None
+        if args.sync_ref_model:
+            self._sync = SyncReference(self.model, self.ref_model, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
             self.add_callback(self._sync)
         for name, one in data.lists.items():
             self.reference.compare_with_stored(

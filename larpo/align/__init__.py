@@ -40,11 +40,7 @@ class CallableModule(ModuleType):
 
     AlignConfig = _config.AlignConfig
     load_config = staticmethod(_config.load_config)
-
-    def __call__(self, config: _config.AlignConfig | None = None, *, progress: bool = True, **settings: Any) -> Result:
-        """Runs the loop of a config, or of its settings given by name; see `larpo.align.loop.run`."""
-        return run(config, progress=progress, **settings)
-
+    __call__ = staticmethod(run)
     run = __call__
 
 

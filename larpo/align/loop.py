@@ -50,7 +50,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
         RewardError: a reward raised (with on_reward_error="raise"); nothing that was sampled is lost. A RuntimeError.
         OtherProcess: another process failed, or is gone. A RuntimeError.
     """
-    from .reporting import reporting
+    from .reporting import Reporter
     from .training import arguments
 
     folder = RunFolder(config.output_dir)
@@ -61,7 +61,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     ranks.refuse_separate(folder.path, "output_dir")
     with ranks.first_within(locked(folder.path)), _quiet_libraries(), _saying_how_to_redo(folder):
         state = _prepare(config, folder, args, ranks, progress and ranks.is_first)
-        with reporting(config.report_to, args) as reporter:
+        with contextlib.closing(Reporter(config.report_to, args)) as reporter:
             for iteration in range(config.iterations + 1):
                 for stage in stages_of(iteration, refill=config.refill):
                     reporter.stage(iteration, stage, _stage(state, iteration, stage))

@@ -6,9 +6,8 @@ environment variables of its own (TENSORBOARD_LOGGING_DIR, WANDB_PROJECT, ...).
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..runs.secrets import masked
@@ -59,16 +58,6 @@ class Reporter:
                     "%s fails, and is told no more: %s: %s", type(tool).__name__, type(error).__name__, masked(str(error))
                 )
                 self._tools.remove(tool)
-
-
-@contextlib.contextmanager
-def reporting(report_to: str | list[str] | None, args: LarPOConfig) -> Iterator[Reporter]:
-    """A Reporter that is closed in the end."""
-    reporter = Reporter(report_to, args)
-    try:
-        yield reporter
-    finally:
-        reporter.close()
 
 
 def figures(counts: Mapping[str, Any]) -> dict[str, float]:

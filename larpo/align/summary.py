@@ -44,24 +44,20 @@ def title(run: Run) -> str:
 
 
 def page(run: Run, metrics: Metrics, pictures: dict[str, Path]) -> str:
-    config = run.config
+    config, folder = run.config, run.folder.path
     parts = [
         f"# {cell(title(run))}",
         f"{len(run.held_out)} held-out prompts x {config.eval_k} completions at temperature 1; ± is half of the 95 % interval "
         "over prompts. KL is the policy's to the initial model, per completion. Read reward and KL together: a reward "
         "that rises at a large KL, or with completions that repeat, may have been gamed.",
         table(metrics),
-        *(f"## {title}\n\n![{title}]({_relative(file, run)})" for title, file in pictures.items()),
+        *(f"## {title}\n\n![{title}]({file.relative_to(folder).as_posix()})" for title, file in pictures.items()),
         "## What was trained on\n\n" + markdown.table([_lists(one) for one in metrics[1:]]),
         "## Before and after\n\n" + _examples(run, len(metrics) - 1),
         "## Settings\n\n`config.yaml` holds all of them. Start the same command again to go on after an interruption, or with "
         "more iterations to go further.\n\n" + _settings(run),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _relative(file: Path, run: Run) -> str:
-    return file.relative_to(run.folder.path).as_posix()
 
 
 def _lists(one: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ sees an ordinary call, and gathered weights are whole when they are read.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
 import warnings
@@ -88,8 +87,7 @@ class Policy:
         """How `lm` is to be called: checked once for a layout of rows and for a state of an adapter on its head."""
         known_by = row_layouts.layout_of(batch), lm_heads.adapter_state(lm)
         if known_by not in self.calls:
-            agreed = _own_reason if self.alone else functools.partial(_agreed, device=batch["input_ids"].device)
-            call = self.calls[known_by] = row_checks.choose(lm, batch, _own_forward(lm), compute_dtype(lm), agreed)
+            call = self.calls[known_by] = row_checks.choose(lm, batch, _own_forward(lm), compute_dtype(lm), self._agreed)
             if call.why_logits is not None:
                 warnings.warn(
                     f"{type(lm).__name__} is trained from its logits, which takes more memory than hidden states: "
@@ -97,6 +95,14 @@ class Policy:
                     stacklevel=2,
                 )
         return self.calls[known_by]
+
+    def _agreed(self, reason: str | None) -> str | None:
+        """The same answer on every process: one that must fall back takes all along, since collectives must match."""
+        if self.alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return reason
+        reasons: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(reasons, reason)
+        return next((r for r in reasons if r is not None), None)
 
 
 def attach(model: nn.Module, policy: Policy) -> nn.Module:
@@ -244,16 +250,3 @@ def compute_dtype(lm: nn.Module) -> torch.dtype:
     """The dtype attention runs in, for additive masks."""
     device = lm.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.dtype
-
-
-def _own_reason(reason: str | None) -> str | None:
-    return reason
-
-
-def _agreed(reason: str | None, device: torch.device) -> str | None:
-    """The same answer on every process: one that must fall back takes all along, since collectives must match."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return reason
-    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reasons, reason)
-    return next((r for r in reasons if r is not None), None)

@@ -19,7 +19,7 @@ from ..scoring import candidate_logps
 from . import adapters
 from .checks import refuse_shared
 from .eval_mode import in_eval_mode
-from .reference_model import SyncReference, frozen_copy, without_dropout
+from .reference_model import frozen_copy, without_dropout
 from .sharding import is_sharded, on_deepspeed, reshard, will_replace_parameters
 
 if TYPE_CHECKING:
@@ -118,12 +118,6 @@ class ReferencePolicy:
         """Moves the model to its device, wrapped as accelerate wraps the policy."""
         if self.model is not None:
             self.model = _prepared(self.model, accelerator, device)
-
-    def following(self, policy: nn.Module, args: LarPOConfig) -> SyncReference | None:
-        """The callback that moves the reference towards the policy, with sync_ref_model."""
-        if not args.sync_ref_model:
-            return None
-        return SyncReference(policy, self.model, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
 
     def release(self) -> None:
         """Log-probs are precomputed: frees the reference model, if there is one."""
