@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from .data.reading import Reading
 from .field_docs import documented
 from .runs.checkpoints import checkpoint_to_go_on_from, has_finished_checkpoint
 from .runs.files import read_json, remove, write_json, write_text, write_whole
-from .runs.identity import changed, content
+from .runs.identity import changed, content, with_defaults
 from .runs.intact import Damaged
 from .runs.lock import locked
 from .runs.ranks import Ranks, processes
@@ -214,7 +214,11 @@ def _identity(job: TrainJob, args: LarPOConfig, data: Dataset | IterableDataset)
     own = {"model": _place(job.model), "ref_model": _place(job.ref_model), "peft": job.peft}
     own["train_data"] = f"a stream, at first {content(as_lists(list(data.take(FIRST))))}" if job.streaming else content(data)
     what["ref_logps"] = None if args.ref_logps is None else reference_of(args.ref_logps)  # which may be moved, or written anew
-    return json.loads(json.dumps(without_secrets(own | what), default=str))  # as it is read back
+    return _as_read_back(without_secrets(own | what))
+
+
+def _as_read_back(settings: Any) -> Any:
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _place(model: str | None) -> str | None:
@@ -223,16 +227,10 @@ def _place(model: str | None) -> str | None:
     return str(folder.resolve()) if model and folder.is_dir() else model
 
 
-def _defaults() -> dict[str, Any]:
-    """What settings stood at, in effect, in a run that began before they were there."""
-    from .config import LarPOConfig
-
-    defaults = {one.name: one.default for one in fields(LarPOConfig) if one.default is not MISSING}
-    return json.loads(json.dumps(defaults, default=str))
-
-
 def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
     """Writes what the folder's checkpoints are going to be of; refuses one that has those of something else."""
+    from .config import LarPOConfig
+
     file = folder / JOB
     if has_finished_checkpoint(folder):
         if not file.is_file():
@@ -241,7 +239,7 @@ def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
             before = read_json(file)
         except Damaged as error:
             raise ValueError(f"{error}. It says what the checkpoints beside it are of: give another output_dir") from error
-        if different := changed(_defaults() | before, job):
+        if different := changed(_as_read_back(with_defaults(before, LarPOConfig)), job):
             raise ValueError(
                 f"output_dir={str(folder)!r} has checkpoints of another run: {'; '.join(different)}. Give another one"
             )

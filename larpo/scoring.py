@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +141,7 @@ def score_lists(
         TOKEN_HASHES: [token_hashes(row) for row in tokenised],
     }
 
-    logps_under = _Passes(tokenised, collator, batch_size, progress).logps
+    logps_under = partial(_all_logps, tokenised=tokenised, collator=collator, batch_size=batch_size, progress=progress)
     with nullcontext() if parts is None else _parts(parts, record, columns[TOKEN_HASHES], batch_size) as kept:
         columns["logps"] = logps_under(model, "logps", kept)
         if ref_model is not None:
@@ -160,30 +159,28 @@ def score_lists(
     return lists
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """Passes over the same lists, each with another model."""
+def _all_logps(
+    model: nn.Module,
+    column: str,
+    kept: Parts | None,
+    *,
+    tokenised: Dataset,
+    collator: ListCollator,
+    batch_size: int,
+    progress: bool,
+) -> list[list[float]]:
+    """Log-likelihoods of all candidates, a list per row; those that are in the kept parts are not computed again."""
+    score = partial(candidate_logps, model, collator=collator, batch_size=batch_size, device=next(model.parameters()).device)
 
-    tokenised: Dataset
-    collator: ListCollator
-    batch_size: int
-    progress: bool
+    def of_rows(rows: list[int]) -> dict[int, list[float]]:
+        return {rows[i]: logps for i, logps in score(tokenised.select(rows), progress=False).items()}
 
-    def logps(self, model: nn.Module, column: str, kept: Parts | None) -> list[list[float]]:
-        """Log-likelihoods of all candidates, a list per row; those that are in the kept parts are not computed again."""
-        device = next(model.parameters()).device
-        score = partial(candidate_logps, model, collator=self.collator, batch_size=self.batch_size, device=device)
-
-        def of_rows(rows: list[int]) -> dict[int, list[float]]:
-            return {rows[i]: logps for i, logps in score(self.tokenised.select(rows), progress=False).items()}
-
-        with attached(model, Policy(model, alone=True)):
-            if kept is None:
-                found = score(self.tokenised, description=column, progress=self.progress)
-            else:
-                order = longest_first(self.tokenised)
-                found = kept.results(column, order, of_rows, unit="list", progress=self.progress)
-        return [found[i] for i in range(len(self.tokenised))]
+    with attached(model, Policy(model, alone=True)):
+        if kept is None:
+            found = score(tokenised, description=column, progress=progress)
+        else:
+            found = kept.results(column, longest_first(tokenised), of_rows, unit="list", progress=progress)
+    return [found[i] for i in range(len(tokenised))]
 
 
 def _parts(folder: Path, record: str, hashes: list[list[str]], batch_size: int) -> AbstractContextManager[Parts]:

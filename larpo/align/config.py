@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -12,7 +12,7 @@ from ..candidates import PAPER_SUBSETS
 from ..field_docs import documented
 from ..rewards import Judge, name_of
 from ..rewards.finding import check_settings, settings_that_count
-from ..runs.identity import changed
+from ..runs.identity import changed, with_defaults
 from ..runs.secrets import given_again, masked
 from ..runs.settings import read_settings
 from ..runs.yaml_config import as_meant, check_choice, is_number, is_whole, nearest, only_choices
@@ -387,10 +387,8 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 
 def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
-    """The settings by which a run would become another one, as sentences; none if it may go on. One that there was not when the
-    run began stood, in effect, at its default."""
-    new = {f.name: f.default for f in fields(AlignConfig) if f.default is not MISSING and f.name not in before}
-    before, now = ({**one, **_what_counts(one)} for one in ({**new, **before}, after.to_dict()))
+    """The settings by which a run would become another one, as sentences; none if it may go on."""
+    before, now = (one | _what_counts(one) for one in (with_defaults(before, AlignConfig), after.to_dict()))
     found = changed(before, now, MAY_CHANGE)
     linear = isinstance(after.temperatures, Sequence) and after.temperatures[0] == "linear"
     if linear and before.get("iterations") != now["iterations"]:

@@ -44,11 +44,18 @@ def _around(inner: Any, found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _held(reward: Any) -> dict[str, Any]:
+    """The values that a function or an object holds."""
     if not inspect.isroutine(reward):
-        return vars_of(reward)
-    values = {"defaults": _defaults(reward), "closure": _closure(reward)}
+        return _attributes(reward)
+    defaults = [getattr(reward, name, None) for name in ("__defaults__", "__kwdefaults__")]
+    closure = getattr(reward, "__closure__", None) and dict(inspect.getclosurevars(reward).nonlocals)
+    values = {"defaults": defaults, "closure": closure or {}}
     bound = getattr(reward, "__self__", None)
-    return values if bound is None or inspect.ismodule(bound) else values | {"object": vars_of(bound)}
+    return values if bound is None or inspect.ismodule(bound) else values | {"object": _attributes(bound)}
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    return dict(getattr(thing, "__dict__", {}))
 
 
 def digest(value: Any) -> str:
@@ -71,27 +78,11 @@ def plain(value: Any) -> Any:
         return sorted((plain(item) for item in value), key=repr)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return _of_other(value)
-
-
-def vars_of(thing: Any) -> dict[str, Any]:
-    return dict(getattr(thing, "__dict__", {}))
-
-
-def _of_other(value: Any) -> str:
     return _name(value if inspect.isroutine(value) or inspect.isclass(value) else type(value))
 
 
 def _name(of: Any) -> str:
     return f"{getattr(of, '__module__', '?')}:{getattr(of, '__qualname__', repr(of))}"
-
-
-def _defaults(function: Any) -> list[Any]:
-    return [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    return {} if getattr(function, "__closure__", None) is None else dict(inspect.getclosurevars(function).nonlocals)
 
 
 def _line(of: Any) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from .secrets import without_secrets
@@ -26,6 +27,11 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Colle
         for name, value in now.items()
         if name not in may_change and before.get(name) != value
     ]
+
+
+def with_defaults(settings: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The settings of a run, which may have begun before some fields of the dataclass were there: at their defaults, then."""
+    return {one.name: one.default for one in fields(kind) if one.default is not MISSING} | dict(settings)
 
 
 def content(lists: Dataset) -> str:

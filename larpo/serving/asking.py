@@ -115,8 +115,8 @@ async def ask(
             common["logprobs"] = 1
         answer = await client.completions.create(prompt=prompt, extra_body=extra | dict(settings.extra_body), **common)
         return _answer(answer, [_choice(one) for one in answer.choices or ()])
-    tools, keywords = _of_template(wanted.template)
-    if tools:
+    keywords = dict(wanted.template or {})
+    if tools := keywords.pop("tools", None):
         common["tools"] = tools
     if keywords:
         extra["chat_template_kwargs"] = keywords
@@ -126,11 +126,6 @@ async def ask(
         messages=plain(wanted.prompt), extra_body=extra | dict(settings.extra_body), **common
     )
     return _answer(answer, [_chat_choice(one) for one in answer.choices or ()])
-
-
-def _of_template(keywords: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-    others = dict(keywords or {})
-    return others.pop("tools", None), others
 
 
 def _answer(answer: Any, choices: list[Choice]) -> Answer:
