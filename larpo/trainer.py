@@ -423,7 +423,7 @@ class LarPOTrainer(Trainer):
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         """Log-likelihood of each candidate under the reference: sums over tokens, [S]; None for no reference."""
-        return self.reference.logps(model, inputs, functools.partial(self._slices.logps, batch=inputs), self.accelerator)
+        return self.reference.logps(model, inputs, functools.partial(self._slices.logps, batch=inputs))
 
     def _precompute_ref_logps(self) -> None:
         """Adds the column ref_logps to the data; the policy is still what it was when it was handed over."""
@@ -435,9 +435,7 @@ class LarPOTrainer(Trainer):
 
     def _with_ref_logps(self, dataset: Dataset, name: str) -> Dataset:
         self._policies.attach()
-        return self.reference.fill(
-            dataset, name, self.model, collator=self.data_collator, args=self.args, accelerator=self.accelerator
-        )
+        return self.reference.fill(dataset, name, self.model)
 
     # --- set-up ---------------------------------------------------------------------------------------------
 
@@ -507,15 +505,13 @@ class LarPOTrainer(Trainer):
         self.data_collator.layout = self._layout()
         if lm_heads.causal_lm(self.model).config._attn_implementation != "flex_attention":
             self.data_collator.max_completion_tokens = prefix_sharing.DENSE_MASK_TOKENS
-        self.reference.prepare(self.accelerator, args.device)
+        self.reference.prepare(self.accelerator, self.data_collator)
         self._sync: SyncReference | None = None
         if args.sync_ref_model:
             self._sync = SyncReference(self.model, self.ref_model, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
             self.add_callback(self._sync)
         for name, one in data.lists.items():
-            self.reference.compare_with_stored(
-                one, name, self.model, collator=self.data_collator, accelerator=self.accelerator, device=args.device
-            )
+            self.reference.compare_with_stored(one, name, self.model)
         if args.precompute_ref_log_probs:
             self._precompute_ref_logps()
 

@@ -50,8 +50,11 @@ class ReferencePolicy:
     """The reference of one training run; `choose` decides which it is, `prepare` takes it to where it runs."""
 
     way: Way
+    args: LarPOConfig = field(repr=False)
     model: nn.Module | None = field(default=None, repr=False)
     adapter_off: bool = False  # the model that stands for it, or before training the policy, has its adapter off
+    accelerator: Accelerator = field(init=False, repr=False)
+    collator: ListCollator = field(init=False, repr=False)
 
     @classmethod
     def choose(
@@ -77,13 +80,13 @@ class ReferencePolicy:
             why = "reference_free is set" if args.reference_free else f"the {having[0]} data has ref_logps"
             raise ValueError(f"ref_model is given, but {why}: it would not be asked. Leave one of the two out")
         if args.reference_free:
-            chosen = cls(Way.NONE)
+            chosen = cls(Way.NONE, args)
         elif given is not None:
             refuse_shared(policy, given)
             model = without_dropout(given) if args.disable_dropout else given
-            chosen = cls(Way.MODEL, model.requires_grad_(False).eval())
+            chosen = cls(Way.MODEL, args, model.requires_grad_(False).eval())
         elif new_adapter is not None and new_adapter.off_is_start and not new_adapter.trained_outside:
-            chosen = cls(Way.ADAPTER_OFF, adapter_off=True)
+            chosen = cls(Way.ADAPTER_OFF, args, adapter_off=True)
         else:
             chosen = cls._as_handed_over(policy, args, new_adapter, stored=all(with_ref_logps.values()))
         if args.sync_ref_model and (chosen.way is not Way.MODEL or chosen.adapter_off):
@@ -106,18 +109,19 @@ class ReferencePolicy:
                     "or off, so there is no reference: give ref_model, or an adapter that starts from the model as it is"
                 )
         if stored or args.precompute_ref_log_probs:
-            return cls(Way.STORED, adapter_off=off)
+            return cls(Way.STORED, args, adapter_off=off)
         copy = frozen_copy(policy, share_frozen=not will_replace_parameters(args))
         if off:
             copy.base_model.disable_adapter_layers()
-        return cls(Way.MODEL, copy, adapter_off=off)
+        return cls(Way.MODEL, args, copy, adapter_off=off)
 
     # --- set-up ---------------------------------------------------------------------------------------------
 
-    def prepare(self, accelerator: Accelerator, device: torch.device) -> None:
-        """Moves the model to its device, wrapped as accelerate wraps the policy."""
+    def prepare(self, accelerator: Accelerator, collator: ListCollator) -> None:
+        """Moves the model to its device, wrapped as accelerate wraps the policy. collator: makes batches of the data."""
+        self.accelerator, self.collator = accelerator, collator
         if self.model is not None:
-            self.model = _prepared(self.model, accelerator, device)
+            self.model = self._prepared(self.model)
 
     def release(self) -> None:
         """Log-probs are precomputed: frees the reference model, if there is one."""
@@ -127,9 +131,7 @@ class ReferencePolicy:
     # --- log-likelihoods ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logps(
-        self, policy: nn.Module, inputs: Mapping[str, Any], logps_of: Callable[[nn.Module], Tensor], accelerator: Accelerator
-    ) -> Tensor | None:
+    def logps(self, policy: nn.Module, inputs: Mapping[str, Any], logps_of: Callable[[nn.Module], Tensor]) -> Tensor | None:
         """Log-likelihood of each candidate: sums over tokens, [S]; None for no reference.
 
         policy: as it is trained, wrapped; logps_of: a model's log-likelihoods of the same inputs, [S].
@@ -142,29 +144,27 @@ class ReferencePolicy:
             logps = logps_of(self.model)
             reshard(self.model)
             return logps
-        with self._switched(accelerator.unwrap_model(policy)):
+        with self._switched(self.accelerator.unwrap_model(policy)):
             with in_eval_mode(policy):
                 logps = logps_of(policy)
             reshard(policy)  # PEFT is about to set requires_grad: on gathered parameters it would be forgotten
         return logps
 
-    def compare_with_stored(
-        self, dataset: Dataset, name: str, policy: nn.Module, *, collator: ListCollator, accelerator: Accelerator, device: Any
-    ) -> None:
+    def compare_with_stored(self, dataset: Dataset, name: str, policy: nn.Module) -> None:
         """Warns where ref_logps that came with the data are far from those of the policy that was handed over, on a few lists.
 
         By default that policy is the reference. Where the data names another one, that is only logged. With sharded parameters
         nothing is compared.
         """
-        if "ref_logps" not in dataset.column_names or self.way is Way.NONE or is_sharded(accelerator):
+        if "ref_logps" not in dataset.column_names or self.way is Way.NONE or is_sharded(self.accelerator):
             return
         rows = dataset.select(range(min(len(dataset), COMPARED_LISTS)))
-        with self._switched(policy), accelerator.autocast():
-            found = candidate_logps(policy, rows, collator, batch_size=1, device=device, progress=False)
+        with self._switched(policy), self.accelerator.autocast():
+            found = candidate_logps(policy, rows, self.collator, batch_size=1, device=self.args.device, progress=False)
         lengths = [max(n, 1) for row in rows for n in counted_tokens(row)]
         off = [abs(a - b) for i, row in enumerate(rows) for a, b in zip(row["ref_logps"], found[i], strict=True)]
         per_token = sum(off) / sum(lengths)
-        if per_token <= FAR_PER_TOKEN or not accelerator.is_main_process:
+        if per_token <= FAR_PER_TOKEN or not self.accelerator.is_main_process:
             return
         of, _ = reference(rows[0].get(SCORED_WITH))
         figures = f"off by {per_token:.3g} nats a token, {max(off):.3g} a candidate, in the first {len(rows)} lists"
@@ -177,27 +177,19 @@ class ReferencePolicy:
                 stacklevel=4,
             )
 
-    def fill(
-        self,
-        dataset: Dataset,
-        name: str,
-        policy: nn.Module,
-        *,
-        collator: ListCollator,
-        args: LarPOConfig,
-        accelerator: Accelerator,
-    ) -> Dataset:
+    def fill(self, dataset: Dataset, name: str, policy: nn.Module) -> Dataset:
         """The data with the column ref_logps, while the policy is still what it was when it was handed over."""
         if "ref_logps" in dataset.column_names or self.way is Way.NONE:
             return dataset
+        args, accelerator = self.args, self.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         sharded = is_sharded(accelerator)
-        scorer = self.model or (self._sharded_copy(policy, accelerator, args.device) if sharded else policy)
+        scorer = self.model or (self._sharded_copy(policy) if sharded else policy)
         with self._switched(scorer):
             found = candidate_logps(
                 scorer,
                 dataset,
-                collator,
+                self.collator,
                 batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
                 device=args.device,
                 autocast=accelerator.autocast(),
@@ -224,39 +216,38 @@ class ReferencePolicy:
             )
         return True
 
-    def _sharded_copy(self, policy: nn.Module, accelerator: Accelerator, device: torch.device) -> nn.Module:
-        """The policy as it is, sharded to be scored: itself it is sharded when training begins."""
-        if not accelerator.is_fsdp2:
+    def _prepared(self, reference: nn.Module) -> nn.Module:
+        accelerator = self.accelerator
+        if accelerator.is_fsdp2:
+            return fsdp2_prepare_model(accelerator, reference)
+        if is_sharded(accelerator):
             raise ValueError(
-                f"precompute_ref_log_probs does not work with parameters sharded by {_kind_of_sharding(accelerator)}: "
+                f"a reference model beside a policy sharded by {self._kind_of_sharding()} is not supported: give the data "
+                "ref_logps (`larpo score` writes them), or train an adapter with peft_config, without biases"
+            )
+        if on_deepspeed(accelerator):  # it casts the policy's parameters, not its buffers: rotary frequencies stay in float32
+            dtype = DEEPSPEED_DTYPES.get(accelerator.mixed_precision)
+            for p in reference.parameters() if dtype else ():
+                p.data = p.data.to(dtype)
+            return reference.to(self.args.device)
+        return accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _kind_of_sharding(self) -> str:
+        return "ZeRO-3" if on_deepspeed(self.accelerator) else "FSDP1"
+
+    def _sharded_copy(self, policy: nn.Module) -> nn.Module:
+        """The policy as it is, sharded to be scored: itself it is sharded when training begins."""
+        if not self.accelerator.is_fsdp2:
+            raise ValueError(
+                f"precompute_ref_log_probs does not work with parameters sharded by {self._kind_of_sharding()}: "
                 "`larpo score` writes ref_logps"
             )
         if any(hasattr(p, "full_tensor") for p in policy.parameters()):
             raise ValueError("ref_logps of further data can't be had once parameters are sharded: hand it over as eval_dataset")
-        return _prepared(frozen_copy(policy, share_frozen=False), accelerator, device)
+        return self._prepared(frozen_copy(policy, share_frozen=False))
 
     @contextlib.contextmanager
     def _switched(self, policy: nn.Module) -> Iterator[None]:
         """While it lasts, the policy is the reference as far as it can be: with its adapter off."""
         with adapters.switched_off(policy) if self.adapter_off and self.model is None else contextlib.nullcontext():
             yield
-
-
-def _kind_of_sharding(accelerator: Accelerator) -> str:
-    return "ZeRO-3" if on_deepspeed(accelerator) else "FSDP1"
-
-
-def _prepared(reference: nn.Module, accelerator: Accelerator, device: torch.device) -> nn.Module:
-    if accelerator.is_fsdp2:
-        return fsdp2_prepare_model(accelerator, reference)
-    if is_sharded(accelerator):
-        raise ValueError(
-            f"a reference model beside a policy sharded by {_kind_of_sharding(accelerator)} is not supported: give the data "
-            "ref_logps (`larpo score` writes them), or train an adapter with peft_config, without biases"
-        )
-    if on_deepspeed(accelerator):  # it casts the policy's parameters, not its buffers: rotary frequencies stay in float32
-        dtype = DEEPSPEED_DTYPES.get(accelerator.mixed_precision)
-        for p in reference.parameters() if dtype else ():
-            p.data = p.data.to(dtype)
-        return reference.to(device)
-    return accelerator.prepare_model(reference, evaluation_mode=True)
