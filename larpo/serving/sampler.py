@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,36 +44,33 @@ class ServedModel:
     patience: float = 0.0
 
 
+@dataclass
 class ServerSampler:
-    """Samples from a server: the tokens that it gives, or its text, tokenised here."""
+    """Samples from a server: the tokens that it gives, or its text, tokenised here.
 
-    def __init__(
-        self,
-        settings: ServerSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: SamplingLimits,
-        model: ServedModel,
-        *,
-        kept: Path | None = None,
-        progress: bool = False,
-    ):
-        """
-        Args:
-            tokenizer: the policy's own, for prompts, and for completions where the server gives no token ids.
-            kept: a file in which answers are kept as they arrive; None: in memory.
+    Args:
+        tokenizer: the policy's own, for prompts, and for completions where the server gives no token ids.
+        kept: a file in which answers are kept as they arrive; None: in memory.
+    """
 
-        Raises ImportError where `openai` is not installed.
-        """
-        self.settings, self.tokenizer = settings, text_tokenizer(tokenizer)
-        self.limits, self.model, self.kept, self.progress = limits, model, kept, progress
-        self.form: Form | None = None  # known after the first answer
+    settings: ServerSettings
+    tokenizer: PreTrainedTokenizerBase
+    limits: SamplingLimits
+    model: ServedModel
+    kept: Path | None = None
+    progress: bool = False
+    form: Form | None = field(default=None, init=False)  # known after the first answer
+
+    def __post_init__(self):
+        self.tokenizer = text_tokenizer(self.tokenizer)
 
     def __call__(
         self, prompts: Sequence[Text], k: int, temperature: float, *, seed: int, template: Template = None
     ) -> list[list[Sampled]]:
         """See `Sampler`. Seeds are sent along; whether equal ones give equal completions is up to the server.
 
-        Raises ServerError where the server is away, refuses, or gives too few completions, saying what is kept.
+        Raises ServerError where the server is away, refuses, or gives too few completions, saying what is kept; ImportError
+        without `openai`.
         """
         check_call(k, temperature)
         ids = all_prompt_tokens(self.tokenizer, prompts, template)
