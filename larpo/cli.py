@@ -178,8 +178,7 @@ def score(context: typer.Context, config: Config = None) -> None:
 
 
 def main() -> None:
-    """Runs the command; what the user got wrong, a model that is not there and a reward that fails end in what they have to
-    say, not in a traceback."""
+    """Runs the command. A mistake of the user, a missing model or a failing reward ends in one sentence, not in a traceback."""
     from .rewards import RewardError
     from .runs.ranks import OtherProcess, ProcessGone
     from .runs.secrets import masked
@@ -188,10 +187,12 @@ def main() -> None:
         app()
     except (ValueError, OSError, ImportError, RewardError, FloatingPointError, OtherProcess) as error:
         who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        if isinstance(error, ProcessGone) or not isinstance(error, OtherProcess):  # else the other one says it
-            typer.echo(f"larpo: {who}{masked(str(error))}", err=True)  # some show settings, or an address with its password
+        if isinstance(error, ProcessGone) or not isinstance(error, OtherProcess):  # else the other process has printed it
+            typer.echo(
+                f"larpo: {who}{masked(str(error))}", err=True
+            )  # a message may hold a setting, or an address with its password
         if isinstance(error, OtherProcess):
-            time.sleep(1)  # what started them ends all with the first that ends: that shall be the one which failed
+            time.sleep(1)  # the launcher ends all processes with the first that ends, which should be the one that failed
         sys.exit(2)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .trainer import LarPOTrainer
 
 
-JOB = "larpo-job.json"  # beside the checkpoints: what they are checkpoints of
+JOB = "larpo-job.json"  # beside the checkpoints: the settings of their run
 
 # What makes a run another one: all settings of LarPOConfig but HOW, and of TrainingArguments, most of which only say how a
 # run is computed and logged, WHAT. Not how long it is: a run may be made longer.
@@ -228,7 +228,7 @@ def _place(model: str | None) -> str | None:
 
 
 def _claim(folder: Path, job: dict[str, Any], *, write: bool) -> None:
-    """Writes what the folder's checkpoints are going to be of; refuses one that has those of something else."""
+    """Writes the settings that identify the run into its folder; refuses a folder with checkpoints of another run."""
     from .config import LarPOConfig
 
     file = folder / JOB
@@ -272,7 +272,7 @@ def describe(
 
 
 def show_summaries(summaries: dict[str, DataSummary], *, html: str | None = None, json_to: str | None = None) -> None:
-    """Prints tables of them, or JSON where json_to is "-"; writes a page and a file of JSON where they are asked for."""
+    """Prints tables of them, or JSON where json_to is "-"; writes a page (html) and a file of JSON (json_to) where named."""
     from rich.console import Console
 
     from .data.summary import as_json

@@ -516,7 +516,7 @@ class LarPOTrainer(Trainer):
             self._precompute_ref_logps()
 
     def _keeps_full_precision(self) -> bool:
-        """Whether something holds float32 weights beside those of the model, or these are not what is trained."""
+        """Whether float32 weights are held elsewhere (FSDP, DeepSpeed), or the model's own are quantised and not trained."""
         if getattr(lm_heads.causal_lm(self.model), "is_quantized", False) or on_deepspeed(self.accelerator):
             return True
         return self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"

@@ -397,7 +397,7 @@ def differences(before: Mapping[str, Any], after: AlignConfig) -> list[str]:
 
 
 def _what_counts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings of a judge or a server those by which it is another one: not where it is, or how often it is asked."""
+    """The settings of a judge or a server that change its answers: not its address, or how often it is asked."""
     found = {"reward": settings_that_count(settings.get("reward"))}
     if settings.get("sampler") == "server":
         options = settings["sampler_options"]

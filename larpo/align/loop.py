@@ -186,24 +186,14 @@ def _saying_how_to_redo(folder: RunFolder) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Without a bar for every small table that is mapped and every model that is loaded."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
+    from datasets.utils import logging as of_datasets
+    from transformers.utils import logging as of_transformers
 
-    libraries = (
-        (datasets.utils.logging.is_progress_bar_enabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
-        (
-            transformers_logging.is_progress_bar_enabled,
-            transformers_logging.disable_progress_bar,
-            transformers_logging.enable_progress_bar,
-        ),
-    )
-    silenced = []
-    for is_enabled, disable, enable in libraries:
-        if is_enabled():
-            disable()
-            silenced.append(enable)
+    shown = [library for library in (of_datasets, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for enable in silenced:
-            enable()
+        for library in shown:
+            library.enable_progress_bar()

@@ -42,25 +42,19 @@ def load_prompts(config: AlignConfig) -> tuple[list[Prompt], list[Prompt]]:
     return prompts, held_out
 
 
-def of_iteration(prompts: list[Prompt], per_iteration: int | None, iteration: int, further: int = 0) -> list[Prompt]:
-    """The prompts of an iteration (from 1): the next `per_iteration` in order, from the start again after the last one.
+def of_iteration(
+    prompts: list[Prompt], per_iteration: int | None, iteration: int, further: int = 0
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of an iteration (from 1), the next `per_iteration` in order, from the start again after the last one; and all
+    others, in the order in which they are next.
 
     further: how many more prompts the iterations before this one have had.
     """
     if per_iteration is None or per_iteration >= len(prompts):
-        return prompts
-    return _from(prompts, (iteration - 1) * per_iteration + further)[:per_iteration]
-
-
-def after_iteration(prompts: list[Prompt], per_iteration: int, iteration: int, further: int = 0) -> list[Prompt]:
-    """All others, in the order in which they are next."""
-    return _from(prompts, (iteration - 1) * per_iteration + further)[per_iteration:]
-
-
-def _from(prompts: list[Prompt], first: int) -> list[Prompt]:
-    """All prompts, from this one on."""
-    first %= len(prompts)
-    return prompts[first:] + prompts[:first]
+        return prompts, []
+    first = ((iteration - 1) * per_iteration + further) % len(prompts)
+    in_order = prompts[first:] + prompts[:first]
+    return in_order[:per_iteration], in_order[per_iteration:]
 
 
 def imdb_openings(words: int = 5) -> list[Prompt]:

@@ -40,7 +40,7 @@ class Reporter:
         self._tell("on_train_begin")
 
     def stage(self, iteration: int, stage: str, counts: Mapping[str, Any]) -> None:
-        """The counts of a stage; those of evaluation are called eval/..., others train/sample/..., as each tool has it."""
+        """Reports the counts of a stage: of evaluation as eval/..., of others as train/sample/..., in each tool's spelling."""
         if self._tools:
             self._state.global_step = iteration
             begin = "eval_" if stage == "evaluate" else f"{stage}/"

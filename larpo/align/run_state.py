@@ -14,7 +14,7 @@ from ..runs.files import Rows, in_chunks, read_json, read_rows, remove, rows_onc
 from ..runs.ranks import ALONE, Ranks
 from .config import AlignConfig
 from .models import Models
-from .prompts import Prompt, after_iteration, of_iteration
+from .prompts import Prompt, of_iteration
 from .run_folder import RunFolder
 from .samplers import Samplers
 
@@ -31,7 +31,7 @@ class Run:
     held_out: list[Prompt]
     progress: bool = True  # of the first process only
     ranks: Ranks = ALONE
-    memory: Memory | None = None  # what was asked before
+    memory: Memory | None = None  # answers of judges from before
     samplers: Samplers = field(init=False)
 
     def __post_init__(self):
@@ -45,17 +45,10 @@ class Run:
         """Name or folder of the policy after an iteration; after iteration 0 it is the initial model."""
         return self.samplers.policy(iteration)
 
-    def of_iteration(self, iteration: int) -> list[Prompt]:
-        return of_iteration(self.prompts, self.config.prompts_per_iteration, iteration, self._further(iteration))
-
-    def after_iteration(self, iteration: int) -> list[Prompt]:
-        return after_iteration(self.prompts, self.config.prompts_per_iteration, iteration, self._further(iteration))
-
-    def _further(self, iteration: int) -> int:
-        """Prompts that earlier iterations were refilled with."""
-        if not self.config.refill:
-            return 0
-        return sum(self.counts(i, "refill")["prompts"] for i in range(1, iteration))
+    def of_iteration(self, iteration: int) -> tuple[list[Prompt], list[Prompt]]:
+        """The prompts of an iteration, and those that come next: see `larpo.align.prompts`."""
+        refilled = sum(self.counts(i, "refill")["prompts"] for i in range(1, iteration)) if self.config.refill else 0
+        return of_iteration(self.prompts, self.config.prompts_per_iteration, iteration, refilled)
 
     def rows(self, path: Path) -> Rows:
         return self.ranks.first(lambda: read_rows(path))

@@ -1,4 +1,4 @@
-"""The scores that lists are ranked and trained by: what the rewards said, as the settings weigh it."""
+"""The scores that lists are ranked and trained by: rewards, weighted and adjusted as the settings say."""
 
 from __future__ import annotations
 

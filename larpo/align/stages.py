@@ -31,7 +31,7 @@ def sample(run: Run, iteration: int) -> dict[str, Any]:
     """k completions per prompt from the policy at the start of the iteration, at the iteration's temperature."""
     wanted = _to_train_on(run, iteration, (SAMPLE, iteration), run.folder.chunks(iteration, "sample"))
     path = run.folder.iteration(iteration) / "sampled.parquet"
-    rows = run.rows_once(path, lambda: draw(run, run.of_iteration(iteration), wanted))
+    rows = run.rows_once(path, lambda: draw(run, run.of_iteration(iteration)[0], wanted))
     run.remove(wanted.chunks)
     lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
     return {
@@ -71,8 +71,8 @@ def score(run: Run, iteration: int) -> dict[str, Any]:
     folder, chunks = run.folder.iteration(iteration), run.folder.chunks(iteration, "score")
 
     def build() -> Rows:
-        sampled = run.rows(folder / "sampled.parquet")
-        return with_scores(run, sampled, run.of_iteration(iteration), run.config.k, chunks, to_train_on=True)
+        sampled, (prompts, _) = run.rows(folder / "sampled.parquet"), run.of_iteration(iteration)
+        return with_scores(run, sampled, prompts, run.config.k, chunks, to_train_on=True)
 
     rows = run.rows_once(folder / "candidates.parquet", build)
     run.remove(chunks)
@@ -109,7 +109,7 @@ def refill(run: Run, iteration: int) -> dict[str, Any]:
     chunks = run.folder.chunks(iteration, "refill")
 
     def build() -> Rows:
-        found, prompts = [], run.after_iteration(iteration)
+        found, (_, prompts) = [], run.of_iteration(iteration)
         for number in range(1, config.refill_most + 1):
             part = prompts[: len(own) - _with_order(run, own + found)]
             if not part:
@@ -159,7 +159,7 @@ def lists(run: Run, iteration: int) -> dict[str, Any]:
 
 
 def _candidates(run: Run, iteration: int) -> tuple[list[PromptList], list[PromptList]]:
-    """Those of earlier iterations that are remembered, and those of this one, by the scores that lists are trained by."""
+    """(remembered candidates of earlier iterations, candidates of this one), with the scores that lists are trained by."""
     first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[run.config.memory]
     files = ("candidates.parquet", "refilled.parquet") if run.config.refill else ("candidates.parquet",)
     parts = [[row for file in files for row in run.rows(run.folder.iteration(i) / file)] for i in range(first, iteration + 1)]

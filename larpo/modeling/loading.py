@@ -37,7 +37,7 @@ def load_causal_lm(name: str, options: dict[str, Any] | None = None, *, base: st
 
 
 def load_tokenizer(name: str, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """AutoTokenizer.from_pretrained(name); that of its model for an adapter's folder without one of its own."""
+    """AutoTokenizer.from_pretrained(name); for an adapter's folder without a tokenizer, that of the adapter's model."""
     from transformers import AutoTokenizer
 
     kept = {key: value for key, value in (options or {}).items() if key in ("trust_remote_code", "revision", "token")}

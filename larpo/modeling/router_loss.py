@@ -88,7 +88,7 @@ class RouterLoss:
 
 
 def _in_the_way(args: LarPOConfig) -> str | None:
-    """The setting under which the loss would not be that of the batch, or have no gradient."""
+    """Why a setting would give the loss another value than the batch's, or no gradient; None if none does."""
     if args.candidate_micro_batch_size is not None:
         return "it is of a whole batch, and candidate_micro_batch_size runs parts of it"
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

@@ -115,7 +115,7 @@ def _alone(forward: Callable, candidate: TokenizedCandidate, device: torch.devic
 
 
 def _compare(forward: Callable, inputs: dict[str, Any], at: Tensor, alone: Sequence[Tensor], rounding: float) -> str | None:
-    """None where the logits of rows at the completions' places are, but for rounding, those of the candidates alone."""
+    """None if the logits at the completions' places in rows equal those of the candidates alone up to rounding, else why."""
     try:
         logits = forward(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, at)
     except TypeError as error:  # a forward without position_ids

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .text import Text
 
-Call = dict[Any, list[int]]  # the questions that are asked together: by a key, the rows that each is about
+Call = dict[Any, list[int]]  # questions of one call of a reward: {key: the rows that it is about}
 UNCHANGING = {int, float, str, bool, bytes, type(None)}
 
 

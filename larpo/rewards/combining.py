@@ -63,7 +63,7 @@ def judged(
     on_error: Literal["raise", "skip"] = "raise",
     memory: Memory | None = None,
 ) -> list[Values]:
-    """What each reward says of every completion; see `score`. memory: where what they say is kept, and looked up first."""
+    """The values of each reward for every completion; see `score`. memory: where values are looked up first, and kept."""
     if not rewards:
         raise ValueError("rewards is empty; expected at least one reward")
     if on_error not in ("raise", "skip"):
@@ -90,7 +90,7 @@ def judged(
 
 
 def refuse_alike(judges: Sequence[Judge]) -> None:
-    """Raises ValueError where what one judge has said would be taken for what another one says."""
+    """Raises ValueError for two judges that are remembered under one identity: their answers would be mixed up."""
     known = [(judge, judge.identity) for judge in judges if judge.remember]
     for i, (judge, identity) in enumerate(known):
         if identity is not None and any(identity == other for _, other in known[:i]):

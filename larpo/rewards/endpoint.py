@@ -17,7 +17,7 @@ from ..runs.yaml_config import check_choice, is_number
 from .judge import Later
 from .text import Text, text_of
 
-BUSY = (408, 425, 429, 500, 502, 503, 504)  # statuses after which it is asked again
+BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which a request is repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _client() -> Any:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Ten minutes at most: who is told to come back tomorrow shall see an error today."""
+    """At most ten minutes: a server that is away for longer should be an error now."""
     return min(float(retry_after), 600.0) if retry_after and retry_after.isdigit() else 0.0
 
 

@@ -13,7 +13,7 @@ from .judge import Judge, Reward
 
 BUILT_IN = {"imdb_sentiment": "larpo.sentiment:ImdbSentiment"}
 ASKING = {one.name for one in fields(Judge)} - {"reward"}
-HOW = ("batch_size", "max_in_flight", "retries", "remember", "timeout", "api_key_env")  # change nothing of what a judge says
+HOW = ("batch_size", "max_in_flight", "retries", "remember", "timeout", "api_key_env")  # settings that change no score
 
 
 def from_name(name: str) -> Reward:
@@ -79,7 +79,7 @@ def settings_that_count(settings: Any) -> Any:
 
 
 class _Unasked:
-    """Stands for a reward whose settings are looked at: a coroutine, which may have all of them."""
+    """Takes the place of a reward while its settings are checked: a coroutine, since only these take all settings."""
 
     def __init__(self, name: str):
         self.name = name

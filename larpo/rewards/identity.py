@@ -1,4 +1,4 @@
-"""What makes a judge this one and no other: with it, what it has said before need not be asked again."""
+"""What tells a judge from others, so that its earlier answers can be used again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _content(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it; of what is not plain, its type's name."""
+    """A value as JSON holds it; for a value that is not plain, the name of its type."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Mapping):
@@ -92,7 +92,7 @@ def _line(of: Any) -> int | None:
 
 
 def _source_of_module(of: Any) -> str | None:
-    """Of a decorated function that of the decorator: its own name is that of what it decorates."""
+    """A digest of the source. For a decorated function it is the decorator's module: `__module__` names the decorated one's."""
     name = getattr(of, "__globals__", {}).get("__name__") or getattr(of, "__module__", None)
     module = sys.modules.get(name or "")
     try:

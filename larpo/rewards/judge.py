@@ -142,7 +142,7 @@ class Judge:
         known = self._remembered(memory)
         keys = range(len(questions)) if known is None else [self._key(asked.at(rows)) for rows in questions]
         said = {} if known is None else {key: known[key] for key in keys if key in known}
-        missing: dict[Any, list[int]] = {}  # what was said of equal questions is said of all
+        missing: dict[Any, list[int]] = {}  # equal questions are asked once
         for key, rows in zip(keys, questions, strict=True):
             if key not in said:
                 missing.setdefault(key, rows)
@@ -195,7 +195,7 @@ class Judge:
         return self._checked(values, asked)
 
     async def _patiently(self, asked: Asked) -> Values:
-        """Its answer, asked again after an error as often as it may be."""
+        """The reward's answer; after an error it is asked again, `retries` times at most."""
         only = getattr(self.reward, "again_after", Exception)
         for wait in _waits(self.retries):
             try:
@@ -230,7 +230,7 @@ class Judge:
         return self.reward(prompts=own.prompts, completions=own.completions, **own.columns)
 
     def _raised(self, error: Exception) -> RewardError:
-        said = masked(str(error))  # a judge behind an address may show its key
+        said = masked(str(error))  # a message of a server may hold the key
         if isinstance(error, Later):
             return RewardError(f"reward {name_of(self)!r} was asked {self.retries + 1} times: {said}")
         return RewardError(f"reward {name_of(self)!r} raised {type(error).__name__}: {said}")

@@ -1,6 +1,6 @@
-"""What judges have said, kept on disk as it comes: a run that goes on asks nobody twice.
+"""Answers of judges, kept on disk as they arrive, so that a run that goes on asks no question twice.
 
-    FOLDER/JUDGE/00000.jsonl     a line per question that the process of this rank has asked, with the values that it was told
+    FOLDER/JUDGE/00000.jsonl     a line for each question that the process of this rank has asked, with its values
 
 JUDGE is its name with a digest of its identity (identity.py), which itself is not written down: a judge may hold a key.
 
@@ -28,7 +28,7 @@ class Memory:
         self._open: dict[str, Remembered] = {}
 
     def of(self, name: str, identity: dict[str, Any]) -> Remembered:
-        """What the judge of this identity has said."""
+        """The answers of the judge with this identity."""
         key = digest(identity)
         if key not in self._open:
             short = re.sub(r"\W+", "-", name).strip("-")[:40]

@@ -1,6 +1,6 @@
-"""Answers on disk as they arrive, found by what was asked: a process that is killed loses what was in flight, and no more.
+"""Answers, appended to a file as they arrive, a line of JSON each: a killed process loses only answers that had not arrived.
 
-A line of JSON per answer. Those who ask again find it whatever the order of their questions.
+An answer is found by its question, in whatever order questions are asked again.
 """
 
 from __future__ import annotations

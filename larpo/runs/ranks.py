@@ -145,7 +145,9 @@ class Ranks:
             wait = None if outcome.error is None else patience
             found = _within(wait, self._gather, (outcome.said, told(outcome.value)))
         failed = [(rank, why) for rank, (why, _) in enumerate(found or []) if why is not None]
-        if outcome.error is not None and (not failed or failed[0][0] == self.rank):  # the first to fail is who says it
+        if outcome.error is not None and (
+            not failed or failed[0][0] == self.rank
+        ):  # of several that failed the first one raises its own error
             raise outcome.error
         if failed:
             raise OtherProcess(f"process {failed[0][0]} {failed[0][1]}") from outcome.error

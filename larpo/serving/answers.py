@@ -17,7 +17,7 @@ def key_of(weights: str, wanted: Wanted, limits: SamplingLimits) -> str:
 
 
 class Answers(Journal[Answer]):
-    """Found by `key_of` what was asked."""
+    """Answers of a server by `key_of` of the request."""
 
     def fields(self, answer: Answer) -> dict[str, Any]:
         return dataclasses.asdict(answer)

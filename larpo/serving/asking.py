@@ -64,7 +64,7 @@ class SamplingLimits:
         check_settings(self.max_new_tokens, self.top_k, self.top_p, self.stop, self.min_new_tokens)
 
     def only_by_token_ids(self) -> list[str]:
-        """The settings that have no meaning where a server gives text: which tokens ended it, nobody knows."""
+        """The settings that need token ids: where a server gives text, the tokens that ended it are not known."""
         found = {"eos_token": self.only_these_end, "stop": bool(self.stop), "min_new_tokens": self.min_new_tokens > 0}
         return [name for name, given in found.items() if given]
 

@@ -141,7 +141,7 @@ class ServerSampler:
         ]
 
     def _tokens(self, wanted: Wanted, choice: Choice) -> Sequence[int]:
-        """The tokens that the server gave, or those of its text, with the one that training ends such a text in."""
+        """The tokens that the server gave, or those of its text, followed by the one that training puts at the end."""
         if choice.token_ids is not None:
             return choice.token_ids
         tokenizer, is_text = self.tokenizer, isinstance(wanted.prompt, str)
@@ -207,7 +207,7 @@ class _Asker:
 
         if self.sampler.form is None:
             async with self.first:
-                if self.refused is not None:  # what has failed for the first need not fail for all who wait
+                if self.refused is not None:  # all that waited would fail in the same way
                     raise self.refused
                 if self.sampler.form is None:
                     try:

@@ -1,4 +1,4 @@
-"""Which weights a server has: it is told of new ones before the first completion that is asked of them."""
+"""Which weights a server has. It is told to load a policy's weights before the policy's first completion."""
 
 from __future__ import annotations
 

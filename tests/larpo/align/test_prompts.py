@@ -107,6 +107,6 @@ def test_columns_that_cannot_reach_the_reward_are_refused_before_anything_is_sam
 
 def test_iterations_walk_through_the_prompts_without_skipping_any():
     prompts = [{"prompt": letter} for letter in "abcde"]
-    iterations = [[row["prompt"] for row in of_iteration(prompts, 2, i)] for i in (1, 2, 3)]
+    iterations = [[row["prompt"] for row in of_iteration(prompts, 2, i)[0]] for i in (1, 2, 3)]
     assert iterations == [["a", "b"], ["c", "d"], ["e", "a"]]
-    assert of_iteration(prompts, None, 3) == of_iteration(prompts, 9, 3) == prompts
+    assert of_iteration(prompts, None, 3) == of_iteration(prompts, 9, 3) == (prompts, [])

@@ -5,7 +5,7 @@ import pytest
 for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(package)
 from larpo.align import stages
-from larpo.align.prompts import after_iteration, of_iteration
+from larpo.align.prompts import of_iteration
 from larpo.runs.files import read_json
 from tests.helpers.align_runs import PROMPTS, align, config, count_o, rows_of
 
@@ -93,9 +93,9 @@ def test_no_prompt_is_sampled_twice_in_an_iteration(tmp_path):
 def test_prompts_of_an_iteration_and_those_after_it():
     prompts = [{"prompt": letter} for letter in "abcde"]
     for iteration, further, own, rest in ((1, 0, "ab", "cde"), (2, 1, "de", "abc"), (3, 2, "bc", "dea")):
-        assert "".join(row["prompt"] for row in of_iteration(prompts, 2, iteration, further)) == own
-        assert "".join(row["prompt"] for row in after_iteration(prompts, 2, iteration, further)) == rest
-    assert after_iteration(prompts, 7, 1) == []
+        assert "".join(row["prompt"] for row in of_iteration(prompts, 2, iteration, further)[0]) == own
+        assert "".join(row["prompt"] for row in of_iteration(prompts, 2, iteration, further)[1]) == rest
+    assert of_iteration(prompts, 7, 1)[1] == []
 
 
 def test_bad_settings_of_refilling_are_refused(tmp_path):
