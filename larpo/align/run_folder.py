@@ -67,6 +67,10 @@ class RunFolder:
         """The policy after an iteration, counted from 1."""
         return self.iteration(iteration) / "model"
 
+    def checkpoints(self, iteration: int) -> Path:
+        """Of an iteration's training, until it is done."""
+        return self.iteration(iteration) / "checkpoints"
+
     def chunks(self, iteration: int, stage: str) -> Path:
         return self.iteration(iteration) / CHUNKS[stage]
 

@@ -191,13 +191,12 @@ def train(run: Run, iteration: int) -> dict[str, Any]:
     """LarPOTrainer on the lists, from the policy at the start of the iteration; see `larpo.align.training`."""
     folder, model = run.folder.iteration(iteration), run.folder.model(iteration)
     rows = run.rows(folder / "lists.parquet")
-    task = training.Task(run.policy(iteration - 1), model, folder / "checkpoints", run.seed(0, iteration))
     if not run.ranks.first(model.exists):
         # Without settings to compare: a run's folder has the run's, so what diverged there was this.
         with remembered(folder, {}, run.ranks), run.ranks.warn_once():
-            run.ranks.together(lambda: training.train(run, rows, task))
+            run.ranks.together(lambda: training.train(run, rows, iteration))
         run.models.release_all()
-    run.remove(task.checkpoints)
+    run.remove(run.folder.checkpoints(iteration))
     return run.ranks.first(lambda: training.report(model))
 
 

@@ -94,7 +94,7 @@ def _stages(folder: RunFolder, settings: dict[str, Any]) -> Iterator[tuple[int, 
 
 def _kept(folder: RunFolder, iteration: int, stage: str) -> str:
     if stage == "train":
-        steps = [int(path.name.rpartition("-")[2]) for path in folder.iteration(iteration).glob("checkpoints/checkpoint-*")]
+        steps = [int(path.name.rpartition("-")[2]) for path in folder.checkpoints(iteration).glob("checkpoint-*")]
         return f"a checkpoint of step {max(steps)} is kept" if steps else ""
     chunks = folder.chunks(iteration, stage)
     answers = sum(path.read_bytes().count(b"\n") for path in chunks.rglob("answers.jsonl"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from .completions import as_data
 from .config import AlignConfig
 
 if TYPE_CHECKING:
-    from .models import Models
     from .run_state import Run
 
 logger = logging.getLogger(__name__)
@@ -23,18 +21,9 @@ REPORTED = ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "ndcg"
 STATE = "trainer_state.json"
 
 
-@dataclass(frozen=True)
-class Task:
-    """One iteration's training: which policy (a name or folder) is trained, and where the result and its checkpoints go."""
-
-    policy: str
-    model: Path
-    checkpoints: Path
-    seed: int
-
-
-def train(run: Run, rows: Rows, task: Task) -> None:
-    """Trains a policy on lists and writes the result, with the trainer's log. All processes train, the first one writes.
+def train(run: Run, rows: Rows, iteration: int) -> None:
+    """Trains the policy before an iteration on lists and writes the one after it, with the trainer's log. All processes train,
+    the first one writes.
 
     The reference is the policy before training, or the initial model with reference="initial". Without lists the policy
     is written as it is, with a warning.
@@ -48,17 +37,18 @@ def train(run: Run, rows: Rows, task: Task) -> None:
     from .models import train_last_layers
 
     config, models, ranks = run.config, run.models, run.ranks
+    before, after, checkpoints = run.policy(iteration - 1), run.folder.model(iteration), run.folder.checkpoints(iteration)
     if not rows:
-        ranks.first(lambda: _write_as_it_is(task, models))
+        ranks.first(lambda: _write_as_it_is(models.load(before), after, models.tokenizer))
         return
-    policy = models.load_for_training(task.policy)
+    policy = models.load_for_training(before)
     if config.trained_layers is not None:
         train_last_layers(policy, config.trained_layers)
     settings = config.training_settings()
     trainer = LarPOTrainer(
         policy,
         models.load_reference() if config.reference == "initial" and not settings.get("reference_free") else None,
-        arguments(config, str(task.checkpoints), task.seed),
+        arguments(config, str(checkpoints), run.seed(0, iteration)),
         train_dataset=as_data(rows, "scores", "source"),
         processing_class=models.tokenizer,
         peft_config=_peft_config(config, policy),
@@ -67,13 +57,13 @@ def train(run: Run, rows: Rows, task: Task) -> None:
         trainer.reference.release()  # its log-probs are in the data now
         models.release()
     _show_a_bar(trainer, run.progress)
-    trainer.train(resume_from_checkpoint=ranks.first(lambda: last_whole_checkpoint(task.checkpoints, trainer.args)))
+    trainer.train(resume_from_checkpoint=ranks.first(lambda: last_whole_checkpoint(checkpoints, trainer.args)))
     sharded = is_sharded(trainer.accelerator)
-    refuse_nonfinite_weights(trainer.model, task.model, trainer.accelerator if sharded else None)
+    refuse_nonfinite_weights(trainer.model, after, trainer.accelerator if sharded else None)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # whole, in the first process
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    ranks.first(lambda: _write(task.model, trained, models.tokenizer, weights, trainer.state))
-    ranks.each(lambda: shown(task.model))
+    ranks.first(lambda: _write(after, trained, models.tokenizer, weights, trainer.state))
+    ranks.each(lambda: shown(after))
 
 
 def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
@@ -83,10 +73,8 @@ def arguments(config: AlignConfig, output_dir: str, seed: int) -> Any:
     from ..config import LarPOConfig
 
     gpu = torch.accelerator.is_available()
-    here = {
-        "dataloader_pin_memory": gpu,
-        "use_cpu": not gpu,
-    }  # torch warns of the one, accelerate sees one process without the other
+    # Without a GPU torch warns of pinned memory, and accelerate sees one process only unless it is told to use the CPU.
+    here = {"dataloader_pin_memory": gpu, "use_cpu": not gpu}
     try:
         return LarPOConfig(output_dir=output_dir, seed=seed, **here | config.training_settings())
     except (TypeError, ValueError) as error:
@@ -106,9 +94,9 @@ def report(model: Path) -> dict[str, Any]:
     return {"steps": log["global_step"], "log": steps}
 
 
-def _write_as_it_is(task: Task, models: Models) -> None:
-    logger.warning("no list has an order to learn from: the policy stays as it is (%s)", task.model.parent)
-    _write(task.model, models.load(task.policy), models.tokenizer)
+def _write_as_it_is(policy: Any, folder: Path, tokenizer: Any) -> None:
+    logger.warning("no list has an order to learn from: the policy stays as it is (%s)", folder.parent)
+    _write(folder, policy, tokenizer)
 
 
 def _write(folder: Path, model: Any, tokenizer: Any, weights: Any = None, state: Any = None) -> None:
