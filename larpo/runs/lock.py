@@ -28,15 +28,11 @@ def is_locked(folder: Path) -> bool | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, rank: int = 0) -> Iterator[None]:
-    """The lock that a run holds while it works in `folder`, taken by its first process. It ends with that process, even if
-    killed.
+def locked(folder: Path) -> Iterator[None]:
+    """The lock that a run holds while it works in `folder`. It ends with the process that took it, even if that is killed.
 
     Raises ValueError if another run has it.
     """
-    if rank != 0:
-        yield
-        return
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
