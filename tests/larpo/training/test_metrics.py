@@ -194,7 +194,7 @@ def test_graph_and_low_precision_scores_are_fine():
         ((torch.zeros(4), torch.zeros(3), 2), ValueError, r"relevance must be \[S\].*got \[3\] \(scores: \[4\]\)"),
         ((torch.zeros(2, 2), torch.zeros(4), 2), ValueError, r"scores must be \[S\].*\[2, 2\]"),
         ((torch.zeros(4), [0.0] * 4, 2), TypeError, "relevance must be a real tensor.*list"),
-        ((torch.zeros(4), torch.zeros(4), 3), ValueError, "list_sizes=3 must .* divide .* 4"),
+        ((torch.zeros(4), torch.zeros(4), 3), ValueError, "list_sizes=3 must divide .* 4"),
         ((torch.zeros(4), torch.zeros(4), [3, 2]), ValueError, "sum to the number of candidates, 4; they sum to 5"),
         ((torch.zeros(4), torch.zeros(4), torch.tensor([4, 0])), ValueError, "must all be >= 1"),
         ((torch.zeros(4), torch.zeros(4), torch.tensor([2.0, 2.0])), TypeError, "list_sizes must be .* integer dtype"),
