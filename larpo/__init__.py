@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .candidates import Candidate, PromptList
     from .config import LarPOConfig
     from .data import as_lists, from_candidate_lists, load_lists
-    from .data.preprocessing import describe
     from .data.tokenization import tokenize_lists
     from .sampling import TransformersSampler, VLLMSampler
     from .scoring import score_lists
     from .trainer import LarPOTrainer
     from .training.metrics import list_metrics
+    from .training.preprocessing import describe
 
     align: CallableModule
 
@@ -26,7 +26,7 @@ _WHERE = {
     "LarPOConfig": "config",
     "LarPOTrainer": "trainer",
     "as_lists": "data",
-    "describe": "data.preprocessing",
+    "describe": "training.preprocessing",
     "from_candidate_lists": "data",
     "load_lists": "data",
     "tokenize_lists": "data.tokenization",

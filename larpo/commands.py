@@ -155,8 +155,8 @@ def train(job: TrainJob, args: LarPOConfig) -> LarPOTrainer:
 def _train(job: TrainJob, args: LarPOConfig, ranks: Ranks) -> LarPOTrainer:
     from .data.one_source import read_lists
     from .modeling.adapters import lora_config
-    from .runs.divergence import remembered
     from .trainer import LarPOTrainer
+    from .training.divergence import remembered
 
     adapter = None if job.peft is None else lora_config(job.peft)
     data, read = _train_lists(job, args)
@@ -206,7 +206,7 @@ def _identity(job: TrainJob, args: LarPOConfig, data: Dataset | IterableDataset)
     from .config import LarPOConfig
     from .data.loading import as_lists
     from .data.stored_logps import reference_of
-    from .data.training_stream import FIRST
+    from .training.list_stream import FIRST
 
     settings = args.to_dict()
     names = [name for name in LarPOConfig.__annotations__ if name not in HOW]
@@ -254,9 +254,9 @@ def describe(
 
     source, model: win over the config file's train_data and model; flags: settings of `larpo train`.
     """
-    from .data.preprocessing import describe
     from .data.summary import FILE, read_summaries
     from .modeling.loading import load_tokenizer
+    from .training.preprocessing import describe
 
     if source is not None and Path(source).name == FILE:
         return read_summaries(Path(source))

@@ -13,7 +13,7 @@ from larpo_kernels import validation
 from larpo_kernels.linear.schedules import SCHEDULES
 from larpo_kernels.objectives import Objective
 
-from .data.limits import PROMPT_LENGTH, Truncation, prompt_limit
+from .data.limits import PROMPT_LENGTH, TokenLimits, Truncation
 from .field_docs import documented
 from .runs.secrets import given_again, is_secret, masked, without_secrets
 from .runs.yaml_config import as_meant, check_choice, is_whole, json_object
@@ -22,8 +22,6 @@ from .training.nonfinite import ON_NONFINITE
 from .training.refused_settings import refuse_settings
 
 COUNTS = {  # settings that are None or whole numbers, and the least of each
-    "max_length": 1,
-    "max_prompt_length": 1,
     "candidate_micro_batch_size": 1,
     "precompute_ref_batch_size": 1,
     "ndcg_k": 1,
@@ -141,7 +139,8 @@ class LarPOConfig(TrainingArguments):
         super().__post_init__()
         self.label_names = self.label_names or []  # the trainer's own; or transformers looks for a PEFT model's and warns
         self.logging_nan_inf_filter = False  # it would wait for each loss once more, and log another number in its place
-        self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
+        check_choice("truncation_mode", self.truncation_mode, get_args(Truncation))
+        self.max_prompt_length = self.token_limits().max_prompt_length
         self._check_loss()
         self._check_lists()
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -179,12 +178,6 @@ class LarPOConfig(TrainingArguments):
             raise ValueError(f"list_top and list_bottom go together, got {self.list_top} and {self.list_bottom}")
         if self.list_top is not None and self.list_top + self.list_bottom < 2:
             raise ValueError(f"list_top + list_bottom must be at least 2, got {self.list_top} + {self.list_bottom}")
-        if self.max_length is not None and self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length must be below max_length, which counts prompt and completion; "
-                f"got {self.max_prompt_length} and {self.max_length}"
-            )
-        check_choice("truncation_mode", self.truncation_mode, get_args(Truncation))
 
     def _check_reference(self) -> None:
         if self.ref_logps is not None:
@@ -214,6 +207,10 @@ class LarPOConfig(TrainingArguments):
             if isinstance(value, str | dict):
                 setattr(shared, name, None if is_secret(name) else without_secrets(value))
         return shared
+
+    def token_limits(self) -> TokenLimits:
+        """How long prompts and completions may be, and what ends them."""
+        return TokenLimits(self.max_length, self.max_prompt_length, self.truncation_mode, self.append_eos)
 
     def resolved_objective(self) -> Objective:
         """The objective with its options."""

@@ -2,7 +2,7 @@
 
 a step          training/losses.py, training/candidate_slices.py, modeling/policy.py
 what guards it  training/nonfinite.py, training/refused_settings.py, modeling/checks.py
-batches         data/preprocessing.py, data/collator.py, training/token_batches.py, training/list_weights.py
+batches         training/preprocessing.py, data/collator.py, training/token_batches.py, training/list_weights.py
 logs            training/training_log.py, training/predictions.py
 checkpoints     training/resuming.py, runs/checkpoints.py
 the reference   modeling/reference_policy.py
@@ -29,10 +29,8 @@ import larpo_kernels as lk
 
 from .config import LarPOConfig
 from .data.collator import Layout, ListCollator
-from .data.preprocessing import is_tokenised, training_lists
 from .data.summary import write_summaries
 from .data.text_tokenizer import text_tokenizer
-from .data.training_stream import ListStream
 from .modeling import adapter_start, adapters, lm_heads, prefix_sharing
 from .modeling.checks import check_tokens, refuse_foreign_optimizer, warn_half_precision
 from .modeling.layout_choice import choose_layout, differs_when_shared
@@ -44,10 +42,12 @@ from .modeling.sharding import is_sharded, on_deepspeed
 from .training import model_card, setup
 from .training.candidate_slices import CandidateSlices
 from .training.list_log import ListLog
+from .training.list_stream import ListStream
 from .training.list_weights import batches_of_window, lists_of_window, without_repeats
 from .training.losses import mean_over_lists
 from .training.nonfinite import FiniteLoss, SkippedBatch, finish_update_without, refuse_nonfinite_weights
 from .training.predictions import PredictionLog
+from .training.preprocessing import is_tokenised, training_lists
 from .training.refused_settings import refuse_arguments, refuse_unapplied
 from .training.resuming import checkpoint_asked_for, lists_before
 from .training.token_batches import token_batches_loader

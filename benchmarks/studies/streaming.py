@@ -61,7 +61,7 @@ def lists_of(path: Path, way: str) -> Iterable:
     if way == "stream":
         return stream
     from benchmarks.studies.tiny_lm import byte_level_bpe
-    from larpo.data.training_stream import training_stream
+    from larpo.training.list_stream import training_stream
 
     tokenizer = byte_level_bpe((row["prompt"] for row in made_up(1000)), 400, pad_token="</s>", eos_token="</s>")
     args = larpo.LarPOConfig(output_dir=tempfile.gettempdir(), report_to="none", use_cpu=True, max_steps=1)

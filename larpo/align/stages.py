@@ -14,8 +14,8 @@ import numpy as np
 
 from .. import candidates as candidate_lists
 from ..candidates import PromptList, from_rows, to_rows
-from ..runs.divergence import remembered
 from ..runs.files import Rows, write_rows
+from ..training.divergence import remembered
 from . import evaluation, other_engine, training
 from .completions import Draw, draw, with_logps, with_scores
 from .run_state import Run

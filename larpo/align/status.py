@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.divergence import FILE as DIVERGED
 from ..runs.files import read_json
 from ..runs.lock import is_locked
+from ..training.divergence import FILE as DIVERGED
 from .lines import line
 from .run_folder import RunFolder, stages_of
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from ..config import LarPOConfig
+from typing import Any, Literal
 
 Truncation = Literal["keep_end", "keep_start"]
 
@@ -54,11 +51,6 @@ class TokenLimits:
             )
         if self.truncation_mode not in ("keep_end", "keep_start"):
             raise ValueError(f"truncation must be 'keep_end' or 'keep_start', got {self.truncation_mode!r}")
-
-    @classmethod
-    def of(cls, args: LarPOConfig) -> TokenLimits:
-        """Those of a training run."""
-        return cls(args.max_length, args.max_prompt_length, args.truncation_mode, args.append_eos)
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))

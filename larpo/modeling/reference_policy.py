@@ -15,9 +15,9 @@ from accelerate.utils import fsdp2_prepare_model, gather_object
 from torch import Tensor, nn
 
 from ..data.scored_tokens import SCORED_WITH, counted_tokens, model_name, reference
-from ..scoring import candidate_logps
 from . import adapters
 from .checks import refuse_shared
+from .dataset_logps import candidate_logps
 from .eval_mode import in_eval_mode
 from .reference_model import frozen_copy, without_dropout
 from .sharding import is_sharded, on_deepspeed, reshard, will_replace_parameters

@@ -15,13 +15,13 @@ from torch.utils.data import IterableDataset
 
 from ..config import LarPOConfig
 from ..data.collator import ListCollator
-from ..data.preprocessing import prepare
 from ..data.text_tokenizer import padding_id
-from ..data.training_stream import ListStream, training_stream
 from ..modeling import adapters
 from ..modeling.checks import check_tokens, refuse_frozen, vocabulary
 from ..modeling.lm_heads import causal_lm
 from ..modeling.loading import load_causal_lm, load_tokenizer
+from .list_stream import ListStream, training_stream
+from .preprocessing import prepare
 
 if TYPE_CHECKING:
     from datasets import Dataset

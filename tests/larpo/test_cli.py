@@ -519,8 +519,8 @@ def test_what_the_data_is_made_of_is_written_while_a_command_trains(capsys):
 
     from larpo.cli import _shown
 
-    logger = logging.getLogger("larpo.data.preprocessing")
-    with _shown("larpo.data"):
+    logger = logging.getLogger("larpo.training.preprocessing")
+    with _shown("larpo.training"):
         logger.info("train data: 2 lists")
     logger.info("and after")
     assert capsys.readouterr().err == "train data: 2 lists\n"

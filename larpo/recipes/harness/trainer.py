@@ -18,8 +18,9 @@ from transformers import PrinterCallback
 from larpo.candidates import PromptList, drop_uninformative, to_rows
 from larpo.config import LarPOConfig
 from larpo.data.collator import ListCollator
+from larpo.data.tokenization import tokenize_lists
+from larpo.modeling.dataset_logps import candidate_logps
 from larpo.modeling.policy import Policy, attach
-from larpo.scoring import candidate_logps, tokenize_lists
 from larpo.trainer import LarPOTrainer
 
 # (logps [S], ref_logps [S] or None, num_tokens [S], relevance [S], list_sizes [L]) -> (mean loss over lists, scores [S])

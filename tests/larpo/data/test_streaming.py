@@ -13,8 +13,8 @@ import torch
 
 from larpo import LarPOTrainer, commands
 from larpo.data.loading import as_lists, load_lists
-from larpo.data.training_stream import training_stream
 from larpo.scoring import score_lists
+from larpo.training.list_stream import training_stream
 from tests.helpers import tiny
 from tests.helpers.trainers import config
 

@@ -12,9 +12,9 @@ from datasets import Dataset
 
 import larpo_kernels as lk
 from larpo.data.collator import ListCollator
-from larpo.data.preprocessing import training_lists
 from larpo.trainer import LarPOTrainer
 from larpo.training.losses import ListLoss, mean_over_lists
+from larpo.training.preprocessing import training_lists
 from tests.helpers import tiny
 from tests.helpers.trainers import config, eager_logps, step, trainer
 
@@ -307,7 +307,7 @@ def test_how_many_lists_are_skipped_is_said(tmp_path, caplog):
     rows = [
         {**row, "scores": scores} for row, scores in zip(tiny.lists(3, m=2), ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0]), strict=True)
     ]
-    with caplog.at_level("INFO", logger="larpo.data"):
+    with caplog.at_level("INFO", logger="larpo.training"):
         training_lists(rows, tiny.tokenizer(), config(tmp_path, ties="skip"))
     assert "ties='skip' leaves out 1 of 3 lists" in caplog.text
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.nonfinite import NonFiniteError
-from .files import read_json, remove, write_json
-from .identity import changed
-from .ranks import ALONE, Ranks
+from ..runs.files import read_json, remove, write_json
+from ..runs.identity import changed
+from ..runs.ranks import ALONE, Ranks
+from .nonfinite import NonFiniteError
 
 FILE = "diverged.json"  # why, and of which run
 

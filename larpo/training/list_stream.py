@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .limits import TokenLimits
-from .loading import as_lists
+from ..data.loading import as_lists
+from ..data.reader import IMPLICIT
+from ..data.stored_logps import read_logps
+from ..data.tokenization import tokenize_row
 from .preprocessing import Prepared, no_prompt, prepare, subset
-from .reader import IMPLICIT
-from .stored_logps import read_logps
-from .tokenization import tokenize_row
 
 if TYPE_CHECKING:
     import datasets
@@ -70,11 +69,11 @@ class ListStream(IterableDataset):
         _refuse(row, where, args)
         if args.list_top is not None:
             row = row | subset(row, args.list_top, args.list_bottom)
-        tokens = tokenize_row(row, self.tokenizer, where=where, **TokenLimits.of(args).arguments())
+        tokens = tokenize_row(row, self.tokenizer, where=where, **args.token_limits().arguments())
         if self.stored is not None:
             found = self.stored.of(tokens)
             if np.isnan(found).any():
-                raise self.stored.missing(where, found, self.tokenizer, TokenLimits.of(args).as_dict())
+                raise self.stored.missing(where, found, self.tokenizer, args.token_limits().as_dict())
             tokens["ref_logps"] = found.tolist()
         if self.optional != [name for name in ("ref_logps",) if name in tokens]:
             raise ValueError(f"ref_logps: {where} and the first list differ in whether they have any; give them for every list")

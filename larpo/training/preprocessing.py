@@ -8,19 +8,18 @@ import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..candidates import top_bottom_indices
-from ..training.losses import is_settled
-from .converting import Read
-from .limits import TokenLimits
-from .loading import load_lists, read_sources
-from .one_source import read_rows
-from .reader import IMPLICIT, PER_ANSWER
-from .reading import Reading
-from .scored_tokens import TOKEN_HASHES
-from .stored_logps import read_logps
-from .summary import DataSummary, summarise
-from .summary.words import sentences
-from .text_tokenizer import text_tokenizer
-from .tokenization import TokenizationReport, tokenize_lists, tokens_of_lists
+from ..data.converting import Read
+from ..data.loading import load_lists, read_sources
+from ..data.one_source import read_rows
+from ..data.reader import IMPLICIT, PER_ANSWER
+from ..data.reading import Reading
+from ..data.scored_tokens import TOKEN_HASHES
+from ..data.stored_logps import read_logps
+from ..data.summary import DataSummary, summarise
+from ..data.summary.words import sentences
+from ..data.text_tokenizer import text_tokenizer
+from ..data.tokenization import TokenizationReport, tokenize_lists, tokens_of_lists
+from .losses import is_settled
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,7 +139,7 @@ class Tokenised(NamedTuple):
     report: TokenizationReport
 
     def summary(self, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig, **more: Any) -> DataSummary:
-        limits = TokenLimits.of(args).as_dict() | {name: getattr(args, name) for name in SUBSET}
+        limits = args.token_limits().as_dict() | {name: getattr(args, name) for name in SUBSET}
         return summarise(self.read, self.tokens, self.report, tokenizer, limits, **more)
 
 
@@ -149,7 +148,7 @@ def _tokenised(read: Read, tokenizer: PreTrainedTokenizerBase, args: LarPOConfig
     if args.list_top is not None:
         options = {"top": args.list_top, "bottom": args.list_bottom}
         lists = lists.map(subset, fn_kwargs=options, desc="choosing candidates")
-    limits = TokenLimits.of(args).arguments()
+    limits = args.token_limits().arguments()
     tokens, report = tokenize_lists(lists, tokenizer, num_proc=args.dataset_num_proc, **limits)
     return Tokenised(read, lists, tokens, report)
 
@@ -164,7 +163,7 @@ def _for_training(data: Tokenised, tokenizer: PreTrainedTokenizerBase, args: Lar
     if args.ref_logps is not None:
         if "ref_logps" in tokenised.column_names:
             raise ValueError(f"ref_logps={args.ref_logps!r} is given, and the {name} data has ref_logps: leave one of them out")
-        tokenised = read_logps(args.ref_logps).added_to(tokenised, name, tokenizer, TokenLimits.of(args).as_dict())
+        tokenised = read_logps(args.ref_logps).added_to(tokenised, name, tokenizer, args.token_limits().as_dict())
     if "weight" in lists.column_names:
         tokenised = tokenised.add_column("weight", _mean_one(lists["weight"][:], name))
     if getattr(args.resolved_objective(), "ties", None) == "skip":

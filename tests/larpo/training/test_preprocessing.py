@@ -10,7 +10,7 @@ datasets = pytest.importorskip("datasets")
 
 from larpo import LarPOConfig
 from larpo.data.loading import as_lists
-from larpo.data.preprocessing import training_lists
+from larpo.training.preprocessing import training_lists
 from tests.helpers.tokenizer_families import tiny_tokenizer
 
 datasets.disable_progress_bars()
@@ -84,7 +84,7 @@ def test_a_dialogue_without_a_prompt_has_the_lengths_of_one_with_it(tokenizer, t
 
 def test_the_report_shows_what_counts(tokenizer, tmp_path, caplog):
     rows = [{"prompt": [{"role": "user", "content": "hello"}], "completions": ["no", "yes"], "scores": [0.0, 1.0]}]
-    with caplog.at_level(logging.INFO, logger="larpo.data"):
+    with caplog.at_level(logging.INFO, logger="larpo.training"):
         training_lists(rows, tokenizer, config(tmp_path), "eval")
     assert caplog.messages == [
         "eval data: 2 candidates a list, scores 0 to 1, tied pairs none; tokens of a prompt 17 (median) to 17, of a completion "
