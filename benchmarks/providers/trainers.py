@@ -84,8 +84,10 @@ class TrainerStep:
         return _policy(self.dtype, self.device)
 
     def reference(self):
-        """One model, whoever asks: trainers only read it, and four of them fill a laptop without copies of it."""
-        return _reference(self.dtype, self.device, self.seed)
+        """A model for one trainer, which wraps its forward. All of them share their parameters, which trainers only read: four
+        copies would fill a laptop."""
+        shared = _reference(self.dtype, self.device, self.seed)
+        return copy.deepcopy(shared, {id(parameter): parameter for parameter in shared.parameters()})
 
     def tokens(self, tokenizer) -> list[tuple[list[int], list[int]]]:
         """Of every candidate, those of its prompt and those of its completion."""
