@@ -106,7 +106,7 @@ class Compound(Reader):
     temperature: float = 0.1
 
     def prepare(self, model, tokenizer, asked: Sequence[questions.Question]) -> tuple[Any, list[Case]]:
-        rows = [reading.rows_of(tokenizer, one, [[p] for p in one.passages], tokenizer.pad_token_id) for one in asked]
+        rows = [reading.rows_of(tokenizer, one, [[p] for p in one.passages], score_question=True) for one in asked]
         policy, rows = last_layers.cut(model, rows, self.layers, "compound: frozen layers")
         return policy, [Case(one, batch, read(policy, one, batch)) for one, batch in zip(asked, rows, strict=True)]
 

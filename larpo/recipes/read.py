@@ -27,7 +27,7 @@ from torch import Tensor
 from .actions import Menu
 from .harness.recipe import Arm, Columns, Recipe, Row, commands
 from .tasks import corridor, toy_lm
-from .tasks.corridor import ACTIONS, STATES
+from .tasks.corridor import ACTIONS, PROMPTS, STATES
 
 OPEN = len(ACTIONS)  # in a plan: an action that is not decided yet
 MOST_WEIGHT = 20.0  # a single lucky step does not outweigh a batch
@@ -40,37 +40,12 @@ def advantage_weighted(logps: Tensor, advantages: Tensor, temperature: float, mo
     return -((advantages / temperature).exp().clamp(max=most).detach() * logps).mean()
 
 
-# --- the planner -------------------------------------------------------------------------------------------------
-
-
-def line(state: int, ann_does: int | None) -> int:
-    """The place among the planner's prompts: Ann's in each state, then Ben's for each action of hers."""
-    return state if ann_does is None else len(STATES) * (1 + ann_does) + state
-
-
-PROMPTS = [corridor.prompt(state, ann_does) for ann_does in (None, *range(len(ACTIONS))) for state in STATES]
-
-
-class Step(NamedTuple):
-    """One action of one agent, and what it came to."""
-
-    state: int
-    ann_does: int | None  # None: this is Ann's own step
-    action: int
-    returned: float = 0.0  # discount ** (steps until success), 0 without
-
-    @property
-    def plan(self) -> tuple[int, int, int]:
-        """The state, Ann's action and Ben's."""
-        return (self.state, self.action, OPEN) if self.ann_does is None else (self.state, self.ann_does, self.action)
-
-
 class Planner:
     """A tiny LM that says the next action of either agent."""
 
     def __init__(self, seed: int, steps: int):
         words, draw = corridor.tokenizer(), random.Random(seed)
-        examples = [_selfish(draw) for _ in range(1500)]
+        examples = [corridor.selfish(draw) for _ in range(1500)]
         self.model = toy_lm.fitted(words, examples, seed=seed, steps=steps, end=False, hidden_size=32)
         self.menu = Menu(words, PROMPTS, ACTIONS)
 
@@ -78,14 +53,6 @@ class Planner:
     def policy(self) -> np.ndarray:
         """[prompts, actions] probabilities."""
         return self.menu.logps(self.model).double().softmax(-1).numpy()
-
-
-def _selfish(draw: random.Random) -> tuple[str, str]:
-    """A line to learn from: somebody who heads for the own goal two times out of three, and never thinks of the other."""
-    state, ann_does = draw.choice(STATES), draw.choice([None, *range(len(ACTIONS))])
-    cell, ahead = (state[0], "east") if ann_does is None else (state[1], "west")
-    ahead = "south" if cell == corridor.BAY else ahead
-    return corridor.prompt(state, ann_does), ahead if draw.random() < 2 / 3 else ACTIONS[draw.randrange(len(ACTIONS))]
 
 
 def choose(weights: Sequence[float], draw: random.Random, advantages: Sequence[float] | None, tries: int = 5) -> int:
@@ -97,32 +64,19 @@ def choose(weights: Sequence[float], draw: random.Random, advantages: Sequence[f
     return max(drawn[: wanted + 1], key=lambda action: advantages[action])
 
 
-def episode(policy: np.ndarray, draw: random.Random, most_steps: int, advantages=None) -> tuple[int, list[Step]]:
-    """Steps taken (most_steps + 1 where there is no success), and both agents' actions at each.
+class Steps(NamedTuple):
+    """What the agents did, all [S]."""
 
-    advantages: [prompts][actions], by which agents plan again, see `choose`.
-    """
-    ann, ben = corridor.START
-    taken = []
-
-    def act(state: int, ann_does: int | None) -> int:
-        place = line(state, ann_does)
-        action = choose(policy[place], draw, None if advantages is None else advantages[place])
-        taken.append(Step(state, ann_does, action))
-        return action
-
-    for step in range(1, most_steps + 1):
-        state = corridor.PLACE[ann, ben]
-        first = act(state, None)
-        second = act(state, first)
-        ann = corridor.move(ann, first, ben)
-        ben = corridor.move(ben, second, ann)
-        if (ann, ben) == corridor.GOAL:
-            return step, taken
-    return most_steps + 1, taken
+    places: Tensor  # of their prompts
+    actions: Tensor
+    returned: Tensor  # discount ** (steps until success), 0 without
 
 
-# --- the critic --------------------------------------------------------------------------------------------------
+def plans(places: Tensor, actions: Tensor) -> Tensor:
+    """[S, 3] plans once the prompts at these places are answered: the state, Ann's action and Ben's."""
+    turn, state = places // len(STATES), places % len(STATES)
+    is_ann = turn == 0  # else the prompt says that she does action turn - 1
+    return torch.stack([state, torch.where(is_ann, actions, turn - 1), torch.where(is_ann, OPEN, actions)], 1)
 
 
 class Critic(torch.nn.Module):
@@ -139,39 +93,28 @@ class Critic(torch.nn.Module):
         hot = [torch.nn.functional.one_hot(plans[:, i], size) for i, size in enumerate(self.sizes)]
         return self.net(torch.cat(hot, 1).float()).squeeze(1)
 
-    def advantages(self, steps: Sequence[Step]) -> Tensor:
+    @torch.no_grad()
+    def advantages(self, places: Tensor, actions: Tensor) -> Tensor:
         """[S]: what each action adds to the value of the plan before it."""
-        with torch.no_grad():
-            before, after = _plans(steps)
-            return self(after) - self(before)
+        return self(plans(places, actions)) - self(plans(places, torch.full_like(actions, OPEN)))
 
     def table(self) -> list[list[float]]:
         """[prompts][actions]: the advantages of all actions there are."""
-        whom, places = (None, *range(len(ACTIONS))), range(len(STATES))
-        steps = [Step(state, ann_does, action) for ann_does in whom for state in places for action in range(len(ACTIONS))]
-        return self.advantages(steps).view(-1, len(ACTIONS)).tolist()
+        places = torch.arange(len(PROMPTS)).repeat_interleave(len(ACTIONS))
+        return self.advantages(places, torch.arange(len(ACTIONS)).repeat(len(PROMPTS))).view(-1, len(ACTIONS)).tolist()
 
-    def fit(self, steps: Sequence[Step], updates: int, seed: int) -> None:
+    def fit(self, steps: Steps, updates: int, seed: int) -> None:
         """Regression of returns on the plans' beginnings."""
         generator = torch.Generator().manual_seed(seed)
-        plans = torch.cat(_plans(steps))
-        returned = torch.tensor([step.returned for step in steps]).repeat(2)
+        before, after = plans(steps.places, torch.full_like(steps.actions, OPEN)), plans(steps.places, steps.actions)
+        inputs, returned = torch.cat([before, after]), steps.returned.repeat(2)
         optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
         for _ in range(updates):
-            drawn = torch.randint(len(plans), (512,), generator=generator)
-            loss = (self(plans[drawn]) - returned[drawn]).square().mean()
+            drawn = torch.randint(len(inputs), (512,), generator=generator)
+            loss = (self(inputs[drawn]) - returned[drawn]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-
-
-def _plans(steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
-    """[S, 3] each: the plans before and after each step's action."""
-    before = [step._replace(action=OPEN).plan for step in steps]
-    return torch.tensor(before), torch.tensor([step.plan for step in steps])
-
-
-# --- the run -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -224,11 +167,10 @@ class Read(Recipe):
         tests = [self.test(planner.policy(), seed)]
         for t in range(self.rounds):
             steps = self.collect(planner.policy(), draw)
-            advantages = self.critic(steps, seed, t).advantages(steps) if weighted else torch.zeros(len(steps))
-            lines = torch.tensor([line(step.state, step.ann_does) for step in steps])
-            did = torch.tensor([step.action for step in steps])
+            places, did, _ = steps
+            advantages = self.critic(steps, seed, t).advantages(places, did) if weighted else torch.zeros(len(did))
             for _ in range(self.updates):
-                logps = planner.menu.logps(planner.model)[lines, did]
+                logps = planner.menu.logps(planner.model)[places, did]
                 loss = advantage_weighted(logps, advantages, self.temperature)
                 optimizer.zero_grad()
                 loss.backward()
@@ -236,18 +178,25 @@ class Read(Recipe):
             tests.append(self.test(planner.policy(), seed))
         return {"steps": [length for length, _ in tests], "success": tests[-1][1]}
 
-    def collect(self, policy: np.ndarray, draw: random.Random) -> list[Step]:
-        """The steps of whole episodes with their discounted returns."""
-        steps = []
-        for _ in range(self.episodes):
-            length, taken = episode(policy, draw, self.most_steps)
-            for i, step in enumerate(taken):
-                steps.append(
-                    step._replace(returned=self.discount ** (length - 1 - i // 2) if length <= self.most_steps else 0.0)
-                )
-        return steps
+    def episode(self, policy: np.ndarray, draw: random.Random, advantages=None) -> tuple[int, list[tuple[int, int]]]:
+        """As `corridor.episode`. advantages: [prompts][actions], by which agents plan again, see `choose`."""
 
-    def critic(self, steps: Sequence[Step], seed: int, t: int) -> Critic:
+        def act(place: int) -> int:
+            return choose(policy[place], draw, None if advantages is None else advantages[place])
+
+        return corridor.episode(act, self.most_steps)
+
+    def collect(self, policy: np.ndarray, draw: random.Random) -> Steps:
+        """The steps of whole episodes."""
+        taken, returned = [], []
+        for _ in range(self.episodes):
+            length, actions = self.episode(policy, draw)
+            taken += actions
+            won = length <= self.most_steps
+            returned += [self.discount ** (length - 1 - i // 2) * won for i in range(len(actions))]  # two actions are a step
+        return Steps(*torch.tensor(taken).T, torch.tensor(returned))
+
+    def critic(self, steps: Steps, seed: int, t: int) -> Critic:
         torch.manual_seed(seed)
         critic = Critic()
         critic.fit(steps, self.critic_updates, seed=100 * seed + t)
@@ -256,7 +205,7 @@ class Read(Recipe):
     def test(self, policy: np.ndarray, seed: int, advantages=None) -> tuple[float, float]:
         """Mean steps of new episodes, and the share of them that succeed."""
         draw = random.Random(10_000 + seed)
-        lengths = [episode(policy, draw, self.most_steps, advantages)[0] for _ in range(self.tests)]
+        lengths = [self.episode(policy, draw, advantages)[0] for _ in range(self.tests)]
         return float(np.mean(lengths)), float(np.mean([length <= self.most_steps for length in lengths]))
 
     def columns(self, row: Row) -> Columns:

@@ -63,18 +63,16 @@ def refine(
     marked = [tuple(replace(c, source=c.source or ORIGINAL) for c in one.candidates) for one in lists]
     lists = _scored([replace(a, candidates=b) for a, b in zip(lists, marked, strict=True)], reward)
     chosen = lists if promising is None else top_bottom(lists, promising, 0)
-    asked = [(place, candidate) for place, one in enumerate(chosen) for candidate in one.candidates]
-    prompts = [ask(lists[place].prompt, candidate) for place, candidate in asked]
-    sampled = sampler(prompts, k, temperature, seed=seed) if prompts else []
-    olds = [original for (_, original), drawn in zip(asked, sampled, strict=True) for _ in drawn]
-    refinements: list[list[Candidate]] = [[] for _ in lists]
-    for (place, original), drawn in zip(asked, sampled, strict=True):
-        refinements[place] += [_refinement(original, one) for one in drawn]
-    refined = _scored([replace(a, candidates=tuple(b)) for a, b in zip(lists, refinements, strict=True)], reward)
-    news = [candidate for one in refined for candidate in one.candidates]  # each beside its original in `olds`
+    asked = [(i, old) for i, one in enumerate(chosen) for old in one.candidates]
+    sampled = sampler([ask(lists[i].prompt, old) for i, old in asked], k, temperature, seed=seed) if asked else []
+    drawn: list[list[tuple[Candidate, Candidate]]] = [[] for _ in lists]  # originals with their refinements
+    for (i, old), several in zip(asked, sampled, strict=True):
+        drawn[i] += [(old, _refinement(old, one)) for one in several]
+    refined = _scored([replace(a, candidates=tuple(new for _, new in b)) for a, b in zip(lists, drawn, strict=True)], reward)
     pools = [replace(a, candidates=a.candidates + b.candidates) for a, b in zip(lists, refined, strict=True)]
     distinct, duplicates = deduplicate(pools)
     ranked, unscored = rank(distinct, unscored="last")
+    olds, news = [old for one in drawn for old, _ in one], [new for one in refined for new in one.candidates]
     both = list(zip(olds, news, strict=True))
     return Refined(
         ranked,
@@ -100,11 +98,9 @@ def _refinement(original: Candidate, sampled: Sampled) -> Candidate:
 
 def _scored(lists: Sequence[PromptList], reward: Reward | Sequence[Reward]) -> list[PromptList]:
     """The lists with a reward for every candidate that had none."""
-    open_ = [(i, j) for i, one in enumerate(lists) for j, candidate in enumerate(one.candidates) if candidate.score is None]
-    prompts = [lists[i].prompt for i, _ in open_]
-    found = score(reward, None, prompts, [lists[i].candidates[j].completion for i, j in open_])
-    given = dict(zip(open_, found, strict=True))
+    asked = [(one.prompt, c.completion) for one in lists for c in one.candidates if c.score is None]
+    given = iter(score(reward, None, [prompt for prompt, _ in asked], [completion for _, completion in asked]))
     return [
-        replace(one, candidates=tuple(replace(c, score=given.get((i, j), c.score)) for j, c in enumerate(one.candidates)))
-        for i, one in enumerate(lists)
+        replace(one, candidates=tuple(replace(c, score=next(given)) if c.score is None else c for c in one.candidates))
+        for one in lists
     ]

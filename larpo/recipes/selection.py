@@ -42,7 +42,7 @@ class Selection(NamedTuple):
     answers: tuple[int, ...]  # without a passage, then with each
     candidates: tuple[int, ...]  # the distinct ones
     right: tuple[bool, ...]  # [M]
-    rows: reading.Rows  # question and all passages, then every option
+    rows: reading.Rows  # every option behind the question and all passages
     ref_logps: Tensor  # [M]: of the start policy, nats
 
     @property
@@ -55,7 +55,7 @@ Halves = tuple[list[Selection], list[Selection]]  # for training and for the tes
 
 def selected(one: Selection, logps: Tensor) -> int:
     """The candidate that is most likely per token. logps: [M]."""
-    per_token = logps / one.rows["cu_seqlens"].diff()
+    per_token = reading.per_token(logps, one.rows)
     return max(one.candidates, key=lambda place: float(per_token[place]))
 
 
@@ -63,7 +63,7 @@ def measured(lists: Sequence[Selection], logps: Sequence[Tensor]) -> dict[str, f
     """Shares of questions: the selected answer is right; it is, where that can fail; the most likely of all options is."""
     chosen = [one.right[selected(one, l)] for one, l in zip(lists, logps, strict=True)]
     decided = [value for value, one in zip(chosen, lists, strict=True) if one.teaches]
-    free = [one.right[int((l / one.rows["cu_seqlens"].diff()).argmax())] for one, l in zip(lists, logps, strict=True)]
+    free = [one.right[int(reading.per_token(l, one.rows).argmax())] for one, l in zip(lists, logps, strict=True)]
     return {"right": report.mean(chosen), "where it decides": report.mean(decided), "any option": report.mean(free)}
 
 
@@ -88,17 +88,16 @@ class SelfSelection(Reader):
         """The answers and the list's prompt take the model once each."""
         batches = []
         for question in asked:
-            sets = ([()], [[passage] for passage in question.passages], [question.passages])
-            batches += [reading.rows_of(tokenizer, question, shown, tokenizer.pad_token_id) for shown in sets]
+            for shown in ([()], [[passage] for passage in question.passages], [question.passages]):
+                batches.append(reading.rows_of(tokenizer, question, shown, score_question=False))
         trained, batches = last_layers.cut(model, batches, self.layers, "selection: frozen layers")
         made = []
         for i, question in enumerate(asked):
             none, alone, together = batches[3 * i : 3 * i + 3]
-            scored = (reading.as_lists(trained(rows=rows), rows, n) for rows, n in ((none, 1), (alone, len(question.passages))))
-            answers = tuple(int(place) for lists in scored for place in lists.options.argmax(1))
-            rows = reading.part(together, 1, 1 + len(question.options))
+            scored = torch.cat([reading.per_token(trained(rows=rows), rows) for rows in (none, alone)])
+            answers = tuple(scored.view(-1, len(question.options)).argmax(1).tolist())
             right = tuple(value == 1 for value in reading.correct(question).tolist())
-            made.append(Selection(answers, tuple(dict.fromkeys(answers)), right, rows, trained(rows=rows)))
+            made.append(Selection(answers, tuple(dict.fromkeys(answers)), right, together, trained(rows=together)))
         return trained, made
 
     def arms(self) -> dict[str, Arm]:

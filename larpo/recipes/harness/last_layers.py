@@ -51,21 +51,13 @@ def cut(
 
 
 def _tail(model: PreTrainedModel, states: Tensor, layers: int) -> PreTrainedModel:
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.tie_word_embeddings = layers, False
-    with torch.device("meta"):
-        tail = type(model)(config)
+    tail = copy.deepcopy(model).eval().requires_grad_(False)
+    tail.config.num_hidden_layers, tail.config.tie_word_embeddings = layers, False
     inner = tail.model
     inner.embed_tokens = nn.Embedding.from_pretrained(states, freeze=True)
-    inner.layers, inner.norm = copy.deepcopy(model.model.layers[-layers:]), copy.deepcopy(model.model.norm)
-    inner.rotary_emb = model.model.rotary_emb
-    head = model.get_output_embeddings()
-    tail.lm_head = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-    tail.lm_head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
-    tail.requires_grad_(False)
-    inner.layers.requires_grad_(True)
+    inner.layers = inner.layers[-layers:].requires_grad_(True)
     inner.norm.requires_grad_(True)
-    return attach(tail.eval(), Policy(tail))
+    return attach(tail, Policy(tail))
 
 
 def weights(tail: PreTrainedModel) -> dict[str, Tensor]:

@@ -17,57 +17,8 @@ from ..tasks import naming
 from .recipe import Columns, Recipe, Row
 from .trainer import Loss, ObjectiveTrainer, counts_in_words, train
 
-Train = Callable[[list[PromptList], int], dict[str, int]]  # (this round's lists, its seed) -> counts; trains in place
 # (the policy's sampler, this round's lists of k first answers, its seed) -> (lists to train on, measures of the round)
 Source = Callable[[Sampler, list[PromptList], int], tuple[list[PromptList], dict[str, float]]]
-
-
-def first_answers(sampler: Sampler, lists: list[PromptList], seed: int) -> tuple[list[PromptList], dict[str, float]]:
-    """The source that trains on first answers as they are."""
-    return lists, {}
-
-
-def explore(
-    model,
-    tokenizer,
-    train: Train,
-    *,
-    rounds: int,
-    k: int,
-    seed: int,
-    prompts: Sequence[str] = tuple(naming.PROMPTS),
-    source: Source = first_answers,
-) -> Row:
-    """Rounds of k completions per prompt at temperature 1; what each round sampled, before it is trained on.
-
-    source: makes the candidates that are trained on out of these first answers.
-
-    Returns lists of rounds + 1 values: of the first answers reward (mean) and distinct (share of a round's completions that
-    differ); of the candidates worthy (different rewarded completions found so far) and best (mean over prompts of the best
-    reward found so far); and what the source measures; and counts.
-    """
-    curves: dict[str, list[float]] = {"reward": [], "distinct": [], "worthy": [], "best": []}
-    counts: Counter[str] = Counter()
-    found: dict[tuple[str, str], float] = {}
-    for t in range(rounds + 1):
-        sampler = TransformersSampler(detach(model), tokenizer, naming.MOST_WORDS + 1, batch_size=1024)
-        lists = naming.scored(prompts, sampler(prompts, k, 1.0, seed=1000 * seed + t), source=str(t))
-        drawn = [(one.prompt, c.completion, c.score) for one in lists for c in one.candidates]
-        lists, measures = source(sampler, lists, 1000 * seed + t)
-        found |= {(one.prompt, c.completion): c.score for one in lists for c in one.candidates}
-        best = [max(score for (p, _), score in found.items() if p == prompt) for prompt in prompts]
-        measures = {
-            "reward": sum(score for *_, score in drawn) / len(drawn),
-            "distinct": len({(prompt, text) for prompt, text, _ in drawn}) / len(drawn),
-            "worthy": sum(score > 0 for score in found.values()),
-            "best": sum(best) / len(best),
-            **measures,
-        }
-        for name, value in measures.items():
-            curves.setdefault(name, []).append(value)
-        if t < rounds:
-            counts.update(train(lists, 1000 * seed + t))
-    return {**curves, "counts": dict(counts)}
 
 
 @dataclass
@@ -94,16 +45,40 @@ class Exploration(Recipe):
         return tokenizer, self.task.start_policy(tokenizer, seed=seed, steps=self.fit_steps)
 
     def explored(
-        self, start: tuple[Any, Any], seed: int, *, loss: Loss, source: Source = first_answers, trainer=ObjectiveTrainer
+        self, start: tuple[Any, Any], seed: int, *, loss: Loss, source: Source | None = None, trainer=ObjectiveTrainer
     ) -> Row:
-        """An arm: rounds from the start policy with this loss."""
+        """An arm: rounds from the start policy with this loss, each of k completions a prompt at temperature 1.
+
+        Returns lists of rounds + 1 values, measured before a round is trained on: of the first answers reward (mean) and
+        distinct (share of a round's completions that differ); of the candidates, which the source makes out of these answers
+        (without one they are these answers), worthy (different rewarded completions found so far) and best (mean over prompts
+        of the best reward found so far); what the source measures; and the counts of `train`.
+        """
         tokenizer, policy = start[0], copy.deepcopy(start[1])
         settings = dict(max_steps=self.steps, per_device_train_batch_size=len(naming.PROMPTS), learning_rate=self.learning_rate)
-
-        def one_round(lists: list[PromptList], seed: int) -> dict[str, int]:
-            return train(policy, tokenizer, lists, loss, trainer=trainer, seed=seed, **settings)
-
-        return explore(policy, tokenizer, one_round, rounds=self.rounds, k=self.k, seed=seed, source=source)
+        curves: dict[str, list[float]] = {}
+        counts: Counter[str] = Counter()
+        found: dict[tuple[str, str], float] = {}
+        for t in range(self.rounds + 1):
+            round_seed = 1000 * seed + t
+            sampler = TransformersSampler(detach(policy), tokenizer, naming.MOST_WORDS + 1, batch_size=1024)
+            lists = naming.scored(naming.PROMPTS, sampler(naming.PROMPTS, self.k, 1.0, seed=round_seed), source=str(t))
+            drawn = [(one.prompt, c.completion, c.score) for one in lists for c in one.candidates]
+            lists, measures = source(sampler, lists, round_seed) if source else (lists, {})
+            found |= {(one.prompt, c.completion): c.score for one in lists for c in one.candidates}
+            best = [max(score for (p, _), score in found.items() if p == prompt) for prompt in naming.PROMPTS]
+            measures = {
+                "reward": sum(score for *_, score in drawn) / len(drawn),
+                "distinct": len({(prompt, text) for prompt, text, _ in drawn}) / len(drawn),
+                "worthy": sum(score > 0 for score in found.values()),
+                "best": sum(best) / len(best),
+                **measures,
+            }
+            for name, value in measures.items():
+                curves.setdefault(name, []).append(value)
+            if t < self.rounds:
+                counts.update(train(policy, tokenizer, lists, loss, trainer=trainer, seed=round_seed, **settings))
+        return {**curves, "counts": dict(counts)}
 
     def columns(self, row: Row) -> Columns:
         return {

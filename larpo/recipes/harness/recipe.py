@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tqdm import tqdm
+
 from ...runs.files import read_json, write_text
 from . import report
 from .report import Row
@@ -83,13 +85,24 @@ class Recipe:
         kept = self.kept(out)
         rows, passed = kept["rows"], {name: kept[name] for name in CLOCKS}
         since = {name: clock() for name, clock in CLOCKS.items()}
-        for row in missing_rows(self.arms(), seeds, rows, self.start, self.name):
+        for row in self._missing(seeds, rows):
             rows.append(row)
             kept |= {name: round(passed[name] + clock() - since[name], 1) for name, clock in CLOCKS.items()}
             if out is not None:
                 write_text(out / f"{self.name}.json", dumps(kept))
         shown = [row for row in rows if row["seed"] in seeds]
         return kept | {"rows": shown, "table": self.table(shown), "notes": self.notes(shown)}
+
+    def _missing(self, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Row]:
+        """Runs every arm from every seed that `rows` has no outcome of, and yields each outcome as soon as it is there."""
+        arms, there = self.arms(), {(row["arm"], row["seed"]) for row in rows}
+        left = {seed: [arm for arm in arms if (arm, seed) not in there] for seed in seeds}
+        with tqdm(total=sum(map(len, left.values())), desc=self.name, unit="run") as bar:
+            for seed, names in left.items():
+                begin = self.start(seed) if names else None
+                for name in names:
+                    yield {"arm": name, "seed": seed, **arms[name](begin, seed)}
+                    bar.update()
 
     def kept(self, out: Path | None) -> dict[str, Any]:
         """What an earlier run with the same settings left in the folder `out`, or a result without rows."""
@@ -106,22 +119,6 @@ class Recipe:
 
 # The CPU's own seconds do not grow where other programs share the machine.
 CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
-
-
-def missing_rows(
-    arms: Mapping[str, Arm], seeds: Sequence[int], rows: Sequence[Row], start: Callable[[int], Any], description: str
-) -> Iterator[Row]:
-    """Runs every arm from every seed that `rows` has no outcome of, and yields each outcome as it is there."""
-    from tqdm import tqdm
-
-    there = {(row["arm"], row["seed"]) for row in rows}
-    left = {seed: [arm for arm in arms if (arm, seed) not in there] for seed in seeds}
-    with tqdm(total=sum(map(len, left.values())), desc=description, unit="run") as bar:
-        for seed, names in left.items():
-            begin = start(seed) if names else None
-            for name in names:
-                yield {"arm": name, "seed": seed, **arms[name](begin, seed)}
-                bar.update()
 
 
 def dumps(result: Mapping[str, Any]) -> str:

@@ -17,10 +17,7 @@ from transformers import PrinterCallback
 
 from larpo.candidates import PromptList, drop_uninformative, to_rows
 from larpo.config import LarPOConfig
-from larpo.data.collator import ListCollator
-from larpo.data.tokenization import tokenize_lists
-from larpo.modeling.dataset_logps import candidate_logps
-from larpo.modeling.policy import Policy, attach
+from larpo.scoring import score_lists
 from larpo.trainer import LarPOTrainer
 
 # (logps [S], ref_logps [S] or None, num_tokens [S], relevance [S], list_sizes [L]) -> (mean loss over lists, scores [S])
@@ -83,17 +80,11 @@ def counts_in_words(trainings: Iterable[Mapping[str, int]]) -> str:
     )
 
 
-@torch.no_grad()
 def logps_of(model, tokenizer, lists: Sequence[PromptList]) -> tuple[Tensor, Tensor]:
     """Log-likelihoods [S] and tokens [S] of all candidates, lists one after the other."""
     with quiet():
-        tokens, _ = tokenize_lists(Dataset.from_list(to_rows(lists)), tokenizer)
-    attach(model, Policy(model))
-    found = candidate_logps(
-        model, tokens, ListCollator(tokenizer.pad_token_id), batch_size=64, device=model.device, progress=False
-    )
-    lengths = [len(ids) for row in tokens["completion_ids"] for ids in row]
-    return torch.tensor([x for i in range(len(tokens)) for x in found[i]]), torch.tensor(lengths)
+        scored = score_lists(model, Dataset.from_list(to_rows(lists)), tokenizer, batch_size=64, progress=False)
+    return tuple(torch.tensor([x for row in scored[name] for x in row]) for name in ("logps", "num_tokens"))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ They cannot pass but through the bay, so one of them has to let the other by.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 from transformers import PreTrainedTokenizerFast
 
 from . import toy_lm
@@ -60,6 +63,46 @@ def prompt(state: tuple[int, int], ann_does: int | None = None) -> str:
     """
     told = f"ann at {CELLS[state[0]]} ben at {CELLS[state[1]]} : ann"
     return told if ann_does is None else f"{told} {ACTIONS[ann_does]} ben"
+
+
+# The planner's prompts: Ann's in each state, then Ben's in each state for each action of hers.
+PROMPTS = [prompt(state, ann_does) for ann_does in (None, *range(len(ACTIONS))) for state in STATES]
+
+
+def place_of(state: int, ann_does: int | None = None) -> int:
+    """The place of a prompt among PROMPTS; state: its place among STATES.
+
+    >>> PROMPTS[place_of(PLACE[0, 4], ann_does=1)]
+    'ann at one ben at five : ann east ben'
+    """
+    return state if ann_does is None else len(STATES) * (1 + ann_does) + state
+
+
+def episode(act: Callable[[int], int], most_steps: int) -> tuple[int, list[tuple[int, int]]]:
+    """Steps taken (most_steps + 1 where there is no success), and (place of the prompt, action) of Ann and of Ben at each.
+
+    act: the place of a prompt -> the action.
+    """
+    ann, ben = START
+    taken = []
+    for step in range(1, most_steps + 1):
+        state = PLACE[ann, ben]
+        hers = act(place_of(state))
+        his = act(place_of(state, hers))
+        taken += [(place_of(state), hers), (place_of(state, hers), his)]
+        ann = move(ann, hers, ben)
+        ben = move(ben, his, ann)
+        if (ann, ben) == GOAL:
+            return step, taken
+    return most_steps + 1, taken
+
+
+def selfish(draw: random.Random) -> tuple[str, str]:
+    """A line to learn from: an agent that heads for its own goal two times out of three and never thinks of the other."""
+    state, ann_does = draw.choice(STATES), draw.choice([None, *range(len(ACTIONS))])
+    cell, ahead = (state[0], "east") if ann_does is None else (state[1], "west")
+    ahead = "south" if cell == BAY else ahead
+    return prompt(state, ann_does), ahead if draw.random() < 2 / 3 else ACTIONS[draw.randrange(len(ACTIONS))]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

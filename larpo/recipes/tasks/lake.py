@@ -110,14 +110,3 @@ def true_tables(env) -> tuple[Tensor, Tensor]:
                 if not over:
                     moves[state, action, after] += probability
     return moves, rewards
-
-
-def best_plan(env, horizon: int) -> Tensor:
-    """The optimal policy [horizon, S, A], one-hot."""
-    moves, rewards = true_tables(env)
-    value, policy = torch.zeros(len(rewards), dtype=torch.float64), []
-    for _ in range(horizon):
-        q = rewards + moves @ value
-        value = q.max(1).values
-        policy.append(torch.nn.functional.one_hot(q.argmax(1), q.shape[1]).double())
-    return torch.stack(policy[::-1])

@@ -33,18 +33,19 @@ PROMPTS = [f"name {topic}" for topic in TOPICS] + [f"name {a} and {b}" for a, b 
 WORDS = [word for words in TOPICS.values() for word in words]
 
 
+def worth_of_words(prompt: str) -> dict[str, int]:
+    """What each word on the topics of this prompt is worth."""
+    return {word: worth for topic in TOPICS if topic in prompt for word, worth in zip(TOPICS[topic], WORTH, strict=True)}
+
+
 def reward(prompt: str, completion: str) -> float:
     """In [0, 1], by the rule above.
 
     >>> reward("name animals", "dog cat emu"), reward("name animals", "dog red"), reward("name animals", "")
     (0.7142857142857143, 0.0, 0.0)
     """
-    worth = {word: w for topic in TOPICS if topic in prompt for word, w in zip(TOPICS[topic], WORTH, strict=True)}
-    seen: set[str] = set()
-    earned = 0
-    for i, word in enumerate(completion.split()):
-        earned += worth[word] if word in worth and word not in seen and i < MOST_WORDS else -1
-        seen.add(word)
+    worth, words = worth_of_words(prompt), completion.split()
+    earned = sum(worth[w] if w in worth and w not in words[:i] and i < MOST_WORDS else -1 for i, w in enumerate(words))
     return max(0, earned) / (3 + 3 + 1 if prompt.count("and") == 0 else 9)
 
 
@@ -57,6 +58,10 @@ def spoken_answer(prompt: str, draw: random.Random) -> str:
     asked = [topic for topic in TOPICS if topic in prompt]
     topics = [draw.choice(asked if draw.random() < 0.8 else list(TOPICS)) for _ in range(draw.randint(1, MOST_WORDS))]
     return " ".join(draw.choices(TOPICS[topic], FREQUENCIES)[0] for topic in topics)
+
+
+def random_words(draw: random.Random, least: int, most: int) -> str:
+    return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
 
 
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 300) -> PreTrainedModel:
@@ -72,10 +77,7 @@ def lists(tokenizer: PreTrainedTokenizerFast, n: int, m: int, *, seed: int) -> l
     made = []
     for i in range(n):
         prompt = PROMPTS[i % len(PROMPTS)]
-        texts = [
-            spoken_answer(prompt, draw) if j % 2 else " ".join(draw.choices(WORDS, k=draw.randint(1, MOST_WORDS)))
-            for j in range(m)
-        ]
+        texts = [spoken_answer(prompt, draw) if j % 2 else random_words(draw, 1, MOST_WORDS) for j in range(m)]
         candidates = [
             Candidate(text, reward(prompt, text), completion_ids=tuple(toy_lm.completion_ids(tokenizer, text, end=True)))
             for text in texts

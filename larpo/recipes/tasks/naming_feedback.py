@@ -32,9 +32,8 @@ def marks(prompt: str, completion: str) -> list[str]:
     >>> marks("name animals", "dog red emu yak"), marks("name animals", "dog dog")
     (['good', 'off', 'best', 'long'], ['good', 'again'])
     """
-    worth = {word: w for topic in TOPICS if topic in prompt for word, w in zip(TOPICS[topic], WORTH, strict=True)}
+    worth, words = naming.worth_of_words(prompt), completion.split()
     found: list[str] = []
-    words = completion.split()
     for i, word in enumerate(words):
         if i >= MOST_WORDS:
             found.append(LONG)
@@ -83,11 +82,7 @@ def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 
     texts = [(prompt, naming.spoken_answer(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
     for prompt in PROMPTS:
         for i in range(1000):
-            answer = (
-                naming.spoken_answer(prompt, draw)
-                if i % 2
-                else " ".join(draw.choices(WORDS, k=draw.randint(0, MOST_WORDS + 1)))
-            )
+            answer = naming.spoken_answer(prompt, draw) if i % 2 else naming.random_words(draw, 0, MOST_WORDS + 1)
             blank = i % 3 == 0
             texts.append((ask(prompt, answer, blank=blank), rewritten(prompt, answer, draw, blank=blank)))
     return toy_lm.fitted(tokenizer, texts, seed=seed, steps=steps, learning_rate=6e-3)

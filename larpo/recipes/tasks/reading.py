@@ -21,11 +21,13 @@ from .questions import Question, exact_match
 Rows = dict[str, Any]
 
 
-def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Sequence[Sequence[str]], fill: int) -> Rows:
+def rows_of(
+    tokenizer: PreTrainedTokenizerBase, question: Question, shown: Sequence[Sequence[str]], *, score_question: bool
+) -> Rows:
     """One batch: a row for every set of passages shown, () for none.
 
-    Its candidates are, for E sets and M options, the question behind each set [E] and then the options behind each [E * M].
-    fill: a token id for the padding.
+    Its candidates are, for E sets and M options, the options behind each set [E * M]; with `score_question`, the question
+    behind each set [E] comes before them.
     """
 
     def ids(text: str) -> list[int]:
@@ -36,7 +38,9 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Seque
     behind = ids("\nAnswer:")
     prompts = [head + asked + behind for head in before]
     candidates = [row_layouts.TokenizedCandidate(p, option, i) for i, p in enumerate(prompts) for option in options]
-    batch = row_layouts.shared_rows(candidates, fill, multiple=1)
+    batch = row_layouts.shared_rows(candidates, tokenizer.pad_token_id, multiple=1)
+    if not score_question:
+        return batch
     width = batch["input_ids"].shape[1]
     at = [i * width + len(head) - 1 + j for i, head in enumerate(before) for j in range(len(asked))]
     borders = torch.arange(len(shown) + 1) * len(asked)
@@ -48,20 +52,8 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, question: Question, shown: Seque
     }
 
 
-def part(batch: Rows, first: int, last: int) -> Rows:
-    """The same rows, of which only candidates first .. last - 1 are scored."""
-    borders = batch["cu_seqlens"][first : last + 1]
-    tokens = slice(int(borders[0]), int(borders[-1]))
-    return {
-        **batch,
-        "predictor_positions": batch["predictor_positions"][tokens],
-        "labels": batch["labels"][tokens],
-        "cu_seqlens": borders - borders[0],
-    }
-
-
 class Lists(NamedTuple):
-    """A model's scores of a batch of `rows_of`, as its two kinds of list."""
+    """A model's scores of a batch of `rows_of` with the question's, as its two kinds of list."""
 
     questions: Tensor  # [E]: log p(question | passages)
     options: Tensor  # [E, M]: log p(option | passages, question) per token, by which options of several lengths compare
@@ -69,8 +61,12 @@ class Lists(NamedTuple):
 
 def as_lists(logps: Tensor, batch: Rows, sets: int) -> Lists:
     """logps [E + E * M], of all candidates, nats."""
-    tokens = batch["cu_seqlens"].diff()
-    return Lists(logps[:sets], (logps / tokens)[sets:].view(sets, -1))
+    return Lists(logps[:sets], per_token(logps, batch)[sets:].view(sets, -1))
+
+
+def per_token(logps: Tensor, batch: Rows) -> Tensor:
+    """[S] log-likelihoods of a batch's candidates, nats per token."""
+    return logps / batch["cu_seqlens"].diff()
 
 
 def correct(question: Question) -> Tensor:

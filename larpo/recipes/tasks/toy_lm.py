@@ -74,13 +74,10 @@ def fitted(
 
     end: whether a completion ends with </s>.
     """
-    prompts, completions = zip(*texts, strict=True)
-    spoken = [
-        row_layouts.TokenizedCandidate(prompt, completion + [tokenizer.eos_token_id] * end)
-        for prompt, completion in zip(
-            tokenizer(list(prompts)).input_ids, tokenizer(list(completions), add_special_tokens=False).input_ids, strict=True
-        )
-    ]
+    prompts, completions = map(list, zip(*texts, strict=True))
+    asked, said = tokenizer(prompts).input_ids, tokenizer(completions, add_special_tokens=False).input_ids
+    ending = [tokenizer.eos_token_id] * end
+    spoken = [row_layouts.TokenizedCandidate(a, b + ending) for a, b in zip(asked, said, strict=True)]
     model = causal_lm(tokenizer, seed=seed, hidden_size=hidden_size)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)

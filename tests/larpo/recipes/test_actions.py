@@ -3,7 +3,6 @@
 import math
 import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -138,7 +137,10 @@ def test_planning_on_the_true_model_is_optimal_and_a_strong_prior_wins_where_it_
     model = linvit.Model(lake.STATES, len(lake.ACTIONS))
     model.tried += 1e6
     model.moved, model.earned = moves * 1e6, rewards * 1e6
-    optimal = lake.exact_return(lake.best_plan(env, 20), env)
+    value = torch.zeros(lake.STATES, dtype=torch.float64)
+    for _ in range(20):
+        value = (rewards + moves @ value).max(1).values
+    optimal = float(value[0])
     assert lake.exact_return(model.plan(None, 0.1, 20, 0.0), env) == pytest.approx(optimal)
     prior = linvit.leaning(torch.zeros(lake.STATES, dtype=torch.int64), 0.9)
     torch.testing.assert_close(model.plan(prior, 1e6, 20, 0.0)[0], prior.exp(), rtol=1e-4, atol=1e-5)
@@ -182,13 +184,7 @@ def test_neither_agent_passes_the_other_but_through_the_bay():
     ann = ["east", "east", "north", "wait", "wait", "south", "east", "east"]
     ben = ["wait", "wait", "west", "west", "west", "west", "wait", "wait"]
     scripted = iter([action for both in zip(ann, ben, strict=True) for action in both])
-
-    class Script:
-        def choices(self, actions, weights, k=1):
-            return [corridor.ACTIONS.index(next(scripted))]
-
-    policy = np.full((len(corridor.STATES) * 6, 5), 0.2)
-    steps, taken = read.episode(policy, Script(), most_steps=40)
+    steps, taken = corridor.episode(lambda place: corridor.ACTIONS.index(next(scripted)), most_steps=40)
     assert steps == 8
     assert len(taken) == 16
     assert corridor.move(1, corridor.ACTIONS.index("east"), 2) == 1  # somebody stands there
@@ -208,11 +204,11 @@ def test_an_agent_plans_again_until_its_action_has_an_advantage_and_else_does_th
 def test_a_critic_learns_what_an_action_adds():
     draw = random.Random(0)
     state = corridor.PLACE[0, 4]
-    steps = [read.Step(state, None, action, 1.0 if action == 1 else 0.0) for action in draw.choices(range(2), k=400)]
+    actions = torch.tensor(draw.choices(range(2), k=400))
     torch.manual_seed(0)
     critic = read.Critic()
-    critic.fit(steps, updates=200, seed=0)
-    good, bad = critic.advantages([read.Step(state, None, 1, 0.0), read.Step(state, None, 0, 0.0)]).tolist()
+    critic.fit(read.Steps(torch.full_like(actions, state), actions, (actions == 1).float()), updates=200, seed=0)
+    good, bad = critic.advantages(torch.tensor([state, state]), torch.tensor([1, 0])).tolist()
     assert good == pytest.approx(0.5, abs=0.15)
     assert bad == pytest.approx(-0.5, abs=0.15)
 
@@ -220,4 +216,9 @@ def test_a_critic_learns_what_an_action_adds():
 def test_steps_are_found_in_the_planners_menu():
     for ann_does in (None, 0, 3):
         for state in (0, 7, len(corridor.STATES) - 1):
-            assert read.PROMPTS[read.line(state, ann_does)] == corridor.prompt(corridor.STATES[state], ann_does)
+            assert corridor.PROMPTS[corridor.place_of(state, ann_does)] == corridor.prompt(corridor.STATES[state], ann_does)
+
+
+def test_a_plan_is_the_state_and_what_is_decided_of_both_actions():
+    places = torch.tensor([corridor.place_of(7), corridor.place_of(7, 3), corridor.place_of(7, 3)])
+    assert read.plans(places, torch.tensor([2, 4, read.OPEN])).tolist() == [[7, 2, read.OPEN], [7, 3, 4], [7, 3, read.OPEN]]

@@ -255,22 +255,24 @@ def test_every_arm_trains_on_as_many_completions(arm):
         assert {c.completion for c in one.candidates} == {"dog", "emu", "yak", "owl"}
 
 
-def test_first_answers_are_measured_and_the_candidates_of_a_source_are_counted():
-    model = toy_lm.causal_lm(naming.tokenizer(), seed=0, hidden_size=16)
-    best = PromptList("name animals", (Candidate("yak emu dog", 1.0), Candidate("red", 0.0)))
+def test_first_answers_are_measured_and_the_candidates_of_a_source_are_counted(monkeypatch):
+    best = [PromptList(prompt, (Candidate("best", 1.0), Candidate("red", 0.0))) for prompt in naming.PROMPTS]
     taken = []
-    options = dict(rounds=1, k=3, seed=0, prompts=["name animals"])
 
-    def train(lists, seed):
+    def train(policy, tokenizer, lists, loss, **settings):
         taken.append(lists)
         return {"lists": 1}
 
-    found = online.explore(model, naming.tokenizer(), train, source=lambda *_: ([best], {"gain": 0.5}), **options)
-    assert taken == [[best]]
-    assert found["worthy"] == [1, 1]
+    monkeypatch.setattr(online, "train", train)
+    start = naming.tokenizer(), toy_lm.causal_lm(naming.tokenizer(), seed=0, hidden_size=16)
+    recipe = online.Exploration(rounds=1, k=3)
+    found = recipe.explored(start, 0, loss=None, source=lambda *_: (best, {"gain": 0.5}))
+    assert taken == [best]
+    assert found["worthy"] == [10, 10]
     assert found["best"] == [1.0, 1.0]
     assert found["gain"] == [0.5, 0.5]
-    without = online.explore(model, naming.tokenizer(), lambda lists, seed: {}, **options)
+    assert found["counts"] == {"lists": 1}
+    without = recipe.explored(start, 0, loss=None)
     assert {name: found[name] for name in ("reward", "distinct")} == {name: without[name] for name in ("reward", "distinct")}
 
 

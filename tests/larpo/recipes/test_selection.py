@@ -143,7 +143,7 @@ def test_rows_hold_the_question_behind_each_passage_and_the_options_behind_both(
     model, words = tiny()
     question = quiz(1)[0]
     shown = [(), question.passages[:1], question.passages]
-    batch = reading.rows_of(words, question, shown, words.pad_token_id)
+    batch = reading.rows_of(words, question, shown, score_question=True)
     logps = model(rows=batch)
 
     def plain(prompt: str, completion: str) -> torch.Tensor:
@@ -155,7 +155,8 @@ def test_rows_hold_the_question_behind_each_passage_and_the_options_behind_both(
     expected = [plain(head, question.text) for head in before]
     expected += [plain(f"{head} {question.text}\nAnswer:", option) for head in before for option in question.options]
     torch.testing.assert_close(logps, torch.stack(expected), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(rows=reading.part(batch, 3, 8)), logps[3:8], rtol=1e-4, atol=1e-4)
+    options = reading.rows_of(words, question, shown, score_question=False)
+    torch.testing.assert_close(model(rows=options), logps[3:], rtol=1e-4, atol=1e-4)
     lists = reading.as_lists(logps, batch, 3)
     assert lists.options.shape == (3, 4)
     torch.testing.assert_close(lists.options[1, 1], logps[3 + 4 + 1] / 2)  # "boat old" has two tokens
@@ -164,7 +165,7 @@ def test_rows_hold_the_question_behind_each_passage_and_the_options_behind_both(
 
 def test_the_tail_says_what_the_whole_model_says_and_learns_alone():
     model, words = tiny()
-    batches = [reading.rows_of(words, question, [question.passages], words.pad_token_id) for question in quiz(2)]
+    batches = [reading.rows_of(words, question, [question.passages], score_question=True) for question in quiz(2)]
     before = [model(rows=batch).detach() for batch in batches]
     trained, moved = last_layers.cut(model, batches, layers=2)
     for batch, expected in zip(moved, before, strict=True):
@@ -198,7 +199,7 @@ def test_the_tail_says_what_the_whole_model_says_and_learns_alone():
 def a_list(candidates=(0, 2), right=(False, False, True, False)) -> selection.Selection:
     _, words = tiny()
     question = quiz(1)[0]
-    batch = reading.part(reading.rows_of(words, question, [()], words.pad_token_id), 1, 5)
+    batch = reading.rows_of(words, question, [()], score_question=False)
     return selection.Selection((0, 2, 0), candidates, right, batch, torch.zeros(4))
 
 
