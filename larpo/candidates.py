@@ -256,10 +256,7 @@ def top_bottom(lists: Sequence[PromptList], top: int, bottom: int | None) -> lis
     Raises:
         ValueError: a candidate has no score, or top and bottom are both 0.
     """
-    return [
-        replace(one, candidates=tuple(one.candidates[i] for i in top_bottom_indices(_scores(one), top, bottom)))
-        for one in lists
-    ]
+    return [_only(one, top_bottom_indices(_scores(one), top, bottom)) for one in lists]
 
 
 class Informative(NamedTuple):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from .data import chat_template, endings, prompt_boundary
-from .data.text_tokenizer import text_tokenizer
+from .data.text_tokenizer import padding_id, text_tokenizer
 from .rewards import Text
 
 if TYPE_CHECKING:
@@ -191,14 +191,9 @@ class TransformersSampler:
             top_k=None if greedy else self.top_k,
             top_p=None if greedy else self.top_p,
             eos_token_id=list(self.ending.token_ids) or None,
-            pad_token_id=self._pad(),
+            pad_token_id=padding_id(self.tokenizer),
             use_cache=True,  # training may have turned it off
         )
-
-    def _pad(self) -> int:
-        """What fills rows; which token it is does not matter, padding is masked and cut off."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else next(iter(self.ending.token_ids), 0)
 
     def _generate(self, ids: list[tuple[int, ...]]) -> list[tuple[list[int], int | None]]:
         """The new tokens of every row, with whatever follows the end of a row that ended early; and how many of them there are
@@ -206,7 +201,7 @@ class TransformersSampler:
         import torch
 
         width = max(map(len, ids))
-        inputs = torch.full((len(ids), width), self._pad())
+        inputs = torch.full((len(ids), width), padding_id(self.tokenizer))
         mask = torch.zeros((len(ids), width), dtype=torch.long)
         for row, one in enumerate(ids):  # padded on the left: the new tokens follow the prompt directly
             inputs[row, width - len(one) :] = torch.tensor(one)

@@ -7,7 +7,6 @@ the turn stays open, and a completion continues it. The columns `tools` (a list 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,25 +24,19 @@ def template_keywords(row: Mapping[str, Any]) -> dict[str, Any]:
     >>> template_keywords({"prompt": "Hi", "tools": [], "chat_template_kwargs": {"enable_thinking": False, "date": None}})
     {'enable_thinking': False}
     """
-    tools, keywords = (_object(row, name, kind, what) for name, kind, what in COLUMNS)
+    tools, keywords = (_object(row.get(name), name, kind, what) for name, kind, what in COLUMNS)
     return (keywords or {}) | ({"tools": tools} if tools else {})  # some templates announce tools even for []
 
 
 COLUMNS = (("tools", list | tuple, "a list of JSON schemas"), ("chat_template_kwargs", Mapping, "a dict"))
 
 
-def _object(row: Mapping[str, Any], name: str, kind: Any, what: str) -> Any:
-    """A column that may be JSON text; objects of Python lose the keys that are None, of which Arrow puts some in."""
-    value = row.get(name) or None  # LLaMA-Factory's files have "" where there are no tools
-    read = value
-    if isinstance(value, str):
-        try:
-            read = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} must be {what}, or JSON text of one; got {value!r}: {error}") from None
-    if read is not None and not isinstance(read, kind):
-        raise ValueError(f"{name} must be {what}, or JSON text of one; got {value!r}")
-    return read if isinstance(value, str) else _without_none(read)
+def _object(value: Any, name: str, kind: Any, what: str) -> Any:
+    """A column that may be JSON text; objects of Python lose the keys that are None."""
+    if not value:
+        return None  # LLaMA-Factory's files have "" where there are no tools
+    read = json_text.check_kind(name, value, kind | None, what)
+    return read if isinstance(value, str) else json_text.without_none(read)
 
 
 def render(tokenizer: Any, messages: Sequence[Message], keywords: Mapping[str, Any], **how: bool) -> str:
@@ -118,10 +111,3 @@ def _part(text: str) -> list[dict[str, str]]:
 def _is_begun(last: Message) -> bool:
     """Whether the last message of a prompt is an answer to go on with; one that calls a tool is whole."""
     return last["role"] == "assistant" and last.get("content") is not None and not any(map(last.get, json_text.CALLS))
-
-
-def _without_none(value: Any) -> Any:
-    """Without the keys that are None: Arrow fills in every key that some other row has."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value

@@ -13,14 +13,8 @@ from typing import Any, BinaryIO
 TEXT = (".jsonl", ".json", ".csv")
 COMPRESSED = (".gz", ".zst")
 FILES = (*TEXT, ".parquet")
-LISTS = (
-    "completions",
-    "scores",
-    "ref_logps",
-    "prompt_ids",
-    "completion_ids",
-    "completion_mask",
-)  # JSON in a cell of a .csv file
+# Columns that are JSON in a cell of a .csv file.
+LISTS = ("completions", "scores", "ref_logps", "prompt_ids", "completion_ids", "completion_mask")
 
 
 def kind(path: Path) -> str:

@@ -42,13 +42,27 @@ def read_message(message: Mapping[str, Any]) -> dict[str, Any]:
 def read_calls(key: str, text: str) -> Any:
     """Tool calls from their text; ValueError where it is not JSON of a list (of an object, for the older function_call)."""
     kind, what = (dict, "an object") if key == "function_call" else (list, "a list")
-    try:
-        calls = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{key} must be {what}, or JSON text of one; got {text!r}: {error}") from None
-    if not isinstance(calls, kind):
-        raise ValueError(f"{key} must be {what}, or JSON text of one; got {text!r}")
-    return calls
+    return check_kind(key, text, kind, what)
+
+
+def check_kind(name: str, value: Any, kind: Any, what: str) -> Any:
+    """The value, or what JSON text says it is. Raises ValueError where that is not of this kind (a type); what: its name."""
+    read = value
+    if isinstance(value, str):
+        try:
+            read = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} must be {what}, or JSON text of one; got {value!r}: {error}") from None
+    if not isinstance(read, kind):
+        raise ValueError(f"{name} must be {what}, or JSON text of one; got {value!r}")
+    return read
+
+
+def without_none(value: Any, keep: str | None = None) -> Any:
+    """Without the keys that are None, at any depth but below the key `keep`: Arrow fills in every key that another row has."""
+    if isinstance(value, Mapping):
+        return {key: item if key == keep else without_none(item, keep) for key, item in value.items() if item is not None}
+    return [without_none(item, keep) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_dataset(dataset: Dataset, name: str) -> Dataset:
@@ -96,15 +110,8 @@ def _in_messages(value: Any, keep: str | None = None) -> Any:
         return value
     calls = {key: value[key] for key in CALLS if value.get(key) is not None}
     if keep is not None:
-        calls = {key: _without_none(item, keep) for key, item in calls.items()}
+        calls = {key: without_none(item, keep) for key, item in calls.items()}
     return {**value, **{key: _text(item) for key, item in calls.items()}}
-
-
-def _without_none(value: Any, keep: str) -> Any:
-    """Without the keys that are None, at any depth but below the key `keep`."""
-    if isinstance(value, Mapping):
-        return {key: item if key == keep else _without_none(item, keep) for key, item in value.items() if item is not None}
-    return [_without_none(item, keep) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _has_none(value: Any, within: bool = False) -> bool:

@@ -25,40 +25,38 @@ def read_lists(
     scored: bool = True,
 ) -> Read:
     """What `load_lists` loads, with the form of the data and what was left out."""
+    data, name = _opened(source, split, config, revision)
     if not isinstance(source, str | Path):
-        return read_rows(_pick_split(source, split, "source"), reading, scored=scored)
-    path = Path(source).expanduser()
-    name = str(path)
-    if paths := _files(path, config, revision):
-        if files.kind(path := paths[0]) == ".parquet":
-            return convert_dataset(read_parquet(paths), name, reading, scored)
-        rows, places = files.read(path) if len(paths) == 1 else map(_joined, zip(*map(files.read, paths), strict=True))
-        return convert_rows(rows, places.__getitem__, name, reading, scored)
-    if path.is_dir():
-        return convert_dataset(_pick_split(_load_from_disk(path), split, name), name, reading, scored)
-    return convert_dataset(_from_hub(source, split, config, revision), str(source), reading, scored)
+        return read_rows(data, reading, scored=scored)
+    if not isinstance(data, list):
+        return convert_dataset(data, name, reading, scored)
+    rows, places = map(_joined, zip(*map(files.read, data), strict=True))
+    return convert_rows(rows, places.__getitem__, name, reading, scored)
 
 
 def stream_lists(
     source: Any, reading: Reading, *, split: str, config: str | None, revision: str | None, scored: bool = True
 ) -> IterableDataset:
     """What `load_lists` streams."""
+    data, name = _opened(source, split, config, revision, streaming=True)
+    if isinstance(source, str | Path) and isinstance(data, list):
+        return stream_files(data, reading, scored)
+    return stream_rows(_as_stream(data), name, reading, scored)
+
+
+def _opened(source: Any, split: str, config: str | None, revision: str | None, streaming: bool = False) -> tuple[Any, str]:
+    """What a source is, and its name in messages: a list of files of text, a data set, or what was handed over."""
     import datasets
 
     if not isinstance(source, str | Path):
-        return stream_rows(_as_stream(_pick_split(source, split, "source")), "source", reading, scored)
+        return _pick_split(source, split, "source"), "source"
     path = Path(source).expanduser()
     if paths := _files(path, config, revision):
-        if files.kind(paths[0]) != ".parquet":
-            return stream_files(paths, reading, scored)
-        _check_parquet(paths)
-        found = datasets.load_dataset("parquet", data_files=list(map(str, paths)), split="train", streaming=True)
-        return stream_rows(found, str(path), reading, scored)
+        return read_parquet(paths, streaming) if files.kind(paths[0]) == ".parquet" else paths, str(path)
     if path.is_dir():
-        found = _pick_split(_load_from_disk(path), split, str(path))
-    else:
-        found = _from_hub(source, split, config, revision, streaming=True)
-    return stream_rows(_as_stream(found), str(source), reading, scored)
+        return _pick_split(_load_from_disk(path), split, str(path)), str(path)
+    found = datasets.load_dataset(str(source), config, split=split, revision=revision, streaming=streaming)
+    return found, str(source)
 
 
 def _files(path: Path, config: str | None, revision: str | None) -> list[Path]:
@@ -91,12 +89,6 @@ def _in_folder(folder: Path) -> list[Path]:
     return found
 
 
-def _from_hub(name: str, split: str, config: str | None, revision: str | None, streaming: bool = False) -> Any:
-    import datasets
-
-    return datasets.load_dataset(str(name), config, split=split, revision=revision, streaming=streaming)
-
-
 def _as_stream(dataset: Any) -> IterableDataset:
     import datasets
 
@@ -122,18 +114,9 @@ def read_rows(dataset: Any, reading: Reading, *, scored: bool = True) -> Read:
     raise TypeError(f"dataset must be a datasets.Dataset or a list of dicts, got {type(dataset).__name__}{_advice(dataset)}")
 
 
-def read_parquet(paths: Sequence[Path]) -> Dataset:
+def read_parquet(paths: Sequence[Path], streaming: bool = False) -> Dataset | IterableDataset:
     """The rows of parquet files; ValueError where one is none."""
     import datasets
-
-    _check_parquet(paths)
-    try:
-        return datasets.Dataset.from_parquet(list(map(str, paths)))
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{', '.join(map(str, paths))}: damaged: {error.__cause__ or error}") from None
-
-
-def _check_parquet(paths: Sequence[Path]) -> None:
     import pyarrow.parquet
 
     for path in paths:
@@ -141,6 +124,11 @@ def _check_parquet(paths: Sequence[Path]) -> None:
             pyarrow.parquet.read_schema(path)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path}: not a parquet file, or cut: {error}") from None
+    names = list(map(str, paths))
+    try:
+        return datasets.Dataset.from_parquet(names, streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{', '.join(names)}: damaged: {error.__cause__ or error}") from None
 
 
 def _advice(dataset: Any) -> str:

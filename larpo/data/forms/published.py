@@ -11,6 +11,7 @@ from .prompts import AfterHistory, Turns, extra_id, human_assistant
 from .scores import Fixed, InOrder, Label, Margin, Numbers, OneHot, Preference, Ranks, Scores, Winner
 
 FIRST_IS_BETTER = Fixed((1.0, 0.0))
+MARGIN_OR_ORDER: dict[str, Scores] = {"margin": Margin(), "preference": FIRST_IS_BETTER}
 # What pairs of chosen and rejected are scored by, under the names that TRL, argilla, distilabel and OpenRLHF give it.
 PAIR_SCORES: dict[str, Scores] = {
     "score_chosen": Numbers(("score_chosen", "score_rejected")),
@@ -18,11 +19,23 @@ PAIR_SCORES: dict[str, Scores] = {
     "chosen_rating": Numbers(("chosen_rating", "rejected_rating")),
     "chosen-rating": Numbers(("chosen-rating", "rejected-rating")),
     "rating_chosen": Numbers(("rating_chosen", "rating_rejected")),
-    "margin": Margin(),
-    "preference": FIRST_IS_BETTER,
+    **MARGIN_OR_ORDER,
 }
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ULTRAFEEDBACK = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+
+
+def _lists(name: str, of: str, prompt: str, answers: str, scores: str) -> Form:
+    """A column of prompts, one of lists of answers and one of lists of numbers."""
+    return Form(
+        name=name,
+        of=of,
+        columns=(prompt, answers, scores),
+        prompt=prompt,
+        answers=(f"{answers}[]",),
+        scores={scores: Numbers((f"{scores}[]",))},
+    )
+
 
 FORMS: tuple[Form, ...] = (
     Form(
@@ -90,38 +103,16 @@ FORMS: tuple[Form, ...] = (
         chat=True,
         gaps=True,
     ),
-    Form(
-        name="rated candidates",
-        of="princeton-nlp/llama3-ultrafeedback-armorm (MIT)",
-        columns=("prompt", "all_generated_responses", "all_rm_scores"),
-        prompt="prompt",
-        answers=("all_generated_responses[]",),
-        scores={"all_rm_scores": Numbers(("all_rm_scores[]",))},
+    _lists(
+        "rated candidates",
+        "princeton-nlp/llama3-ultrafeedback-armorm (MIT)",
+        "prompt",
+        "all_generated_responses",
+        "all_rm_scores",
     ),
-    Form(
-        name="rewarded responses",
-        of="reward models over samples",
-        columns=("prompt", "responses", "rewards"),
-        prompt="prompt",
-        answers=("responses[]",),
-        scores={"rewards": Numbers(("rewards[]",))},
-    ),
-    Form(
-        name="scored responses",
-        of="reward models over samples",
-        columns=("prompt", "responses", "scores"),
-        prompt="prompt",
-        answers=("responses[]",),
-        scores={"scores": Numbers(("scores[]",))},
-    ),
-    Form(
-        name="RRHF",
-        of="files for RRHF",
-        columns=("query", "responses", "scores"),
-        prompt="query",
-        answers=("responses[]",),
-        scores={"scores": Numbers(("scores[]",))},
-    ),
+    _lists("rewarded responses", "reward models over samples", "prompt", "responses", "rewards"),
+    _lists("scored responses", "reward models over samples", "prompt", "responses", "scores"),
+    _lists("RRHF", "files for RRHF", "query", "responses", "scores"),
     Form(
         name="HelpSteer2",
         of="nvidia/HelpSteer2, nvidia/HelpSteer (CC BY 4.0)",
@@ -194,7 +185,7 @@ FORMS: tuple[Form, ...] = (
         columns=("messages", "rejected_response"),
         prompt=None,
         answers=swift_response,
-        scores={"margin": Margin(), "preference": FIRST_IS_BETTER},
+        scores=MARGIN_OR_ORDER,
     ),
     Form(
         name="ms-swift, messages",
@@ -202,7 +193,7 @@ FORMS: tuple[Form, ...] = (
         columns=("messages", "rejected_messages"),
         prompt=None,
         answers=swift_messages,
-        scores={"margin": Margin(), "preference": FIRST_IS_BETTER},
+        scores=MARGIN_OR_ORDER,
     ),
     Form(
         name="ms-swift, query",
@@ -210,7 +201,7 @@ FORMS: tuple[Form, ...] = (
         columns=("query", "response", "rejected_response"),
         prompt=AfterHistory("query"),
         answers=("response", "rejected_response"),
-        scores={"margin": Margin(), "preference": FIRST_IS_BETTER},
+        scores=MARGIN_OR_ORDER,
         also=("input", "history"),
         chat=True,
     ),

@@ -106,18 +106,24 @@ class InOrder:
 
 
 @dataclass(frozen=True)
-class Winner:
-    """A column that names the better of two answers, or says that neither is: 1 and 0, or 0 twice."""
+class OfColumn:
+    """Scores that one column holds or decides."""
 
     column: str
-    first: Any
-    second: Any
-    ties: tuple[Any, ...] = ()
     comparable = False
 
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
+
+
+@dataclass(frozen=True)
+class Winner(OfColumn):
+    """A column that names the better of two answers, or says that neither is: 1 and 0, or 0 twice."""
+
+    first: Any
+    second: Any
+    ties: tuple[Any, ...] = ()
 
     def __call__(self, row: Field, m: int) -> list[float | None]:
         said = row[self.column]
@@ -134,35 +140,22 @@ class Winner:
 class OneHot:
     """A column of 0 and 1 for each outcome: the first won, the second won, neither did."""
 
-    outcomes: tuple[str, str, str]
+    columns: tuple[str, str, str]
     comparable = False
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.outcomes
-
     def __call__(self, row: Field, m: int) -> list[float | None]:
-        a, b, tie = (row[name].number() if name in row.object() else 0.0 for name in self.outcomes)
+        a, b, tie = (row[name].number() if name in row.object() else 0.0 for name in self.columns)
         if sorted((a, b, tie)) != [0.0, 0.0, 1.0]:
-            row[self.outcomes[0]].bad(
-                f"a 1 in one of {', '.join(self.outcomes)} and 0 in the others, not {a:g}, {b:g}, {tie:g}"
-            )
+            row[self.columns[0]].bad(f"a 1 in one of {', '.join(self.columns)} and 0 in the others, not {a:g}, {b:g}, {tie:g}")
         return [a, b]
 
     def __str__(self) -> str:
-        return f"{', '.join(f'`{name}`' for name in self.outcomes[:2])}"
+        return ", ".join(f"`{name}`" for name in self.columns[:2])
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(OfColumn):
     """A number that is below 0 where the first of two answers is better: the better one has its size, the other one 0."""
-
-    column: str
-    comparable = False
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.column,)
 
     def __call__(self, row: Field, m: int) -> list[float | None]:
         strength = row[self.column].number()
@@ -173,15 +166,10 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(OfColumn):
     """By how much the first of two answers is better."""
 
     column: str = "margin"
-    comparable = False
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.column,)
 
     def __call__(self, row: Field, m: int) -> list[float | None]:
         field = row[self.column]
@@ -194,15 +182,10 @@ class Margin:
 
 
 @dataclass(frozen=True)
-class Label:
+class Label(OfColumn):
     """Whether an answer is a good one: 1 or 0."""
 
-    column: str
     comparable = True
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.column,)
 
     def __call__(self, row: Field, m: int) -> list[float | None]:
         label = row[self.column]
