@@ -141,7 +141,8 @@ class LarPOConfig(TrainingArguments):
         self.logging_nan_inf_filter = False  # it would wait for each loss once more, and log another number in its place
         check_choice("truncation_mode", self.truncation_mode, get_args(Truncation))
         self.max_prompt_length = self.token_limits().max_prompt_length
-        self._check_loss()
+        validation.positive("beta", self.beta)
+        self.resolved_loss()  # refused here, not after the model is loaded
         self._check_lists()
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
@@ -164,10 +165,6 @@ class LarPOConfig(TrainingArguments):
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, given_again(getattr(self, name), f"{name}."))
         self.hub_token = given_again({"hub_token": self.hub_token}).get("hub_token")
-
-    def _check_loss(self) -> None:
-        validation.positive("beta", self.beta)
-        self.resolved_loss()  # refused here, not after the model is loaded
 
     def _check_lists(self) -> None:
         for name, least in COUNTS.items():

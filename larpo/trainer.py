@@ -219,7 +219,7 @@ class LarPOTrainer(Trainer):
         if num_items_in_batch is not None:
             self.current_gradient_accumulation_steps = batches_of_window(num_items_in_batch, inputs, self.accelerator)
         try:
-            with self._training_log.watching_tail():
+            with self._training_log.tail:
                 if self.args.candidate_micro_batch_size is not None:
                     return self._forward_and_backward_in_slices(model, inputs)
                 return self._forward_and_backward(model, inputs)

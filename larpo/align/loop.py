@@ -107,7 +107,7 @@ def _prepare(config: AlignConfig, folder: RunFolder, args: LarPOConfig, ranks: R
 
 def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
     from ..rewards import BUILT_IN, Judge, from_name, from_settings, sequence_classifier
-    from ..rewards.combining import refuse_alike
+    from ..rewards.combining import check_weights, refuse_alike
 
     def find(name: str) -> Any:
         if name in BUILT_IN or (":" in name and not Path(name).exists()):
@@ -129,9 +129,7 @@ def _rewards(config: AlignConfig, device: torch.device) -> list[Any]:
     given = [placed(one) for one in config.rewards()]  # before one of them may change the working directory
     if not given:
         raise ValueError("reward is empty; expected at least one")
-    if config.reward_weights is not None and len(config.reward_weights) != len(given):
-        n = len(config.reward_weights)
-        raise ValueError(f"reward_weights has {n} values; expected one for each of the {len(given)} rewards")
+    check_weights(config.reward_weights, len(given), "reward_weights")
     judges = [judge(one) for one in given]
     refuse_alike(judges)  # before anything is sampled
     return judges

@@ -49,7 +49,7 @@ def score(
         ValueError: a reward gave another number of values, or something else than finite numbers; lengths that don't fit.
     """
     rewards = list(rewards) if isinstance(rewards, Sequence) else [rewards]
-    _check_weights(weights, len(rewards))
+    check_weights(weights, len(rewards))
     values = judged(rewards, prompts, completions, columns, on_error=on_error)
     return combined(values, weights)
 
@@ -112,7 +112,7 @@ def combined(values: Sequence[Values], weights: Sequence[float] | None = None, *
     >>> combined([[1.0, 3.0], [700.0, 500.0]], [1.0, 0.5], normalise=True)
     [-0.5, 0.5]
     """
-    _check_weights(weights, len(values))
+    check_weights(weights, len(values))
     weights = [1.0] * len(values) if weights is None else weights
     sums: Values = [None] * len(values[0])
     for weight, of_one in zip(weights, values, strict=True):
@@ -141,6 +141,6 @@ def _normalised(values: Values) -> Values:
     return [None if value is None else (value - mean) / spread for value in values]
 
 
-def _check_weights(weights: Sequence[float] | None, n: int) -> None:
+def check_weights(weights: Sequence[float] | None, n: int, name: str = "weights") -> None:
     if weights is not None and len(weights) != n:
-        raise ValueError(f"weights has {len(weights)} values; expected one for each of the {n} rewards")
+        raise ValueError(f"{name} has {len(weights)} values; expected one for each of the {n} rewards")

@@ -79,7 +79,9 @@ class Ranks:
             )
         if state.num_processes == 1:
             return cls()
-        return cls(state.process_index, state.num_processes, _group_of_all())
+        import torch.distributed as dist
+
+        return cls(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=WAIT))
 
     @property
     def is_first(self) -> bool:
@@ -251,12 +253,6 @@ def _within(seconds: float | None, act: Callable[..., T], *given: Any) -> T | No
     if found[0].error is not None:
         raise found[0].error
     return found[0].value
-
-
-def _group_of_all() -> Any:
-    import torch.distributed as dist
-
-    return dist.new_group(backend="gloo", timeout=WAIT)
 
 
 def _short(value: str, name: str) -> str:

@@ -116,7 +116,7 @@ class ListLoss:
         """
         scores = implicit_rewards(logps, ref_logps, self.beta)
         lists = _Lists(inputs["relevance"], inputs["list_sizes"], getattr(self.objective, "ties", "mean"))
-        shifted = scores + (self.margin * lists.behind_best()).to(scores.dtype) if self.margin else scores
+        shifted = scores + (self.margin * (lists.top - lists.relevance)).to(scores.dtype) if self.margin else scores
         loss = self._ranking(shifted, self.objective, inputs["relevance"], inputs)
         if self.label_smoothing:
             smooth = self._smooth(shifted, lists, inputs)
@@ -162,10 +162,6 @@ class _Lists:
         """[S]: the best relevance of a candidate's list."""
         lowest = torch.full((self.num,), -torch.inf, dtype=self.relevance.dtype, device=self.relevance.device)
         return lowest.scatter_reduce(0, self.of, self.relevance, "amax")[self.of]
-
-    def behind_best(self) -> Tensor:
-        """[S]: r_b - r_i, which is >= 0."""
-        return self.top - self.relevance
 
     def best(self) -> Tensor:
         """[S]: 1 for the best candidate of each list, shared evenly where several are."""

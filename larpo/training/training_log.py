@@ -6,7 +6,6 @@ import functools
 import os
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,16 +28,12 @@ class TrainingLog:
     def __init__(self, ndcg_k: int | None, tail_threshold: float | None):
         self.lists = ListLog(ndcg_k)
         self._tail_threshold = tail_threshold
-        self._tail = lk.TailShares()
+        self.tail = lk.TailShares()  # around a step: counts the vocabulary rows that the head merged
         self.start()
 
     def start(self) -> None:
         """Throughput counts from now on."""
         self._tokens, self._padded, self._since = 0, 0, time.monotonic()
-
-    def watching_tail(self) -> AbstractContextManager:
-        """Around a step: counts the vocabulary rows that the head merged."""
-        return self._tail
 
     def add(self, batch: Mapping[str, Any], loss: Tensor, logps: Tensor, scores: Tensor) -> None:
         self.lists.add(loss, scores, batch["relevance"], batch["list_sizes"], logps)
@@ -53,8 +48,8 @@ class TrainingLog:
         found["padding"] = round(1 - self._tokens / self._padded, 4) if self._padded else 0.0
         found |= _memory(device)
         if self._tail_threshold is not None:
-            found |= {"tail/rows": self._tail.rows, "tail/merged": self._tail.merged}
-            self._tail = lk.TailShares()
+            found |= {"tail/rows": self.tail.rows, "tail/merged": self.tail.merged}
+            self.tail = lk.TailShares()
         self.start()
         self._since = now  # not of now: the time that metrics took belongs to the next entry
         return found
