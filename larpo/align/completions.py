@@ -112,7 +112,7 @@ def _answer(prompt: rewards.Text, text: str) -> rewards.Text:
 
 
 def with_scores(run: Run, rows: Rows, prompts: Sequence[Prompt], k: int, chunks: Path, *, to_train_on: bool = False) -> Rows:
-    """The rows with `rewards`, what each reward says of each completion, and `scores`, their weighted sum.
+    """The rows with `rewards`, the value of each reward for each completion, and `scores`, their weighted sum.
 
     to_train_on: with truncated: exclude, no reward is asked about completions without an end.
     """

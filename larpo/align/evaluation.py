@@ -1,4 +1,4 @@
-"""What the held-out completions of a policy say: reward and KL always together, since a reward can be hacked."""
+"""Figures of a policy from its held-out completions: reward and KL always together, since a reward can be hacked."""
 
 from __future__ import annotations
 

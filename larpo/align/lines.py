@@ -1,4 +1,4 @@
-"""What a stage has done, in a line."""
+"""The counts of a stage as one line for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEFT_OUT = ("seconds", "sizes", "sources", "weights")
 
 
 def line(folder: str, stage: str, counts: Mapping[str, Any]) -> str:
-    """Of a stage in this folder of a run, with the seconds that it took."""
+    """The line of a stage in this folder of a run, with the seconds that it took."""
     return f"{folder:>12} {stage:<8} {counts['seconds']:7.1f} s  {_what(stage, counts)}"
 
 

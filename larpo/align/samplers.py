@@ -44,7 +44,7 @@ class Samplers:
 
     @property
     def in_one_go(self) -> bool:
-        """Whether all prompts may be given at once: what has arrived is kept by the sampler itself."""
+        """Whether all prompts may be given at once, since the sampler itself keeps what has arrived."""
         return self.config.sampler == "server"
 
     def policy(self, iteration: int) -> str:
@@ -52,13 +52,13 @@ class Samplers:
         return self.models.initial if iteration == 0 else str(self.folder.model(iteration))
 
     def weights(self, iteration: int) -> dict[str, Any]:
-        """Which weights completions are of, as their files say it; stale: not those, but what a server was started with."""
+        """The weights that completions are from, for their files. stale: the server had others, those that it started with."""
         model = self.folder.model(iteration).relative_to(self.folder.path).as_posix()
         stale = self._served is not None and self._served.settings.is_stale(iteration)
         return {"checkpoint": model if iteration else str(self.config.model), "iteration": iteration, "stale": stale}
 
     def known_of(self, iteration: int, completions: Sequence[Sampled]) -> dict[str, Any]:
-        """What the row of a prompt says of its completions by this policy."""
+        """Columns for the row of a prompt: the weights, and what another engine reports of the completions."""
         others = {} if self.config.sampler == "transformers" else other_engine.columns(completions)
         return {"weights": self.weights(iteration)} | others
 

@@ -1,4 +1,4 @@
-"""Where a run stands, out of its folder: for a look from outside while it is at work, or after it was stopped."""
+"""Where a run stands, read from its folder by another process: while the run is at work, or after it was stopped."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ def attached(model: nn.Module, policy: Policy) -> Iterator[nn.Module]:
 
 
 class AttachedPolicies:
-    """The models of a trainer with their policies: attached while the trainer is at work, and in between as they were handed
-    over, so that whatever they are used for next finds their own forward.
+    """The models of a trainer with their policies, attached while the trainer is at work. In between the models have their own
+    forward, for whatever else they are used for.
 
     models: the model of a name, or None where it has been freed; it is asked each time, since FSDP1 puts a wrapper in its
         place. options: as in `Policy`.

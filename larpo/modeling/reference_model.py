@@ -1,4 +1,4 @@
-"""The reference policy: the policy as it is now, held apart from what training does to it."""
+"""A copy of the policy as the reference, which training leaves unchanged or moves slowly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as an answer of a reward."""
+"""Checks what a reward returned: one finite number, or None, for each completion."""
 
 from __future__ import annotations
 

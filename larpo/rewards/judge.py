@@ -248,7 +248,7 @@ class Judge:
         return memory.of(name_of(self), identity)
 
     def _key(self, asked: Asked) -> str:
-        """All that it is given."""
+        """A digest of everything that the reward is given."""
         return digest([list(asked.prompts), list(asked.completions), asked.columns])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-MOMENT = 0.2  # seconds for which `is_locked` may have it
+MOMENT = 0.2  # seconds: `is_locked` may hold the lock for so long
 
 
 def is_locked(folder: Path) -> bool | None:

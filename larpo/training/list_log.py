@@ -1,4 +1,4 @@
-"""What training or evaluation saw of its lists since something was last logged."""
+"""Means over the lists that were trained or evaluated on since the last log entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a list costs: the objective over implicit rewards, and the terms that settings add to it.
+"""The loss of a list: the objective over implicit rewards, and the terms that settings add to it.
 
 A list has candidates with rewards r_i, log-likelihoods L_i and scores g_i = beta (L_i - Lref_i). With F the objective,
 b its best candidate of n_b counted tokens, and d_i = g_i + margin (r_b - r_i),
@@ -41,7 +41,7 @@ from larpo_kernels.objectives import OBJECTIVES, Objective, implicit_rewards, re
 
 from ..runs.yaml_config import is_number
 
-TIES = {"pairwise": "mean", "contrastive": "mean", "listmle": "efron"}  # where nothing else is asked for
+TIES = {"pairwise": "mean", "contrastive": "mean", "listmle": "efron"}  # the defaults
 UNIFORM = ("contrastive", "listnet")  # objectives with a distribution for a target
 
 

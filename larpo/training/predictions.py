@@ -1,4 +1,4 @@
-"""What an evaluation says of every candidate, for `predict` and `compute_metrics`: arrays with a row for each list."""
+"""Scores and log-likelihoods of all evaluated candidates, for `predict` and `compute_metrics`: arrays with a row per list."""
 
 from __future__ import annotations
 
