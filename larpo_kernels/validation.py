@@ -84,19 +84,16 @@ def check_values(name: str, x: Any) -> None:
 
 
 def tokens(
+    name: str,
     values: torch.Tensor,
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-    *,
-    name: str,
-    vocab_size: int | None = None,
-    ignore_index: int | None = -100,
-    need_candidates: bool = True,
+    vocab_size: int,
+    ignore_index: int | None,
+    need_candidates: bool,
 ) -> Tokens:
-    """Checks the labels and borders of logits (or hidden states, both checked already), and returns all in one form without
-    a copy.
-
-    vocab_size: the range of the labels; by default the last axis of `values`.
+    """Checks the labels and borders of logits or hidden states, which were checked by themselves, and returns all in one form
+    without a copy. vocab_size: the range of the labels.
     """
     _tensor("labels", labels)
     if not is_integer(labels):
@@ -109,7 +106,6 @@ def tokens(
         raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
     if labels.dtype != torch.int64 and (labels.dtype != torch.int32 or not -(1 << 31) <= (ignore_index or 0) < 1 << 31):
         labels = labels.long()  # ignore_index or the size of the vocabulary may lie outside their range
-    vocab_size = values.shape[-1] if vocab_size is None else vocab_size
     if vocab_size == 0 or values.shape[-1] == 0:
         raise ValueError(f"{name} must have a last axis of at least 1, got shape {shape(values)}")
     checked = readable(labels)

@@ -29,6 +29,12 @@ class _Call:
     backend: str
     shard: VocabShard | None  # where ranks share the vocabulary: values are of this rank, labels of the whole
 
+    def _check(self, name: str, values: Tensor, labels: Any, cu_seqlens: Any, vocab_size: int, candidates: bool) -> None:
+        """values: logits or hidden states, checked; candidates: whether their borders are needed."""
+        ignore_index, logit_scale, softcap = self.transform
+        self.tokens = validation.tokens(name, values, labels, cu_seqlens, vocab_size, ignore_index, candidates)
+        validation.check_options(logit_scale=logit_scale, softcap=softcap)
+
     def step(self, stats: bool = False) -> ops.Step:
         """logps, entropy, top1 of the labels' shape."""
         raise NotImplementedError
@@ -74,18 +80,10 @@ class LogitsCall(_Call):
         candidates: bool = True,
     ):
         logits, self.shard = Sharded.parts(logits)
-        ignore_index, logit_scale, softcap = self.transform = transform
+        self.transform = transform
         validation.check_values("logits", logits)
-        self.tokens = validation.tokens(
-            logits,
-            labels,
-            cu_seqlens,
-            name="logits",
-            vocab_size=None if self.shard is None else self.shard.size,
-            ignore_index=ignore_index,
-            need_candidates=candidates,
-        )
-        validation.check_options(logit_scale=logit_scale, softcap=softcap)
+        vocab_size = logits.shape[-1] if self.shard is None else self.shard.size
+        self._check("logits", logits, labels, cu_seqlens, vocab_size, candidates)
         if self.shard is not None and inplace_backward:
             raise TypeError("inplace_backward is not available where ranks share the vocabulary")
         self.inplace_backward = inplace_backward
@@ -125,16 +123,7 @@ class LinearHeadCall(_Call):
         self.bias, self.transform, shard = bias, transform, self.shard
         validation.check_head(hidden, self.weight, bias)
         vocab_size = self.weight.shape[0] if shard is None else shard.size
-        self.tokens = validation.tokens(
-            hidden,
-            labels,
-            cu_seqlens,
-            name="hidden",
-            vocab_size=vocab_size,
-            ignore_index=transform.ignore_index,
-            need_candidates=candidates,
-        )
-        validation.check_options(logit_scale=transform.logit_scale, softcap=transform.softcap)
+        self._check("hidden", hidden, labels, cu_seqlens, vocab_size, candidates)
         if asked.tail_threshold is not None:
             validation.probability("tail_threshold", asked.tail_threshold)
         self.compute = dtype_of_tiles(hidden, self.weight, sharded=shard is not None)

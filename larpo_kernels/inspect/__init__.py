@@ -149,15 +149,10 @@ def _read(compiled, target: Target, what: dict, itemsize: int | None) -> KernelR
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return KernelReport(
         **what,
+        **vars(code),
         warps=warps,
-        registers=code.registers,
-        spills=code.spills,
-        local_bytes=code.local_bytes,
         shared_bytes=shared,
         shared_limit=target.shared_per_block,
         occupancy=occupancy(target, code.registers, shared, warps),
-        loads=code.loads,
-        stores=code.stores,
-        loops=code.loops,
         itemsize=itemsize,
     )

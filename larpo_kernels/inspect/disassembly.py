@@ -31,6 +31,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
+    """Fields of the same names in `KernelReport` say what they are."""
+
     registers: int
     spills: int
     local_bytes: int
