@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -57,28 +57,19 @@ class Group:
         return [values for values in found if self.sensible(values)]
 
 
-def _fits_threads(block: str, warps: str, least: int, most: int):
-    """Elements of a block per thread within limits: fewer are no 16-byte load, more do not fit the registers."""
-    return lambda v: least <= v[block] // (32 * v[warps]) <= most
-
-
 GROUPS = (
     Group(
         "rows",
         {"row_block": (2048, 4096, 8192), "row_warps": (4, 8), "row_registers": (64, 128)},
-        _fits_threads("row_block", "row_warps", 8, 32),
+        # elements of a block per thread: fewer are no 16-byte load, more do not fit the registers
+        lambda v: 8 <= v["row_block"] // (32 * v["row_warps"]) <= 32,
         share=0.2,
     ),
     Group("split", {"split_columns": (8192, 16384, 32768, 1 << 30)}, share=0.1),
     Group("fill", {"row_programs": (1024, 2048, 4096, 8192)}, share=0.05),
     Group(
         "tile",
-        {
-            "tile_span": (256, 512),
-            "tile_rows": (8, 16),
-            "tile_tokens": (256, 512),
-            "tile_warps": (4, 8),
-        },
+        {"tile_span": (256, 512), "tile_rows": (8, 16), "tile_tokens": (256, 512), "tile_warps": (4, 8)},
         lambda v: (
             16 <= v["tile_rows"] * v["tile_tokens"] // (32 * v["tile_warps"]) <= 32 and v["tile_tokens"] >= 64 * v["tile_warps"]
         ),
@@ -294,20 +285,6 @@ def arch_here() -> str:
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Found:
-    """What launch.json holds."""
-
-    arch: str
-    origin: str
-    chosen: dict[str, int]
-    changed: dict[str, int] = field(default_factory=dict)  # of what was shipped
-
-    def write(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-
 def read(file: Path | None, arch: str) -> dict[str, int]:
     """Values of a launch.json for this architecture; none where there is no such file, or it is for another one."""
     if file is None or not file.exists():
@@ -329,23 +306,26 @@ def tuned(seconds: float, file: Path, candidates: Callable[[str], list[dict]], o
     candidates(group's name): values that are compiled.
     """
     arch, end = arch_here(), time.monotonic() + seconds
-    found = Found(arch, f"measured, {device.card()}, {date.today()}", shipped(arch))
-    groups = [g for g in GROUPS if (not only or g.name in only) and set(g.values) <= set(found.chosen)]
+    chosen, changed = shipped(arch), {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    groups = [g for g in GROUPS if (not only or g.name in only) and set(g.values) <= set(chosen)]
     for i, group in enumerate(groups):
         deadline = time.monotonic() + (end - time.monotonic()) * group.share / sum(g.share for g in groups[i:])
-        own = {name: found.chosen[name] for name in group.values}
+        own = {name: chosen[name] for name in group.values}
         others = [values for values in candidates(group.name) if values != own]
-        rows = measured(group, [own, *others], found.chosen, arch, deadline)
+        rows = measured(group, [own, *others], chosen, arch, deadline)
         if rows:
             best = winner(rows, own)
-            found.chosen |= best
-            found.changed |= {name: value for name, value in best.items() if value != own[name]}
-        found.write(file)
+            chosen |= best
+            changed |= {name: value for name, value in best.items() if value != own[name]}  # of what was shipped
+        origin = f"measured, {device.card()}, {date.today()}"
+        found = {"arch": arch, "origin": origin, "chosen": chosen, "changed": changed}
+        file.write_text(json.dumps(found, indent=1) + "\n")
         yield {
             "what": group.name,
             "compiled": len(others),
             "measured": len(rows),
-            "chosen": {name: found.chosen[name] for name in own},
+            "chosen": {name: chosen[name] for name in own},
             "text": table(group, rows),
             "rows": rows[:8],
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -46,33 +46,24 @@ def _compiled(formulation: str, head: bool):
     return torch.compile((lambda x, w, labels: logps(F.linear(x, w), labels)) if head else logps, dynamic=False)
 
 
-def _compiled_from_logits(formulation: str):
-    return lambda problem: list_loss(_compiled(formulation, False)(problem.rows, problem.labels.flatten()), problem)
+def _compiled_from_logits(formulation: str, problem):
+    return list_loss(_compiled(formulation, False)(problem.rows, problem.labels.flatten()), problem)
 
 
-def _compiled_from_hidden(formulation: str):
-    def forward(problem):
-        token_logps = _compiled(formulation, True)(problem.rows, problem.weight, problem.labels.flatten())
-        return list_loss(token_logps, problem)
-
-    return forward
-
-
-def _compiled_scored_only(formulation: str):
-    def forward(problem):
-        hidden, labels, back = scored(problem)
-        return list_loss(back(_compiled(formulation, True)(hidden, problem.weight, labels)), problem)
-
-    return forward
+def _compiled_from_hidden(formulation: str, problem):
+    return list_loss(_compiled(formulation, True)(problem.rows, problem.weight, problem.labels.flatten()), problem)
 
 
 _options = {"group": "torch.compile", "leaves_memory": True}
 for _name in FORMULATIONS:
-    provider(f"torch.compile {_name}", "logits", **_options)(_compiled_from_logits(_name))
-    provider(f"torch.compile {_name}", "linear", gemms=PLAIN_GEMMS, **_options)(_compiled_from_hidden(_name))
-provider("torch.compile cross_entropy, scored tokens only", "linear", gemms=PLAIN_GEMMS, **_options)(
-    _compiled_scored_only("cross_entropy")
-)
+    provider(f"torch.compile {_name}", "logits", **_options)(partial(_compiled_from_logits, _name))
+    provider(f"torch.compile {_name}", "linear", gemms=PLAIN_GEMMS, **_options)(partial(_compiled_from_hidden, _name))
+
+
+@provider("torch.compile cross_entropy, scored tokens only", "linear", gemms=PLAIN_GEMMS, **_options)
+def _compiled_scored_only(problem):
+    hidden, labels, back = scored(problem)
+    return list_loss(back(_compiled("cross_entropy", True)(hidden, problem.weight, labels)), problem)
 
 
 @provider("log_softmax a row", "logits", rounds_tokens=True)
