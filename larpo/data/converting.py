@@ -1,4 +1,4 @@
-"""Rows of any form to a Dataset of lists: of Python objects together, of a Dataset in batches."""
+"""Turns rows of any form into a Dataset of lists: Python objects all at once, a Dataset in batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Read(NamedTuple):
-    """Lists, and the reader that they went through: what form they had, and what was left out."""
+    """Lists, and the reader that made them: it knows their form and what was left out."""
 
     lists: Dataset
     reader: Reader

@@ -1,7 +1,7 @@
-"""The border between prompt and completion in tokens: the prompt's are those of the prompt alone, whatever follows it.
+"""Where the prompt ends in tokens: a prompt is tokenised alone, so that its tokens do not depend on what follows it.
 
-That is what a policy has read when it starts to sample, and what the candidates of a list share. A completion's tokens
-are the rest of the text's tokens where these begin with the prompt's. Where a token would reach across the border
+These are the tokens that a policy has read when it starts to sample, and that all candidates of a list share. Where the tokens
+of the whole text begin with the prompt's, the completion has the others. Where a token would reach across the border
 ("Answer: " + "yes" has the token " yes"), the completion is tokenised apart, so that the two decode to the whole text.
 """
 

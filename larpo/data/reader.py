@@ -1,4 +1,4 @@
-"""From a row of any form to a row of lists, and what is done with rows that make none."""
+"""Turns a row of any form into a row of lists; rows that make no list are refused, or left out and counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Gap(BadRow):
 
 @dataclass
 class LeftOut:
-    """What became part of no list, by reason."""
+    """Rows and answers that are in no list, counted by reason."""
 
     rows: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)

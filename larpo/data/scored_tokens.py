@@ -1,4 +1,4 @@
-"""Which tokens stored log-likelihoods belong to, and what they were scored with.
+"""Stored log-likelihoods: which tokens they are sums over, and which model and settings they were scored with.
 
 `larpo.score_lists` writes both as columns beside ref_logps. Columns survive JSON, parquet, pandas and every operation of
 datasets, which metadata of a file or a schema do not, and rows of several files can be joined.
@@ -97,7 +97,7 @@ def reference(record: str | None) -> tuple[str | None, str | None]:
 def check_scored_tokens(
     row: Mapping[str, Any], tokens: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, Any], where: str
 ) -> None:
-    """Raises ValueError where ref_logps are of other tokens than those that the row has now.
+    """Raises ValueError where ref_logps were scored for other tokens than the row has now.
 
     row: as it came, with what was written beside ref_logps, or without; tokens: as it is tokenised now.
     """

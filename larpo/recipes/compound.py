@@ -73,10 +73,10 @@ def read(model, question: questions.Question, rows: reading.Rows) -> reading.Lis
 
 
 def measured(cases: Sequence[Case], scores: Sequence[reading.Lists], first: bool = False) -> dict[str, float | None]:
-    """Shares of questions; first: with BM25's first passage in place of the retriever's choice.
+    """Shares of questions; first: BM25's first passage takes the place of the retriever's choice.
 
-    right: the system's answer is. gold passage: the chosen one holds the answer. right behind gold: of all passages that
-    hold the answer, how many lead to it, chosen or not.
+    right: the system's answer is right. gold passage: the chosen passage holds the answer. right behind gold: of all passages
+    that hold the answer, chosen or not, the share that leads to it.
     """
     answered, found, behind = [], [], []
     for (question, _, _), lists in zip(cases, scores, strict=True):
@@ -90,7 +90,7 @@ def measured(cases: Sequence[Case], scores: Sequence[reading.Lists], first: bool
 
 @dataclass
 class Compound(Reader):
-    """The system as it is, and with one of its lists trained, or both; all arms of a seed take equal steps."""
+    """The system before training, with one of its two lists trained, and with both; all arms take equally many steps."""
 
     name = "compound"
     heading = "system"
@@ -115,7 +115,7 @@ class Compound(Reader):
         return untrained | {f"{arm} trained": partial(self.trained, arm=arm) for arm in ARMS}
 
     def untrained(self, start: Halves, seed: int, *, first: bool = False) -> Row:
-        """tied: of the passage lists to be trained on, those whose passages all lead to right answers, or all to wrong ones."""
+        """tied: how many passage lists for training have only passages that lead to right answers, or only to wrong ones."""
         training, test = start
         outcomes = [reading.correct(one.question)[one.at_start.options.argmax(1)] for one in training]
         tied = [bool(one[0]) for one in outcomes if len(one.unique()) == 1]
@@ -128,7 +128,7 @@ class Compound(Reader):
         return measured(test, [read(model, one.question, one.rows) for one in test])
 
     def loss(self, model, one: Case, *, arm: str) -> Tensor:
-        """Passages are chosen and rewarded by the model as it is then."""
+        """The model in training chooses and rewards the passages."""
         lists = reading.as_lists(model(rows=one.rows), one.rows, len(one.question.passages))
         right = reading.correct(one.question)
         return two_lists(lists, right, beta=self.beta, temperature=self.temperature, arm=arm)

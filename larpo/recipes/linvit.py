@@ -64,14 +64,14 @@ class Model:
 
 
 def leaning(actions: Tensor, trust: float) -> Tensor:
-    """log pi [S, A]: `trust` on one action of each state, the rest spread evenly. actions: [S] int64."""
+    """log pi [S, A] with probability `trust` for one action of each state, actions [S] int64; the others share the rest."""
     others = len(lake.ACTIONS) - 1
     prior = torch.full((len(actions), others + 1), (1 - trust) / others, dtype=torch.float64)
     return prior.scatter(1, actions[:, None], trust).log()
 
 
 def guidebook(draw: random.Random) -> tuple[str, str]:
-    """A line of a guide who has seen some lake: head down or right, step around holes, never mind that ice is slippery."""
+    """A state and a guide's advice: head down or right and avoid holes; the guide does not know that ice is slippery."""
     state = draw.randrange(lake.STATES)
     text = lake.describe(state)
     ahead = [move for move, name in ((1, "down"), (2, "right")) if f"{name} is ice" in text or f"{name} is goal" in text]
@@ -89,7 +89,7 @@ def lm_prior(seed: int, steps: int) -> Tensor:
 
 
 def first_reached(curve: Sequence[float], target: float, every: int) -> int | None:
-    """Steps after which the curve is at the target and never below it again; None if it ends below.
+    """Steps after which the curve never falls below the target again; None if it ends below.
 
     >>> first_reached([0.0, 0.9, 0.2, 0.8, 0.9], 0.5, every=10)
     30
@@ -105,7 +105,8 @@ PRIORS = ("uniform", "good (70 % on the best action)", "misleading (70 % on its 
 
 @dataclass
 class Linvit(Recipe):
-    """Slippery FrozenLake with several priors and lambdas: steps until the plan earns `share` of the optimum for good."""
+    """Slippery FrozenLake with several priors and lambdas: after how many steps the plan earns `share` of the optimal return
+    and never less again."""
 
     name = "linvit"
     heading = "prior, lambda"
@@ -141,7 +142,7 @@ class Linvit(Recipe):
         }
 
     def learned(self, start: tuple, seed: int, *, prior: str | None = None, strength: float = 1.0) -> Row:
-        """curve: the exact return of the plan after every `every` steps in the environment. alone: that of the prior."""
+        """curve: the exact return of the plan after every `every` steps in the environment. alone: the return of the prior."""
         log_prior, optimal = start[0].get(prior), start[1]
         env, draw = lake.make(slippery=True, max_steps=self.horizon), np.random.default_rng(seed)
         model, curve, done = Model(lake.STATES, len(lake.ACTIONS)), [], 0

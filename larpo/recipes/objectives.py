@@ -62,7 +62,7 @@ def lipo_lambda(logps, ref_logps, num_tokens, relevance, list_sizes, *, beta: fl
 
 
 def simpo(logps, ref_logps, num_tokens, relevance, list_sizes, *, beta: float = 2.0, margin: float = 0.5) -> Numbers:
-    """The margin is taken off the best candidate's score: so it works in any of the list objectives."""
+    """Taking the margin off the best candidate's score turns the pairwise loss into SimPO's."""
     scores = beta * logps / num_tokens.clamp(min=1)
     shifted = scores.index_add(0, best(relevance, list_sizes), scores.new_full((len(list_sizes),), -margin))
     return lk.listwise_loss(shifted, relevance, list_sizes=list_sizes, objective="pairwise"), scores
@@ -107,7 +107,7 @@ OBJECTIVES = {
 
 
 class Start(NamedTuple):
-    """What all objectives of a seed start from."""
+    """What all arms of a seed start from."""
 
     tokenizer: Any
     policy: Any
@@ -146,7 +146,7 @@ class Objectives(Recipe):
         return {name: partial(self.trained, loss=loss) for name, loss in losses.items()}
 
     def trained(self, start: Start, seed: int, *, loss: Loss | None) -> Row:
-        """loss: None to measure the start policy, by whose log-likelihoods lists are then ordered."""
+        """loss: None measures the start policy, and orders the lists by its log-likelihoods."""
         model, counts = copy.deepcopy(start.policy), {}
         if loss is not None:
             settings = dict(max_steps=self.steps, per_device_train_batch_size=self.batch_size, learning_rate=self.learning_rate)

@@ -56,7 +56,7 @@ class Planner:
 
 
 def choose(weights: Sequence[float], draw: random.Random, advantages: Sequence[float] | None, tries: int = 5) -> int:
-    """An action, drawn; with advantages drawn again, `tries` times at most, while its own is below 0; the best one stays."""
+    """Draws an action; with advantages, up to `tries` actions until one has an advantage that is not below 0, else the best."""
     if advantages is None:
         return draw.choices(range(len(ACTIONS)), weights)[0]
     drawn = draw.choices(range(len(ACTIONS)), weights, k=tries)
@@ -119,10 +119,10 @@ class Critic(torch.nn.Module):
 
 @dataclass
 class Read(Recipe):
-    """Steps until both agents stand on their goals; most_steps + 1 stands for no success.
+    """Steps until both agents stand on their goals; most_steps + 1 where they do not get there.
 
-    The planner as it is; the same that plans again where the critic sees no advantage; trained on its own episodes with
-    weight 1 (imitation); trained with advantage weights.
+    Arms: the planner before training; the same, which plans again where the critic sees no advantage; trained on its own
+    episodes with weight 1 (imitation); trained with advantage weights.
     """
 
     name = "read"
@@ -157,7 +157,7 @@ class Read(Recipe):
         return {"steps": [length] * (self.rounds + 1), "success": success}
 
     def planning_again(self, start: Planner, seed: int) -> Row:
-        """By the critic that the first round of training has too."""
+        """With the critic of the first round of training."""
         critic = self.critic(self.collect(start.policy(), random.Random(seed)), seed, t=0)
         return self.untrained(start, seed, critic.table())
 

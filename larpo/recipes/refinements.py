@@ -41,13 +41,13 @@ def refine(
     temperature: float = 1.0,
     seed: int,
 ) -> Refined:
-    """Every list with its candidates' refinements.
+    """Adds refinements of its candidates to every list, which keeps its prompt and prompt_ids.
 
-    A refinement has the tokens that were sampled, and its list the original prompt and prompt_ids. (Where an original has no
-    completion_ids, its refinement has none either: a list has exact tokens for all candidates or for none.) `source` tells the
-    two apart; an original that has one already keeps it. Of candidates that are the same, as a refinement and an original
-    that it repeats, the first stays, and the others are counted. Empty refinements and lists without candidates stay; so do,
-    last and counted, candidates to which the reward gives None (`larpo.candidates.rank` drops those).
+    A refinement has the tokens that were sampled, or no completion_ids where its original has none: a list has exact tokens
+    for all candidates or for none. `source` says which is which; an original that has a source already keeps it. Of equal
+    candidates, such as an original and a refinement that repeats it, the first stays and the others are counted. Empty
+    refinements and lists without candidates stay. So do candidates to which the reward gives None: they come last, and are
+    counted (`larpo.candidates.rank` drops them).
 
     Args:
         sampler: draws from the policy.
@@ -88,7 +88,7 @@ def refine(
 
 
 def _refinement(original: Candidate, sampled: Sampled) -> Candidate:
-    """In the form of its original: text or a message, with or without tokens."""
+    """The refinement in the form of its original: text or a message, with or without tokens."""
     return Candidate(
         sampled.text if isinstance(original.completion, str) else [{"role": "assistant", "content": sampled.text}],
         source=REFINEMENT,

@@ -34,14 +34,14 @@ def naming_reward(*, prompts: Sequence[str], completions: Sequence[str], **_) ->
 
 
 def ranked_answers(sampler: Sampler, lists: list[PromptList], seed: int) -> tuple[list[PromptList], dict[str, float]]:
-    """A source without refinements, ranked and without duplicates as the others."""
+    """A source without refinements: the answers, ranked and deduplicated as the lists of the other sources are."""
     return rank(deduplicate(lists)[0])[0], {}
 
 
 def refined(
     sampler: Sampler, lists: list[PromptList], seed: int, *, blank: bool = False, promising: int | None = None
 ) -> tuple[list[PromptList], dict[str, float]]:
-    """A source of as many candidates: the first half of the answers, and refinements in place of the others."""
+    """A source of equally many candidates: the first half of the answers, and as many refinements."""
     half, draw = len(lists[0].candidates) // 2, random.Random(seed)
     answers = [replace(one, candidates=tuple(replace(c, source=ORIGINAL) for c in one.candidates[:half])) for one in lists]
     found = refine(

@@ -31,13 +31,13 @@ from .tasks import questions, reading
 
 
 def selection_loss(logps: Tensor, ref_logps: Tensor, correct: Tensor, list_sizes: Tensor, *, beta: float) -> Tensor:
-    """The loss above, mean over lists. All [S] but list_sizes [L]; a list whose answers are all right or all wrong adds 0."""
+    """Mean over lists of the loss above; a list whose answers are all right or all wrong adds 0. All [S] but list_sizes [L]."""
     scores = implicit_rewards(logps, ref_logps, beta)
     return lk.listwise_loss(scores, correct, list_sizes=list_sizes, objective="lambdarank")
 
 
 class Selection(NamedTuple):
-    """One question's list. Places are among its options, M of them."""
+    """The list of a question with M options, in which answers are places among the options."""
 
     answers: tuple[int, ...]  # without a passage, then with each
     candidates: tuple[int, ...]  # the distinct ones
@@ -60,7 +60,8 @@ def selected(one: Selection, logps: Tensor) -> int:
 
 
 def measured(lists: Sequence[Selection], logps: Sequence[Tensor]) -> dict[str, float | None]:
-    """Shares of questions: the selected answer is right; it is, where that can fail; the most likely of all options is."""
+    """Shares of questions whose selected answer is right, among all and among those with right and wrong candidates; and of
+    questions whose most likely option is right."""
     chosen = [one.right[selected(one, l)] for one, l in zip(lists, logps, strict=True)]
     decided = [value for value, one in zip(chosen, lists, strict=True) if one.teaches]
     free = [one.right[int(reading.per_token(l, one.rows).argmax())] for one, l in zip(lists, logps, strict=True)]
@@ -68,7 +69,7 @@ def measured(lists: Sequence[Selection], logps: Sequence[Tensor]) -> dict[str, f
 
 
 def kind(one: Selection) -> str:
-    """What a list has to teach."""
+    """Whether a list is trained on, or why it teaches nothing."""
     if one.teaches:
         return "trained on"
     return "one answer" if len(one.candidates) == 1 else "all right" if one.right[one.candidates[0]] else "all wrong"
@@ -85,7 +86,7 @@ class SelfSelection(Reader):
 
     @torch.no_grad()
     def prepare(self, model, tokenizer, asked: Sequence[questions.Question]) -> tuple[Any, list[Selection]]:
-        """The answers and the list's prompt take the model once each."""
+        """Runs the whole model once: for the answers with one passage or none, and for the lists."""
         batches = []
         for question in asked:
             for shown in ([()], [[passage] for passage in question.passages], [question.passages]):
@@ -116,7 +117,7 @@ class SelfSelection(Reader):
         return measured(start[1], [one.ref_logps for one in start[1]])
 
     def trained(self, start: Halves, seed: int) -> Row:
-        """On the lists that teach; counts all."""
+        """Trains on the lists with right and wrong candidates; lists: how many of each `kind` there were."""
         training, test = start
         model = self.train([one for one in training if one.teaches], seed)
         with torch.no_grad():

@@ -108,7 +108,7 @@ class Baseline:
         self.value, self.visits = np.zeros(lake.STATES), np.zeros(lake.STATES)
 
     def advantages(self, states: np.ndarray, returned: np.ndarray) -> Tensor:
-        """[B] float32: what returns are above the means so far, scaled to a standard deviation of 1; then takes them in."""
+        """[B] float32: returns less the means so far, scaled to a standard deviation of 1; then updates the means."""
         above = returned - self.value[states]
         np.add.at(self.visits, states, 1.0)
         np.add.at(self.value, states, above / self.visits[states].clip(1))

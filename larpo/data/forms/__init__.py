@@ -1,7 +1,7 @@
-"""Forms of data: which one a table of columns has, what reads its rows, and what is said where there is none.
+"""Forms of data: in which columns a data set keeps prompts, answers and scores.
 
-`recognise` says which form columns have; a form says where in a row things are (form.py), in published.py for those that are
-known and in mapping.py for one that the user describes. `larpo.data.reader.Reader` reads rows by it.
+`recognise` finds the form by the names of the columns, and says what to do where none fits. form.py defines what a form is,
+published.py holds the known ones, mapping.py makes one from a user's `columns`; `larpo.data.reader.Reader` reads rows by it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNSCORED = Form(
 def recognise(columns: Collection[str], reading: Reading, *, scored: bool = True, row: Mapping[str, Any] | None = None) -> Form:
     """The form of data with these columns.
 
-    scored: False takes lists without scores too. row: one row, for what is said of columns of no known form.
+    scored: False takes lists without scores too. row: one row, from which the error for unknown columns guesses a mapping.
 
     Raises ValueError where they have none, with the nearest one and the mapping that would read the data, and where columns
     that are not read have names that the lists need.
@@ -62,6 +62,6 @@ def recognise(columns: Collection[str], reading: Reading, *, scored: bool = True
 
 
 def in_the_way(form: Form, columns: Collection[str]) -> list[str]:
-    """Columns that the form does not read, under names that its lists need."""
+    """Columns that the form does not read, but whose names its lists need."""
     read = {*form.columns, *form.also, *(column for scores in form.scores.values() for column in scores.columns)}
     return [] if form.native else sorted(set(columns) & set(REQUIRED) - read)

@@ -1,4 +1,4 @@
-"""Answers that are not at a path: whole conversations, of which the prompt is what they share at their start."""
+"""Answers that no path finds: whole conversations, whose common start is the prompt."""
 
 from __future__ import annotations
 

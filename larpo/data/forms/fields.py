@@ -1,4 +1,4 @@
-"""Fields of a row, followed by path and read as text, numbers or messages; what is wrong is said with its place and path."""
+"""Fields of a row, found by path and read as text, numbers or messages; errors name the row's place and the path."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def turns(text: str, field: Field) -> Messages:
 
 
 def _alternating(parts: list[str], field: Field) -> Messages:
-    """Messages from who, what, who, what, ...: a user's and an assistant's turn by turn, the user's last."""
+    """Messages from speaker, text, speaker, text, ...: the user and the assistant in turn, the user last."""
     speakers, said = parts[::2], parts[1::2]
     if len(speakers) % 2 == 0 or any((who == "Assistant") != (i % 2 == 1) for i, who in enumerate(speakers)):
         raise BadRow(

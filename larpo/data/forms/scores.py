@@ -63,7 +63,7 @@ class Ranks(Numbers):
 
 @dataclass(frozen=True)
 class RankOfRow(Ranks):
-    """The rank of a row's only answer, which is compared with those of the other rows of its list once they are together."""
+    """The rank of a row's only answer, to be compared with the ranks of the other rows of its list once these are merged."""
 
     comparable = True
 
@@ -107,7 +107,7 @@ class InOrder:
 
 @dataclass(frozen=True)
 class OfColumn:
-    """Scores that one column holds or decides."""
+    """Scores that are read from one column."""
 
     column: str
     comparable = False

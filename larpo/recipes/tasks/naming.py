@@ -39,7 +39,7 @@ def worth_of_words(prompt: str) -> dict[str, int]:
 
 
 def reward(prompt: str, completion: str) -> float:
-    """In [0, 1], by the rule above.
+    """The reward in [0, 1] by the rule above.
 
     >>> reward("name animals", "dog cat emu"), reward("name animals", "dog red"), reward("name animals", "")
     (0.7142857142857143, 0.0, 0.0)

@@ -77,7 +77,7 @@ def _word(prompt: str, draw: random.Random) -> str:
 
 
 def start_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = 600) -> PreTrainedModel:
-    """A tiny LM fitted to what the speaker says first, and to what the speaker makes of feedback and of "?"."""
+    """A tiny LM fitted to the speaker's first answers, and to the speaker's better answers with marks and with "?"."""
     draw = random.Random(seed)
     texts = [(prompt, naming.spoken_answer(prompt, draw)) for prompt in PROMPTS for _ in range(200)]
     for prompt in PROMPTS:

@@ -53,7 +53,7 @@ def rows_of(
 
 
 class Lists(NamedTuple):
-    """A model's scores of a batch of `rows_of` with the question's, as its two kinds of list."""
+    """A model's scores of a batch of `rows_of` with `score_question`, as two kinds of list."""
 
     questions: Tensor  # [E]: log p(question | passages)
     options: Tensor  # [E, M]: log p(option | passages, question) per token, by which options of several lengths compare

@@ -70,10 +70,7 @@ def fitted(
     batch_size: int = 64,
     learning_rate: float = 3e-3,
 ) -> PreTrainedModel:
-    """A tiny LM that has learned to say completions behind prompts: pairs of both, drawn with replacement.
-
-    end: whether a completion ends with </s>.
-    """
+    """A tiny LM fitted to (prompt, completion) texts, drawn with replacement; end: completions end with </s>."""
     prompts, completions = map(list, zip(*texts, strict=True))
     asked, said = tokenizer(prompts).input_ids, tokenizer(completions, add_special_tokens=False).input_ids
     ending = [tokenizer.eos_token_id] * end
