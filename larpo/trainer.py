@@ -58,8 +58,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-    from .modeling.adapter_start import AdapterStart
-
 
 class LarPOTrainer(Trainer):
     """Trains a causal LM on ranked candidate lists (LarPO, arXiv 2502.03699); names follow trl.DPOTrainer.
@@ -134,10 +132,8 @@ class LarPOTrainer(Trainer):
         tokenizer = text_tokenizer(processing_class)
         data = setup.prepare_data(train_dataset, eval_dataset, tokenizer, args, lm_heads.causal_lm(model).config)
         self.data_summaries = data.summaries
-        model, new_adapter = self._set_up_policy(model, peft_config, optimizers[0], data, args)
-        self._set_up_reference(model, ref_model, new_adapter, data, args)
         super().__init__(
-            model=model,
+            model=self._set_up_models(model, ref_model, peft_config, optimizers[0], data, args),
             args=args,
             data_collator=setup.collator_for(data_collator, tokenizer, args),
             train_dataset=data.train,
@@ -445,18 +441,19 @@ class LarPOTrainer(Trainer):
         self._applies_settings = False  # known once a loss has been computed: list_loss may be overridden
         self._router_loss = RouterLoss.asked_for(lm_heads.causal_lm(model), args)
 
-    def _set_up_policy(
+    def _set_up_models(
         self,
         model: nn.Module,
+        ref_model: nn.Module | None,
         peft_config: PeftConfig | None,
         optimizer: torch.optim.Optimizer | None,
         data: setup.TrainerData,
         args: LarPOConfig,
-    ) -> tuple[nn.Module, AdapterStart | None]:
-        """The model, with its adapter, and what that changed; from now on it accepts rows."""
-        ids, start = adapter_start.sample(data.lists.values()), None
+    ) -> nn.Module:
+        """The model, with its adapter. It and the reference, which is chosen here, accept rows from now on."""
+        ids, new_adapter = adapter_start.sample(data.lists.values()), None
         if peft_config is not None:
-            model, start = adapters.with_new_adapter(model, peft_config, ids, args)
+            model, new_adapter = adapters.with_new_adapter(model, peft_config, ids, args)
         self._policies = AttachedPolicies(
             self._unwrapped,
             schedule=args.schedule,
@@ -471,20 +468,10 @@ class LarPOTrainer(Trainer):
                 adapter_start.refuse_untrainable(model, ids)
         if args.disable_dropout:
             without_dropout(model)
-        return model, start
-
-    def _set_up_reference(
-        self,
-        model: nn.Module,
-        ref_model: nn.Module | None,
-        new_adapter: AdapterStart | None,
-        data: setup.TrainerData,
-        args: LarPOConfig,
-    ) -> None:
-        with_ref_logps = {name: "ref_logps" in one.column_names for name, one in data.lists.items()}
-        self.reference = ReferencePolicy.choose(model, ref_model, args, new_adapter=new_adapter, with_ref_logps=with_ref_logps)
+        self.reference = ReferencePolicy.choose(model, ref_model, args, new_adapter, data.lists)
         if self.ref_model is not None:
             self._policies.add("ref_model", self.ref_model)
+        return model
 
     def _unwrapped(self, name: str) -> nn.Module | None:
         model = getattr(self, name)

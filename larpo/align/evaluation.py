@@ -34,7 +34,7 @@ def metrics(rows: Rows, start: Rows, config: AlignConfig) -> dict[str, Any]:
         "distinct": float(np.mean([len(set(map(tuple, row["completion_ids"]))) / len(row["completion_ids"]) for row in ours])),
         "tokens_per_completion": float(np.mean(ends)),
         "unscored": sum(score is None for row in rows for score in row["scores"]),
-        "best_of_n": _by_temperature(rows, config, lambda rewards, ns: retrieval.best_of_n(rewards, ns)),
+        "best_of_n": _by_temperature(rows, config, retrieval.best_of_n),
         "recall_at_n": None
         if config.solved_above is None
         else _by_temperature(rows, config, lambda rewards, ns: retrieval.recall_at_n(rewards > config.solved_above, ns)),

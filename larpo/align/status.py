@@ -38,12 +38,10 @@ class Status:
         return f"{self.folder.path}: {'; '.join(part for part in parts if part)}"
 
     def _where(self) -> str:
+        if not self.iterations:
+            return "not begun"
         if self.now is None:
-            return (
-                f"finished, {self.iterations} of {self.iterations} iterations; see summary.md"
-                if self.iterations
-                else "not begun"
-            )
+            return f"finished, {self.iterations} of {self.iterations} iterations; see summary.md"
         iteration, stage = self.now
         where = "at the start" if iteration == 0 else f"in iteration {iteration} of {self.iterations}"
         return f"{where}, {stage}{f' ({self.kept})' if self.kept else ''}"

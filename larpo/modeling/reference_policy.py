@@ -62,20 +62,19 @@ class ReferencePolicy:
         policy: nn.Module,
         given: nn.Module | None,
         args: LarPOConfig,
-        *,
         new_adapter: AdapterStart | None,
-        with_ref_logps: Mapping[str, bool],
+        lists: Mapping[str, Dataset],
     ) -> ReferencePolicy:
         """Decides what the reference of `policy` is, before anything wraps or trains it.
 
         Args:
             given: the reference that was asked for, or None for the policy as it was handed over.
             new_adapter: what is known of the adapter that the policy was given since it was handed over, if it was.
-            with_ref_logps: by the name of each data set, whether it has ref_logps.
+            lists: the data sets by name, which may have ref_logps.
 
         Raises ValueError for a reference that would not be asked, would move with training, or could not follow it.
         """
-        having = [name for name, has in with_ref_logps.items() if has]
+        having = [name for name, one in lists.items() if "ref_logps" in one.column_names]
         if given is not None and (args.reference_free or having):
             why = "reference_free is set" if args.reference_free else f"the {having[0]} data has ref_logps"
             raise ValueError(f"ref_model is given, but {why}: it would not be asked. Leave one of the two out")
@@ -88,7 +87,7 @@ class ReferencePolicy:
         elif new_adapter is not None and new_adapter.off_is_start and not new_adapter.trained_outside:
             chosen = cls(Way.ADAPTER_OFF, args, adapter_off=True)
         else:
-            chosen = cls._as_handed_over(policy, args, new_adapter, stored=all(with_ref_logps.values()))
+            chosen = cls._as_handed_over(policy, args, new_adapter, stored=len(having) == len(lists))
         if args.sync_ref_model and (chosen.way is not Way.MODEL or chosen.adapter_off):
             raise ValueError(
                 "sync_ref_model needs a reference model; here the reference is the model without its adapter or given"
