@@ -6,8 +6,10 @@ import asyncio
 import functools
 import os
 import threading
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def wait_for(coroutine: Coroutine) -> Any:
@@ -22,6 +24,26 @@ def wait_for(coroutine: Coroutine) -> Any:
     except BaseException:
         future.cancel()
         raise
+
+
+async def for_each(items: Sequence[T], work: Callable[[T], Awaitable[None]], at_a_time: int) -> None:
+    """Does the work for all items, at most so many at a time. After an error no other is begun; those under way are finished,
+    so that what was paid for is kept, and the error is raised then."""
+    failed: list[Exception] = []
+    rest = iter(items)
+
+    async def worker() -> None:
+        for item in rest:  # one iterator for all workers
+            try:
+                await work(item)
+            except Exception as error:
+                failed.append(error)
+            if failed:
+                return
+
+    await asyncio.gather(*(worker() for _ in range(min(at_a_time, len(items)))))
+    if failed:
+        raise failed[0]
 
 
 @functools.cache

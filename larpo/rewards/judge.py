@@ -15,7 +15,7 @@ from ..runs.secrets import masked
 from ..runs.yaml_config import is_number, is_whole
 from .answers import one_per_completion
 from .asked import Asked, Call
-from .background import wait_for
+from .background import for_each, wait_for
 from .identity import digest, identity_of
 from .memory import Memory, Remembered, Values
 from .text import Text
@@ -169,23 +169,11 @@ class Judge:
             for call in calls:
                 keep(call, self._now(asked.of(call)))
             return
-        failed: list[Exception] = []
 
-        async def one(call: Call, room: asyncio.Semaphore) -> None:
-            async with room:
-                if not failed:
-                    try:
-                        keep(call, await self._patiently(asked.of(call)))
-                    except Exception as error:
-                        failed.append(error)
+        async def one(call: Call) -> None:
+            keep(call, await self._patiently(asked.of(call)))
 
-        async def all_of_them() -> None:
-            room = asyncio.Semaphore(self.max_in_flight)
-            await asyncio.gather(*(one(call, room) for call in calls))
-
-        wait_for(all_of_them())
-        if failed:
-            raise failed[0]
+        wait_for(for_each(calls, one, self.max_in_flight))
 
     def _now(self, asked: Asked) -> Values:
         try:

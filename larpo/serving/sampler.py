@@ -15,7 +15,7 @@ import numpy as np
 from ..data import chat_template, endings, prompt_boundary
 from ..data.text_tokenizer import text_tokenizer
 from ..rewards import Text
-from ..rewards.background import wait_for
+from ..rewards.background import for_each, wait_for
 from ..sampling import Sampled, Template, all_prompt_tokens, check_call
 from .answers import Answers, key_of
 from .asking import FORMS, Answer, Choice, Form, SamplingLimits, Wanted, ask
@@ -83,32 +83,23 @@ class ServerSampler:
         from tqdm import tqdm
 
         answers = Answers(self.kept)
-        lists: list[list[Sampled] | None] = [None] * len(rows)
-        failed: list[Exception] = []
-        todo = iter(range(len(rows)))
+        lists: dict[int, list[Sampled]] = {}
         with tqdm(total=len(rows), desc="sampling", unit="prompt", disable=not self.progress) as bar:
             async with open_client(self.settings) as client:
                 asker = _Asker(self, client, answers)
 
-                async def work() -> None:
-                    for row in todo:  # one iterator for all
-                        try:
-                            lists[row] = await asker.completions(rows[row])
-                        except Exception as error:  # what the others wait for still arrives, and is kept
-                            failed.append(error)
-                        if failed:
-                            return
-                        bar.update()
+                async def sample(row: int) -> None:
+                    lists[row] = await asker.completions(rows[row])
+                    bar.update()
 
-                await asyncio.gather(*(work() for _ in range(min(self.settings.max_in_flight, len(rows)))))
-        if not failed:
-            self._warn_of_greed(lists)
-            return lists
-        if not isinstance(failed[0], ServerError):
-            raise failed[0]
-        done = sum(one is not None for one in lists)
-        kept = f"; {done} of {len(rows)} prompts are kept, and the same command goes on from there"
-        raise ServerError(f"{failed[0]}{'' if self.kept is None else kept}")
+                try:
+                    await for_each(range(len(rows)), sample, self.settings.max_in_flight)
+                except ServerError as error:
+                    kept = f"; {len(lists)} of {len(rows)} prompts are kept, and the same command goes on from there"
+                    raise ServerError(f"{error}{'' if self.kept is None else kept}") from None  # its cause may show the key
+        found = [lists[row] for row in range(len(rows))]
+        self._warn_of_greed(found)
+        return found
 
     def _warn_of_greed(self, lists: Sequence[list[Sampled]]) -> None:
         """Some servers sample only if the model's generation settings say do_sample, whatever temperature they are given."""
