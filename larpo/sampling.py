@@ -284,19 +284,18 @@ class _StringEnds:
 def _as_it_was(model: PreTrainedModel, generation_config) -> Iterator[None]:
     """Evaluation mode and another generation config for a while. `generate` fills what a config leaves open from the
     model's own, so passing one as an argument would not be enough."""
-    modes = {module: module.training for module in model.modules()}
+    from .modeling.eval_mode import in_eval_mode
+
     # With adapters, the model inside has one too, and `generate` overwrites it with the outer one.
     own = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
-    model.eval()
     for module in own:
         module.generation_config = generation_config
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         for module, config in own.items():
             module.generation_config = config
-        for module, training in modes.items():
-            module.training = training
 
 
 # --- vLLM --------------------------------------------------------------------------------------------------

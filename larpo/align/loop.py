@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..runs.files import read_json, whole_path, write_json, write_text
 from ..runs.intact import Damaged
 from ..runs.lock import locked
+from ..runs.progress_bars import without_bars_of_libraries
 from ..runs.ranks import Ranks
 from . import stages
 from .config import AlignConfig, differences
@@ -59,7 +60,7 @@ def run(config: AlignConfig, *, progress: bool = True) -> Result:
     refuse_beside_others(config, ranks.count)
     ranks.refuse_different(config.to_dict())
     ranks.refuse_separate(folder.path, "output_dir")
-    with ranks.first_within(locked(folder.path)), _quiet_libraries(), _saying_how_to_redo(folder):
+    with ranks.first_within(locked(folder.path)), without_bars_of_libraries(), _saying_how_to_redo(folder):
         state = _prepare(config, folder, args, ranks, progress and ranks.is_first)
         with contextlib.closing(Reporter(config.report_to, args)) as reporter:
             for iteration in range(config.iterations + 1):
@@ -179,19 +180,3 @@ def _saying_how_to_redo(folder: RunFolder) -> Iterator[None]:
     except Damaged as error:
         advice = folder.how_to_redo(error.path)
         raise Damaged(error.path, f"{error.why}. {advice}" if advice else error.why) from error
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Without a bar for every small table that is mapped and every model that is loaded."""
-    from datasets.utils import logging as of_datasets
-    from transformers.utils import logging as of_transformers
-
-    shown = [library for library in (of_datasets, of_transformers) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -17,6 +16,7 @@ from transformers import PrinterCallback
 
 from larpo.candidates import PromptList, drop_uninformative, to_rows
 from larpo.config import LarPOConfig
+from larpo.runs.progress_bars import without_bars_of_libraries
 from larpo.scoring import score_lists
 from larpo.trainer import LarPOTrainer
 
@@ -89,14 +89,8 @@ def logps_of(model, tokenizer, lists: Sequence[PromptList]) -> tuple[Tensor, Ten
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of data sets, as a recipe has its own, and without the warning of empty completions, which a
-    policy may sample: recipes count them."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*completions? empty", category=UserWarning)
-            yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    """Without progress bars of libraries, as a recipe has its own, and without the warning of empty completions: a policy may
+    sample them, and recipes count them."""
+    with without_bars_of_libraries(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*completions? empty", category=UserWarning)
+        yield
