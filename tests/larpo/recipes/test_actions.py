@@ -11,15 +11,7 @@ for package in ("transformers", "accelerate", "datasets"):
 from larpo.recipes import linvit, read, twosome
 from larpo.recipes.actions import Menu, action_logits
 from larpo.recipes.tasks import corridor, lake, toy_lm
-
-
-def agree(ours, plain, x):
-    """Loss and gradient of two functions of x agree in float64."""
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    left, right = ours(a), plain(b)
-    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(left, a)[0], torch.autograd.grad(right, b)[0], rtol=1e-12, atol=1e-12)
-
+from tests.helpers.written_out import assert_equal_losses
 
 # --- a language model over a menu ----------------------------------------------------------------------------------
 
@@ -82,7 +74,7 @@ def test_ppo_through_normalised_likelihoods():
             total = total - min(ratio * advantages[b], clipped * advantages[b])
         return total / 7
 
-    agree(lambda l: twosome.ppo_loss(l, lengths, actions, advantages, old), plain, logps)
+    assert_equal_losses(lambda l: twosome.ppo_loss(l, lengths, actions, advantages, old), plain, logps)
 
 
 def test_equal_likelihood_per_token_means_equal_chance_only_if_normalised():
@@ -122,7 +114,7 @@ def test_regularised_value_and_its_gradient_the_policy():
     def plain(x):
         return 0.1 * torch.log(sum(prior[a] * torch.exp(x[a] / 0.1) for a in range(3)))
 
-    agree(lambda x: linvit.regularised(x, prior.log(), 0.1)[0], plain, q)
+    assert_equal_losses(lambda x: linvit.regularised(x, prior.log(), 0.1)[0], plain, q)
     x = q.clone().requires_grad_()
     value, policy = linvit.regularised(x, prior.log(), 0.1)
     torch.testing.assert_close(torch.autograd.grad(value, x)[0], policy.detach(), rtol=1e-12, atol=1e-12)
@@ -158,7 +150,7 @@ def test_advantage_weighted_log_likelihood():
         weights = [min(math.exp(a / 0.2), 20.0) for a in advantages.tolist()]  # e^4.5 is cut
         return -sum(w * x for w, x in zip(weights, l, strict=True)) / 3
 
-    agree(lambda l: read.advantage_weighted(l, advantages, 0.2), plain, logps)
+    assert_equal_losses(lambda l: read.advantage_weighted(l, advantages, 0.2), plain, logps)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         read.advantage_weighted(logps, advantages, 0.0)
 

@@ -1,6 +1,7 @@
 """The compound system: the loss of its two lists against plain float64, its metrics, and a tiny run."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ for package in ("transformers", "accelerate", "datasets"):
 from larpo.recipes import compound
 from larpo.recipes.harness import report
 from larpo.recipes.tasks.reading import Lists
+from tests.helpers.written_out import assert_equal_losses
 from tests.larpo.recipes.test_selection import quiz, tiny
 
 RIGHT = torch.tensor([0.0, 1.0, 0.0, 0.0])
@@ -47,16 +49,12 @@ def plain(questions, options, arm: str, beta: float, temperature: float):
 @pytest.mark.parametrize("arm", compound.ARMS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_loss_and_gradient_of_two_lists_against_plain_float64(arm, seed):
-    ours, theirs = ([x.clone().requires_grad_() for x in numbers(seed)] for _ in range(2))
-    left = compound.two_lists(Lists(*ours), RIGHT, beta=3.0, temperature=0.2, arm=arm)
-    right = plain(*theirs, arm, beta=3.0, temperature=0.2)
-    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-    for ours_grad, theirs_grad in zip(
-        torch.autograd.grad(-1.7 * left, ours, allow_unused=True, materialize_grads=True),
-        torch.autograd.grad(-1.7 * right, theirs),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-12, atol=1e-12)
+    options = dict(arm=arm, beta=3.0, temperature=0.2)
+
+    def ours(*scores):
+        return compound.two_lists(Lists(*scores), RIGHT, **options)
+
+    assert_equal_losses(ours, partial(plain, **options), *numbers(seed))
 
 
 def test_a_passage_earns_what_its_answer_earns_and_only_the_chosen_one_teaches_the_answer():
