@@ -40,12 +40,13 @@ from benchmarks.providers.trainers import TrainerStep
 from benchmarks.reporting import tables
 from benchmarks.reporting.by_shape import by_shape, first_calls
 
-QUICK = Settings()
 PATIENT = Settings(budget_s=90, guard_s=20, memory_guard_s=120)
-SMALL = Settings(rounds=200, budget_s=15, sample_s=0.002, memory_from=2**22)
-STEPS = Settings(rounds=3, budget_s=8, guard_s=20)  # nine tables of whole models
-TRAINERS = Settings(rounds=5, budget_s=300, guard_s=90, memory_guard_s=90)
-SETTINGS = {"quick": QUICK, "small": SMALL, "prefix": STEPS, "trainer": TRAINERS}
+SETTINGS = {  # of suites that need others
+    "quick": Settings(),
+    "small": Settings(rounds=200, budget_s=15, sample_s=0.002, memory_from=2**22),
+    "prefix": Settings(rounds=3, budget_s=8, guard_s=20),  # nine tables of whole models
+    "trainer": Settings(rounds=5, budget_s=300, guard_s=90, memory_guard_s=90),
+}
 QUICK_LIMIT_S = 210  # what has begun by then is finished: five minutes in all on two slow cores
 NO_TRL = "trl is not installed, so LarPOTrainer has nothing to be compared with: pip install --no-deps trl==1.16.0"
 HERE = Path(__file__).resolve().parent

@@ -223,20 +223,17 @@ def lists(
             raise TypeError(f"list_sizes must have an integer dtype, got {list_sizes.dtype}")
         if list_sizes.dim() != 1:
             raise ValueError(f"list_sizes must be an int or [lists], got shape {shape(list_sizes)}")
-        if readable(list_sizes):
-            known = list_sizes.tolist()
-            _check_sizes(known, num_candidates)
-            if _are_equal(known):
-                return None, known[0]
-        sizes = _to_device(list_sizes.long(), device)
+        known = list_sizes.tolist() if readable(list_sizes) else None
     else:
-        if not all(isinstance(m, int) and not isinstance(m, bool) for m in list_sizes):
-            raise TypeError(f"list_sizes must hold ints, got {list(list_sizes)!r}")
-        _check_sizes(list_sizes, num_candidates)
-        if _are_equal(list_sizes):
-            return None, list_sizes[0]
-        sizes = _to_device(torch.tensor(list(list_sizes), dtype=torch.int64), device)
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)), 0
+        known = list(list_sizes)
+        if not all(isinstance(m, int) and not isinstance(m, bool) for m in known):
+            raise TypeError(f"list_sizes must hold ints, got {known!r}")
+    if known is not None:
+        _check_sizes(known, num_candidates)
+        if known and all(m == known[0] for m in known):
+            return None, known[0]
+    sizes = list_sizes.long() if isinstance(list_sizes, torch.Tensor) else torch.tensor(known, dtype=torch.int64)
+    return torch.nn.functional.pad(_to_device(sizes, device).cumsum(0), (1, 0)), 0
 
 
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -256,10 +253,6 @@ def _check_sizes(sizes: Sequence[int], num_candidates: int) -> None:
         raise ValueError(f"list_sizes must all be >= 1, got {min(sizes)}")
     if sum(sizes) != num_candidates:
         raise ValueError(f"list_sizes must sum to the number of candidates, {num_candidates}; they sum to {sum(sizes)}")
-
-
-def _are_equal(sizes: Sequence[int]) -> bool:
-    return len(sizes) > 0 and all(m == sizes[0] for m in sizes)
 
 
 def check_scores(scores: torch.Tensor) -> None:

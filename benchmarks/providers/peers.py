@@ -13,29 +13,25 @@ from benchmarks.core.problem import BETA, IGNORE
 from benchmarks.providers.registry import Output, list_loss, provider, scored, token_output
 
 RECOMPUTE_GEMMS = {"score": 1, "frozen": 3, "trainable": 4}  # logits formed again in backward
-CHUNK_GRADIENT_GEMMS = {"frozen": 2, "trainable": 3}  # gradient formed chunk by chunk in forward
+TRAINING = {"modes": ("frozen", "trainable"), "gemms": {"frozen": 2, "trainable": 3}}  # gradient formed in forward, by chunks
+TOKENS_ON_A_GPU = {"computes": "token logps", "devices": ("cuda",)}
+SUM_ON_A_GPU = {"computes": "sum of logps", "devices": ("cuda",), **TRAINING}
 
 
 # --- from logits ----------------------------------------------------------------------------------------
 
 
-@provider(
-    "liger cross_entropy",
-    "logits",
-    needs="liger_kernel",
-    devices=("cuda",),
-    computes="token logps",
-    modes=("train",),
-    overwrites_input=True,
-    rounds_tokens=True,
-)
+_liger = {"needs": "liger_kernel", "modes": ("train",), "overwrites_input": True, "rounds_tokens": True}
+
+
+@provider("liger cross_entropy", "logits", **_liger, **TOKENS_ON_A_GPU)
 def liger_cross_entropy(problem):
     from liger_kernel.transformers.functional import liger_cross_entropy as loss
 
     return token_output(-loss(problem.rows, problem.labels.flatten(), ignore_index=IGNORE, reduction="none"), problem)
 
 
-@provider("flash-attn cross_entropy", "logits", needs="flash_attn", devices=("cuda",), computes="token logps")
+@provider("flash-attn cross_entropy", "logits", needs="flash_attn", **TOKENS_ON_A_GPU)
 def flash_attn_cross_entropy(problem):
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
@@ -43,7 +39,7 @@ def flash_attn_cross_entropy(problem):
     return token_output(-loss, problem)
 
 
-@provider("quack cross_entropy", "logits", needs="quack", devices=("cuda",), computes="token logps")
+@provider("quack cross_entropy", "logits", needs="quack", **TOKENS_ON_A_GPU)
 def quack_cross_entropy(problem):
     from quack.cross_entropy import cross_entropy
 
@@ -98,15 +94,7 @@ def trl_fused_head(problem):
     return list_loss(call(problem.rows, labels.clamp(min=0)).masked_fill(labels == IGNORE, 0.0), problem)._replace(note=note)
 
 
-@provider(
-    "liger fused_linear_cross_entropy",
-    "linear",
-    needs="liger_kernel",
-    devices=("cuda",),
-    computes="sum of logps",
-    modes=("frozen", "trainable"),
-    gemms=CHUNK_GRADIENT_GEMMS,
-)
+@provider("liger fused_linear_cross_entropy", "linear", needs="liger_kernel", **SUM_ON_A_GPU)
 def liger_fused_linear_cross_entropy(problem):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss
 
@@ -119,10 +107,9 @@ def liger_fused_linear_cross_entropy(problem):
     "linear",
     needs="liger_kernel",
     computes="pair loss",
-    modes=("frozen", "trainable"),
-    gemms=CHUNK_GRADIENT_GEMMS,
     leaves_memory=True,
     pairs_only=True,
+    **TRAINING,
 )
 def liger_dpo(problem):
     """Consecutive candidates as chosen and rejected: the same tokens, the same head, one pair at a time."""
@@ -139,34 +126,17 @@ def liger_dpo(problem):
     return Output(loss, logps)
 
 
-@provider(
-    "cut-cross-entropy",
-    "linear",
-    needs="cut_cross_entropy",
-    devices=("cuda",),
-    computes="token logps",
-    gemms=RECOMPUTE_GEMMS,
-)
+@provider("cut-cross-entropy", "linear", needs="cut_cross_entropy", gemms=RECOMPUTE_GEMMS, **TOKENS_ON_A_GPU)
 def cut_cross_entropy(problem):
     """Its default filter skips vocabulary blocks whose softmax is below bf16's resolution."""
     from cut_cross_entropy import linear_cross_entropy
 
     labels = problem.labels.flatten()
-    return token_output(
-        -linear_cross_entropy(problem.rows, problem.weight, labels, ignore_index=IGNORE, reduction="none"),
-        problem,
-    )
+    loss = linear_cross_entropy(problem.rows, problem.weight, labels, ignore_index=IGNORE, reduction="none")
+    return token_output(-loss, problem)
 
 
-@provider(
-    "quack linear_cross_entropy",
-    "linear",
-    needs="quack",
-    devices=("cuda",),
-    computes="sum of logps",
-    modes=("frozen", "trainable"),
-    gemms=CHUNK_GRADIENT_GEMMS,
-)
+@provider("quack linear_cross_entropy", "linear", needs="quack", **SUM_ON_A_GPU)
 def quack_linear_cross_entropy(problem):
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
