@@ -26,7 +26,7 @@ MODES = {
     "pairs": "a training step on lists of two candidates",
     "lists": "a training step on longer lists",
 }
-WANTED = {  # mode -> inputs that want a gradient
+WANTED = {  # mode -> inputs that require a gradient
     "train": ("logits",),
     "trainable": ("hidden", "weight"),
     "frozen": ("hidden",),
@@ -104,11 +104,11 @@ class Problem:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The inputs that want a gradient."""
+        """The inputs that require a gradient."""
         return WANTED[self.mode]
 
     def fresh(self, *, copy: bool = False) -> Problem:
-        """The same numbers, wanting gradients anew; copy=True for a provider that overwrites its input."""
+        """The same numbers without gradients yet; copy=True for a provider that overwrites its input."""
         inputs = {name: x.detach().clone() if copy else x.detach() for name, x in self.inputs.items()}
         caught = {}
         for name in self.wanted:
@@ -119,7 +119,7 @@ class Problem:
         return replace(self, caught=caught, **inputs)
 
     def gradients(self) -> dict[str, torch.Tensor | None]:
-        """What backward brought to the inputs that want it."""
+        """The gradients of the inputs that require one."""
         return {name: self.caught.get(name) if name == "logits" else getattr(self, name).grad for name in self.wanted}
 
     def first_list(self) -> Problem:

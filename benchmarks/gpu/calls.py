@@ -32,8 +32,8 @@ def head_inputs(n: int, h: int, v: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def of_head(schedule: str, hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, ignore_index=None) -> Callable:
-    """`linear_token_logps` by a schedule, and the gradients that it is for. By default every label counts, so that nobody
-    waits for their number."""
+    """`linear_token_logps` by a schedule, and the gradients that it is for. By default every label counts: the host need not
+    wait for the number of those that do."""
     wanted = WANTED[SCHEDULES[schedule][0]]
     x, w = hidden.detach().requires_grad_("hidden" in wanted), weight.detach().requires_grad_("weight" in wanted)
 

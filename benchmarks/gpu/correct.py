@@ -354,7 +354,7 @@ def determinism(context) -> Iterator[dict]:
     cases |= {f"from hidden, {s}": partial(_from_hidden, s, True) for s in (*TRAINING, "score_only")}
     for what, case in cases.items():
         yield guarded(f"{shapes().runs} runs, {what}", _same_every_time, case)
-    yield guarded("a list alone and in a larger batch, from logits", _company)
+    yield guarded("a list alone and in a larger batch, from logits", _alone_and_in_a_batch)
 
 
 def _same_every_time(case: Callable) -> dict:
@@ -364,8 +364,8 @@ def _same_every_time(case: Callable) -> dict:
     return {"ok": different == 0, "different": different}
 
 
-def _company() -> dict:
-    s, t, v = shapes().company
+def _alone_and_in_a_batch() -> dict:
+    s, t, v = shapes().batch
     logits = torch.randn(s, t, v, device=device.name()).bfloat16()
     labels, relevance = _labels(s * t, v).view(s, t), torch.randn(s, device=device.name())
 

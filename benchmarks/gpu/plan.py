@@ -69,7 +69,7 @@ class Shapes:
     big_rows: tuple[tuple[int, int], ...]
     big_head: tuple[int, int, int]
     graph: tuple[int, int, int, int]  # candidates, tokens, hidden, vocabulary
-    company: tuple[int, int, int]  # candidates, tokens, vocabulary
+    batch: tuple[int, int, int]  # candidates, tokens, vocabulary
     profile: tuple[int, int, int]  # tokens, hidden, vocabulary
     runs: int  # that must all give the same numbers
     more_than: int  # elements of what is called big
@@ -99,7 +99,7 @@ REAL = Shapes(
     big_rows=((70_000, 32_000), (9_000, 262_144), (66_000, 50_257)),
     big_head=(80_000, 64, 32_768),
     graph=(16, 32, 256, 32_000),
-    company=(64, 64, 128_256),
+    batch=(64, 64, 128_256),
     profile=(8192, 4096, 128256),
     runs=100,
     more_than=2**31,
@@ -115,7 +115,7 @@ TINY = Shapes(
     big_rows=((96, 100),),
     big_head=(120, 16, 96),
     graph=(8, 12, 16, 64),
-    company=(64, 4, 40),
+    batch=(64, 4, 40),
     profile=(64, 16, 96),
     runs=3,
     more_than=1000,

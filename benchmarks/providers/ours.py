@@ -35,7 +35,7 @@ for _backend, _devices in (("torch", ("cpu", "cuda")), ("triton", ("cuda",))):
     for _schedule, (_mode, _gemms) in SCHEDULES.items():
         _of_schedule = {"modes": (_mode,), "gemms": {_mode: _gemms}, **_where}
         provider(f"ours {_schedule} ({_backend})", "linear", **_of_schedule)(_ours("linear", schedule=_schedule, **_use))
-    # what is called where nobody names a schedule
+    # the call of a user who names no schedule
     _auto = {"modes": ("trainable",), "gemms": {"trainable": 3}, "small": True, **_where}
     provider(f"ours auto ({_backend})", "linear", **_auto)(_ours("linear", schedule="auto", **_use))
     for _schedule in ("frozen_head", "list_hold"):

@@ -1,6 +1,6 @@
 """The list of providers: one entry for each implementation that is measured, registered by the modules beside this one.
 
-A provider's `forward` takes a Problem whose inputs want gradients and returns Output(value, logps). The
+A provider's `forward` takes a Problem whose inputs require gradients and returns Output(value, logps). The
 harness calls backward on the value: plainly where it is one loss, with the list loss's gradient where it is one
 number a token. So every provider computes the same derivative.
 """

@@ -18,7 +18,7 @@ from ..linear.tile_shapes import walked_tokens
 from ..linear.vocab_shard import ELSEWHERE
 from . import small_linear
 from .flops import gemm
-from .operator import Differentiable, EagerOnly, Operator, Step, looked_at
+from .operator import Differentiable, EagerOnly, Operator, Step, are_intercepted
 from .small_linear import SMALL_LINEAR_LOGPS, fake_gradients
 
 
@@ -284,7 +284,7 @@ def _is_flat(a: Arguments, threshold: float) -> bool:
 
     False where operators are intercepted: the answer is a value, which no graph may depend on.
     """
-    if looked_at((a.hidden, a.weight, a.bias, a.labels)):
+    if are_intercepted((a.hidden, a.weight, a.bias, a.labels)):
         return False
     indices = a.token_indices
     at = torch.tensor(flat.places(a.labels.numel() if indices is None else indices.shape[0]), device=a.labels.device)

@@ -25,8 +25,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str})
 
 
-def looked_at(args: Sequence[Any]) -> bool:
-    """Whether something intercepts operators on these tensors, so that the registered ones must be called."""
+def are_intercepted(args: Sequence[Any]) -> bool:
+    """Whether something intercepts operators on these tensors: then the registered ops must be called."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -71,7 +71,7 @@ class Operator:
         torch.library.register_autograd(self.registered, _no_derivative, lib=LIBRARY)
 
     def __call__(self, *args):
-        if not looked_at(args):
+        if not are_intercepted(args):
             return self.eagerly(self.arguments(*args))
         known_to_counters()
         return self.registered(*args)
@@ -172,7 +172,7 @@ Step = tuple[Differentiable, tuple]  # an op and its arguments; the first is Non
 
 def run(op: Differentiable, args: tuple, then: Differentiable | None = None, then_args: tuple = ()) -> tuple:
     """The outputs of op; with `then`, whose first argument is the first of them, its outputs and the other ones of op."""
-    if looked_at((*args, *then_args)):
+    if are_intercepted((*args, *then_args)):
         known_to_counters()
         out = op.registered(*args)[: op.outputs]
         return out if then is None else (*then.registered(out[0], *then_args[1:])[: then.outputs], *out[1:])

@@ -1,11 +1,12 @@
 """Logits of which each rank has its own vocabulary rows -> token log-probs, by the row kernels of one device.
 
 The row kernel gives l_j, the log-prob of one logit z_j among a rank's own, and so their sum exp(z_j - l_j) without loss of
-precision. The owner of a token's target takes the target for z_j, every other rank its largest logit: of logits (1, 3, 2)
-that is z_j = 3. So does the owner of a target that lies far
-below the rank's largest logit. Else the owner's sum without the target is exp(k) (exp(-l_j) - 1). Ranks exchange k and these
-sums, one number per token each. Backward, the same row kernel gives -c exp(z - z_j + l') with l' = l + z_j - k; only the entry
-at the stand-in, which is no target, has to be corrected.
+precision. Which z_j a rank takes: the owner of a token's target takes the target, so that its sum without the target is
+exp(k) (exp(-l_j) - 1); every other rank takes its largest logit as a stand-in (3 of the logits 1, 3, 2), and so does an owner
+whose target lies far below its largest logit. Ranks exchange k and these sums, one number per token each.
+
+In the backward the same row kernel gives -c exp(z - z_j + l') with l' = l + z_j - k. Only the entry at a stand-in has to be
+corrected, since it is no target.
 """
 
 from __future__ import annotations
@@ -73,6 +74,6 @@ def _logit_at(labels: Tensor, logits: Tensor, logit_scale: float, softcap: float
 
 
 def sharded_token_logps(logits, labels, *, logit_scale, softcap, group, backend):
-    """-> logps [S, T] of this rank's logits [S, T, V_r] and local labels (shards.VocabShard), on every rank of the group."""
+    """-> logps [S, T] on every rank of the group, of its logits [S, T, V_r] and `VocabShard.local_labels`."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     return _ShardedTokenLogps.apply(logits, labels, float(logit_scale), softcap, group, backend)

@@ -110,13 +110,13 @@ def _suffixes(g: Tensor, r: Tensor, terms: Terms) -> Losses:
     rising = r.argsort(dim=1, descending=True, stable=True).flip(1)  # a suffix of the falling order is a prefix here
     g = g.gather(1, rising)
     lse = g.logcumsumexp(1)
-    told = lse > -torch.inf
-    told[:, 0] = False  # the last candidate's own term is 0
+    counts = lse > -torch.inf
+    counts[:, 0] = False  # the last candidate's own term is 0
     if not terms.finite:
-        told |= lse.isnan()
-    turns = torch.where(told, -lse, -torch.inf).flip(1).logcumsumexp(1).flip(1)
-    d = (g + turns).exp_() - told.to(g.dtype)  # sum over turns i of exp(g - lse_i), less its own
-    return torch.where(told, lse - g, 0).sum(1), torch.empty_like(d).scatter_(1, rising, d)
+        counts |= lse.isnan()
+    turns = torch.where(counts, -lse, -torch.inf).flip(1).logcumsumexp(1).flip(1)
+    d = (g + turns).exp_() - counts.to(g.dtype)  # sum over turns i of exp(g - lse_i), less its own
+    return torch.where(counts, lse - g, 0).sum(1), torch.empty_like(d).scatter_(1, rising, d)
 
 
 def _efron(g: Tensor, r: Tensor, terms: Terms) -> Losses:
@@ -130,10 +130,10 @@ def _efron(g: Tensor, r: Tensor, terms: Terms) -> Losses:
         left = torch.where(tied, torch.log1p(-drawn / size)[:, None], 0)
         logits = torch.where(tied | below, g[:, :, None] + left, -torch.inf)
         lse = logits.logsumexp(1)
-        told = ((size > 1) | below.any(1)) & ~(lse == -torch.inf)  # the last one's own term is 0
-        loss = loss + torch.where(told, lse - g[:, turns], 0).sum(1)
-        d = d + torch.where(told[:, None], (logits - lse[:, None]).exp_(), 0).sum(2)
-        d[:, turns] -= told.to(d.dtype)
+        counts = ((size > 1) | below.any(1)) & ~(lse == -torch.inf)  # the last one's own term is 0
+        loss = loss + torch.where(counts, lse - g[:, turns], 0).sum(1)
+        d = d + torch.where(counts[:, None], (logits - lse[:, None]).exp_(), 0).sum(2)
+        d[:, turns] -= counts.to(d.dtype)
     return loss, d
 
 
