@@ -25,6 +25,7 @@ from benchmarks.gpu.plan import shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (  # of the kernels, by importance
+    "every_op",
     "token_logps",
     "linear_logps",
     "fused_linear_listwise_loss",
@@ -42,7 +43,6 @@ TESTS = (  # of the kernels, by importance
     "unread_input",
     "operators",
     "bad_input",
-    "bad_linear_input",
     "compile",
     "compile_linear",
 )

@@ -42,6 +42,11 @@ class Head:
         """Names of the tensors that can require grad."""
         return tuple(name for name in ALL if getattr(self, name) is not None)
 
+    def leaves(self, wanted, names=None):
+        """Tensors by name, of which those wanted collect their gradient."""
+        names = names or self.given
+        return {name: leaf(getattr(self, name)) if name in wanted else getattr(self, name) for name in names}
+
     def double(self):
         """The same numbers in float64, so that gradients are not rounded either."""
         return replace(self, **{name: getattr(self, name).double() for name in self.given})
@@ -113,8 +118,7 @@ def use_small_tiles(monkeypatch, tokens=20, rows=40, by_use=False):
 
 def plan_of(head, wanted=ALL, **options):
     """lk.plan for this head with a gradient for what is wanted."""
-    x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in head.given}
-    return lk.plan(labels=head.labels, **x, **options)
+    return lk.plan(labels=head.labels, **head.leaves(wanted), **options)
 
 
 def scheduled(name, head):
@@ -129,7 +133,7 @@ def scheduled(name, head):
 
 def run(function, head, wanted, upstream=None):
     """function(hidden, weight, bias) -> its value, and the gradients of what is wanted by name."""
-    x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in ALL}
+    x = head.leaves(wanted, ALL)
     out = function(**x)
     upstream = head.upstream if upstream is None else upstream
     grads = torch.autograd.grad(out, [x[name] for name in wanted], upstream.to(out.dtype)) if wanted else ()

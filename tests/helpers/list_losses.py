@@ -1,9 +1,8 @@
-"""Objectives of lists, the loops that say what each is, and lists to try them on."""
+"""Objectives of lists, and lists to try them on."""
 
 import torch
 
 import larpo_kernels as lk
-from tests.helpers import slow_loop
 
 OBJECTIVES = {
     "pairwise": lk.Pairwise(),
@@ -26,14 +25,11 @@ TIES = {
     "listmle_efron": lk.ListMLE(ties="efron"),
 }
 EVERY = {**OBJECTIVES, **TIES}
+NAMES = ["pairwise", "contrastive", "listmle", "lambdarank", "listnet"]
+VARIED = [*NAMES, lk.LambdaRank(weighting="dcg"), lk.LambdaRank(weighting="dcg2", k=2), lk.ListNet(temperature=0.5)]
 PLAIN = ["pairwise", "contrastive", "listmle", "lambdarank"]  # the paper's: relevance only orders the list
 # Three candidates; by falling relevance their scores are 1, 3, 2.
 SCORES, RELEVANCE = [2.0, 1.0, 3.0], [0.1, 0.9, 0.5]
-
-
-def slow_losses(scores, relevance, list_sizes, name):
-    """The same objective from slow_loop, whose keywords are the objective objects' fields."""
-    return slow_loop.listwise_losses(scores, relevance, list_sizes, EVERY[name].name, **vars(EVERY[name]))
 
 
 def graded_lists(list_sizes, seed=0, dtype=torch.float64):

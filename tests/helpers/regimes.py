@@ -62,13 +62,5 @@ def minus_infinity_columns(labels, vocabulary, generator):
 
 REGIMES = {
     draw.__name__: draw
-    for draw in (
-        initialisation,
-        peaked,
-        unlikely,
-        far_below_zero,
-        shifted_up,
-        shifted_down,
-        minus_infinity_columns,
-    )
+    for draw in (initialisation, peaked, unlikely, far_below_zero, shifted_up, shifted_down, minus_infinity_columns)
 }

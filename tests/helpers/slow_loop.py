@@ -149,30 +149,20 @@ def list_loss(scores, relevance, objective, temperature=1.0, ties="order", **opt
     raise AssertionError(objective)
 
 
-def listwise_losses(scores, relevance, list_sizes, objective, **options):
-    """scores [S] -> [lists]."""
+def listwise_losses(scores, relevance, list_sizes, objective):
+    """scores [S] -> [lists]. objective: a name, or an object that has one and the keywords of `list_loss` as its fields."""
+    name, options = (objective, {}) if isinstance(objective, str) else (objective.name, vars(objective))
     losses, start = [], 0
     for size in list_sizes:
         span = slice(start, start + size)
-        losses.append(list_loss(scores[span], relevance[span].tolist(), objective, **options))
+        losses.append(list_loss(scores[span], relevance[span].tolist(), name, **options))
         start += size
     assert start == scores.shape[0]
     return torch.stack(losses) if losses else scores[:0]
 
 
-def fused_listwise_loss(
-    logits,
-    labels,
-    relevance,
-    *,
-    list_sizes,
-    objective="contrastive",
-    ref_logps=None,
-    beta=0.1,
-    options=None,
-    **rest,
-):
+def fused_listwise_loss(logits, labels, relevance, *, list_sizes, objective="contrastive", ref_logps=None, beta=0.1, **rest):
     """-> (loss [lists], logps [S], scores [S])."""
     logps = sequence_logps(logits, labels, **rest)
     scores = beta * (logps if ref_logps is None else logps - ref_logps.to(logps.dtype))
-    return listwise_losses(scores, relevance, list_sizes, objective, **(options or {})), logps, scores
+    return listwise_losses(scores, relevance, list_sizes, objective), logps, scores

@@ -1,4 +1,4 @@
-"""One list of plain numbers at a time, under any objective."""
+"""One list of plain numbers at a time, under any objective; and a compiler that has compiled nothing."""
 
 import pytest
 import torch
@@ -35,3 +35,10 @@ def gradient_of(backend, device):
         return scores.grad.tolist()
 
     return gradient_of
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

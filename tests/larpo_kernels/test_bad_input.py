@@ -1,4 +1,4 @@
-"""Bad input gets a sentence: the argument's name, what it is, what it should be; and nothing is touched."""
+"""Bad input gets a sentence: the argument's name, what it is, what it should be; before anything is computed or touched."""
 
 import inspect
 import math
@@ -7,205 +7,206 @@ import pytest
 import torch
 
 import larpo_kernels as lk
+from larpo_kernels.linear import walk
 
-ON_GPU = torch.cuda.is_available()
-needs_values = pytest.mark.skipif(ON_GPU, reason="values on a GPU are not inspected: that would stop the host")
+FROM_LOGITS = [lk.token_logps, lk.sequence_logps, lk.fused_listwise_loss]
+FROM_HIDDEN = [lk.linear_token_logps, lk.linear_sequence_logps, lk.fused_linear_listwise_loss]
+FUNCTIONS = [*FROM_LOGITS, *FROM_HIDDEN, lk.listwise_loss]
+needs_values = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="values on a GPU are not inspected: that would stop the host"
+)
 
 
-def good_input(device):
-    """A valid call of fused_listwise_loss: 4 candidates of 3 tokens in lists of 2, vocabulary 7."""
+def good_input(device, packed=False):
+    """What every function takes: 4 candidates of 3 tokens in lists of 2, hidden size 5, vocabulary 7."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        "logits": torch.randn(4, 3, 7, generator=generator).to(device),
-        "labels": torch.randint(0, 7, (4, 3), generator=generator).to(device),
-        "relevance": torch.tensor([1.0, 0.0, 0.5, 2.0], device=device),
+    logits, hidden, weight, bias = (torch.randn(size, generator=generator) for size in ((4, 3, 7), (4, 3, 5), (7, 5), 7))
+    good = {
+        "logits": logits,
+        "hidden": hidden.requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "bias": bias.requires_grad_(),
+        "labels": torch.randint(0, 7, (4, 3), generator=generator),
+        "relevance": torch.tensor([1.0, 0.0, 0.5, 2.0]),
+        "ref_logps": torch.zeros(4),
+        "scores": torch.zeros(4),
         "list_sizes": 2,
-        "ref_logps": torch.zeros(4, device=device),
     }
-
-
-def packed_input(device):
-    """The same, packed: 12 tokens."""
-    good = good_input(device)
+    if packed:
+        good |= {name: good[name].flatten(0, 1) for name in ("logits", "hidden", "labels")}
+        good["cu_seqlens"] = torch.tensor([0, 3, 6, 9, 12])
     return {
-        **good,
-        "logits": good["logits"].flatten(0, 1),
-        "labels": good["labels"].flatten(),
-        "cu_seqlens": torch.tensor([0, 3, 6, 9, 12], device=device),
+        name: x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for name, x in good.items()
     }
+
+
+def of(function, arguments):
+    """Those of the arguments that the function takes."""
+    takes = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in takes}
+
+
+# ---- how a good value becomes a bad one
+
+
+def always(value):
+    return lambda good, device: value
+
+
+def reshaped(*shape):
+    return lambda good, device: torch.zeros(shape, dtype=good.dtype, device=device)
+
+
+def cast(dtype):
+    return lambda good, device: good.to(dtype)
+
+
+def numbers(*values, dtype=None):
+    return lambda good, device: torch.tensor(values, dtype=dtype, device=device)
 
 
 def set_label(value):
-    def spoil(arguments):
-        labels = arguments["labels"].clone()
+    def spoil(labels, device):
+        labels = labels.clone()
         labels.view(-1)[5] = value
         return labels
 
     return spoil
 
 
-def set_relevance(value):
-    return lambda arguments: torch.tensor([1.0, value, 0.5, 2.0], device=arguments["logits"].device)
+def elsewhere(good, device):
+    return good.to("meta")
 
 
-def reshaped(name, *shape):
-    return lambda arguments: torch.zeros(shape, dtype=arguments[name].dtype, device=arguments[name].device)
+class ShardedTensor(torch.Tensor):
+    """Stands in for a DTensor, which needs processes."""
+
+    device_mesh = "DeviceMesh('cuda', [0, 1])"
 
 
-def cast(name, dtype):
-    return lambda arguments: arguments[name].to(dtype)
+def sharded(good, device):
+    return good.detach().as_subclass(ShardedTensor)
 
 
-def borders(*ends, dtype=torch.int64):
-    return lambda arguments: torch.tensor(ends, dtype=dtype, device=arguments["logits"].device)
+def transposed(good, device):
+    return good.detach().t()
 
 
-def elsewhere(name):
-    return lambda arguments: arguments[name].to("meta")
+def in_a_row(good, device):
+    return good[None]
 
 
-def always(value):
-    return lambda arguments: value
-
-
-# id: (layout, argument, how to spoil it, error, what the message must hold beside the argument's name)
-CASES = {
+ANY = (ValueError, TypeError)
+# id: (argument, how it is spoilt, error, what the message must hold beside the argument's name)
+PADDED = {
     # shape and rank
-    "logits_1d": (good_input, "logits", reshaped("logits", 7), ValueError, [r"\[7\]", r"\[S, T, V\]"]),
-    "logits_4d": (
-        good_input,
-        "logits",
-        reshaped("logits", 1, 4, 3, 7),
-        ValueError,
-        [r"1\D+4\D+3\D+7", r"\[S, T, V\]"],
-    ),
-    "no_vocabulary": (good_input, "logits", reshaped("logits", 4, 3, 0), ValueError, [r"4\D+3\D+0"]),
-    "labels_of_other_shape": (
-        good_input,
-        "labels",
-        reshaped("labels", 4, 2),
-        ValueError,
-        [r"4\D+2", r"4\D+3"],
-    ),
-    "labels_1d": (good_input, "labels", reshaped("labels", 12), ValueError, ["12", r"4\D+3"]),
-    "relevance_too_short": (good_input, "relevance", reshaped("relevance", 3), ValueError, ["3", "4"]),
-    "relevance_2d": (good_input, "relevance", reshaped("relevance", 2, 2), ValueError, [r"2\D+2", "4"]),
-    "ref_logps_too_long": (good_input, "ref_logps", reshaped("ref_logps", 5), ValueError, ["5", "4"]),
-    "ref_logps_scalar": (good_input, "ref_logps", reshaped("ref_logps"), ValueError, [r"\[\]", "4"]),
+    "logits_1d": ("logits", reshaped(7), ValueError, [r"\[7\]", r"\[S, T, V\]"]),
+    "logits_4d": ("logits", reshaped(1, 4, 3, 7), ValueError, [r"1\D+4\D+3\D+7", r"\[S, T, V\]"]),
+    "no_vocabulary": ("logits", reshaped(4, 3, 0), ValueError, [r"4\D+3\D+0"]),
+    "hidden_1d": ("hidden", reshaped(5), ValueError, [r"\[5\]", r"\[S, T, H\]"]),
+    "hidden_4d": ("hidden", reshaped(1, 4, 3, 5), ValueError, [r"1\D+4\D+3\D+5", r"\[N, H\]"]),
+    "hidden_of_another_model": ("hidden", reshaped(4, 3, 6), ValueError, [r"7\D+5", "6", "weight"]),
+    "weight_transposed": ("weight", transposed, ValueError, [r"\[V, H\]", "5", r"\[5, 7\]"]),
+    "weight_1d": ("weight", reshaped(5), ValueError, [r"\[5\]", r"\[V, H\]"]),
+    "weight_not_gathered": ("weight", reshaped(0), ValueError, ["empty", "ZeRO-3", "[Gg]ather"]),
+    "weight_without_rows": ("weight", reshaped(0, 5), ValueError, ["empty", r"\[0, 5\]"]),
+    "bias_too_short": ("bias", reshaped(6), ValueError, ["6", "7"]),
+    "bias_2d": ("bias", reshaped(7, 1), ValueError, [r"7\D+1", r"\[V\]"]),
+    "labels_of_other_shape": ("labels", reshaped(4, 2), ValueError, [r"4\D+2", r"4\D+3"]),
+    "labels_1d": ("labels", reshaped(12), ValueError, ["12", r"4\D+3"]),
+    "scores_2d": ("scores", reshaped(2, 2), ValueError, [r"2\D+2", r"\[S\]"]),
+    "relevance_too_short": ("relevance", reshaped(3), ValueError, ["3", "4"]),
+    "relevance_2d": ("relevance", reshaped(2, 2), ValueError, [r"2\D+2", "4"]),
+    "ref_logps_too_long": ("ref_logps", reshaped(5), ValueError, ["5", "4"]),
+    "ref_logps_scalar": ("ref_logps", reshaped(), ValueError, [r"\[\]", "4"]),
     # kinds
-    "logits_of_integers": (
-        good_input,
-        "logits",
-        cast("logits", torch.int64),
-        TypeError,
-        ["int64", "float32"],
-    ),
-    "logits_complex": (
-        good_input,
-        "logits",
-        cast("logits", torch.complex64),
-        TypeError,
-        ["complex64", "float32"],
-    ),
-    "logits_list": (good_input, "logits", always([[1.0]]), TypeError, ["list", "Tensor"]),
-    "labels_of_floats": (
-        good_input,
-        "labels",
-        cast("labels", torch.float32),
-        TypeError,
-        ["float32", "integer"],
-    ),
-    "labels_bool": (good_input, "labels", cast("labels", torch.bool), TypeError, ["bool", "integer"]),
-    "labels_list": (good_input, "labels", always([1, 2]), TypeError, ["list", "Tensor"]),
-    "relevance_list": (good_input, "relevance", always([1.0, 2.0, 3.0, 4.0]), TypeError, ["list", "Tensor"]),
-    "ref_logps_number": (good_input, "ref_logps", always(0.0), TypeError, ["float", "Tensor"]),
-    "ignore_index_text": (good_input, "ignore_index", always("none"), TypeError, ["'none'", "int or None"]),
-    # labels
-    "label_is_v": (good_input, "labels", set_label(7), ValueError, ["7", r"\[0, 7\)", "-100"]),
-    "label_negative": (good_input, "labels", set_label(-1), ValueError, ["-1", r"\[0, 7\)", "-100"]),
-    "label_huge": (packed_input, "labels", set_label(2**40), ValueError, [str(2**40), r"\[0, 7\)"]),
+    "logits_of_integers": ("logits", cast(torch.int64), TypeError, ["int64", "float32"]),
+    "logits_complex": ("logits", cast(torch.complex64), TypeError, ["complex64", "float32"]),
+    "logits_list": ("logits", always([[1.0]]), TypeError, ["list", "Tensor"]),
+    "hidden_of_integers": ("hidden", cast(torch.int64), TypeError, ["int64", "float32"]),
+    "hidden_list": ("hidden", always([[1.0]]), TypeError, ["list", "Tensor"]),
+    "hidden_sharded": ("hidden", sharded, TypeError, ["DTensor", "full_tensor"]),
+    "weight_of_integers": ("weight", cast(torch.int8), TypeError, ["int8", "float32"]),
+    "weight_list": ("weight", always([[1.0]]), TypeError, ["list", "Tensor"]),
+    "weight_sharded": ("weight", sharded, TypeError, ["DTensor", "full_tensor", "FSDP"]),
+    "bias_of_integers": ("bias", cast(torch.int64), TypeError, ["int64", "float32"]),
+    "bias_bool": ("bias", always(True), TypeError, ["bool", "Tensor"]),
+    "labels_of_floats": ("labels", cast(torch.float32), TypeError, ["float32", "integer"]),
+    "labels_bool": ("labels", cast(torch.bool), TypeError, ["bool", "integer"]),
+    "labels_list": ("labels", always([1, 2]), TypeError, ["list", "Tensor"]),
+    "scores_of_integers": ("scores", cast(torch.int64), TypeError, ["int64", "float32"]),
+    "scores_list": ("scores", always([0.0] * 4), TypeError, ["list", "Tensor"]),
+    "relevance_list": ("relevance", always([1.0, 2.0, 3.0, 4.0]), TypeError, ["list", "Tensor"]),
+    "ref_logps_number": ("ref_logps", always(0.0), TypeError, ["float", "Tensor"]),
+    "ignore_index_text": ("ignore_index", always("none"), TypeError, ["'none'", "int or None"]),
+    # values
+    "label_is_v": ("labels", set_label(7), ValueError, ["7", r"\[0, 7\)", "-100"]),
+    "label_negative": ("labels", set_label(-1), ValueError, ["-1", r"\[0, 7\)", "-100"]),
+    "ref_logps_infinite": ("ref_logps", numbers(0.0, -math.inf, 0.0, 0.0), ValueError, ["finite", "-inf", "1"]),
+    "relevance_nan": ("relevance", numbers(1.0, math.nan, 0.5, 2.0), ValueError, ["NaN"]),
     # lists
-    "lists_do_not_divide": (good_input, "list_sizes", always(3), ValueError, ["3", "4"]),
-    "lists_do_not_sum": (good_input, "list_sizes", always([2, 1]), ValueError, ["3", "4"]),
-    "lists_sum_to_more": (good_input, "list_sizes", always((3, 2)), ValueError, ["5", "4"]),
-    "list_of_minus_one": (good_input, "list_sizes", always([5, -1]), ValueError, ["-1"]),
-    "lists_of_size_zero": (good_input, "list_sizes", always(0), ValueError, ["0", "1"]),
-    "list_sizes_float": (good_input, "list_sizes", always(2.0), TypeError, ["float", "int"]),
-    "list_sizes_of_floats": (good_input, "list_sizes", always([2.0, 2.0]), TypeError, ["2.0", "int"]),
-    "list_sizes_text": (good_input, "list_sizes", always("22"), TypeError, ["str", "int"]),
-    "list_sizes_2d": (good_input, "list_sizes", always(torch.tensor([[2], [2]])), ValueError, [r"2\D+1"]),
-    "list_sizes_float_tensor": (
-        good_input,
-        "list_sizes",
-        always(torch.tensor([2.0, 2.0])),
-        TypeError,
-        ["float32"],
-    ),
-    "list_sizes_tensor_sum": (good_input, "list_sizes", always(torch.tensor([2, 3])), ValueError, ["5", "4"]),
-    # borders of packed candidates
-    "borders_missing": (packed_input, "cu_seqlens", always(None), ValueError, ["12"]),
-    "borders_beside_padding": (
-        good_input,
-        "cu_seqlens",
-        borders(0, 3, 6, 9, 12),
-        ValueError,
-        ["packed", "padded"],
-    ),
-    "borders_fall": (packed_input, "cu_seqlens", borders(0, 6, 3, 9, 12), ValueError, ["6", "3"]),
-    "borders_end_early": (packed_input, "cu_seqlens", borders(0, 3, 6, 9, 11), ValueError, ["11", "12"]),
-    "borders_end_late": (packed_input, "cu_seqlens", borders(0, 3, 6, 9, 13), ValueError, ["13", "12"]),
-    "borders_start_late": (packed_input, "cu_seqlens", borders(1, 3, 6, 9, 12), ValueError, ["1", "0"]),
-    "borders_negative": (packed_input, "cu_seqlens", borders(0, -3, 6, 9, 12), ValueError, ["-3"]),
-    "borders_float": (
-        packed_input,
-        "cu_seqlens",
-        borders(0.0, 3.0, 6.0, 9.0, 12.0, dtype=torch.float32),
-        TypeError,
-        ["float32"],
-    ),
-    "borders_list": (packed_input, "cu_seqlens", always([0, 3, 6, 9, 12]), TypeError, ["list", "Tensor"]),
-    "borders_2d": (
-        packed_input,
-        "cu_seqlens",
-        lambda a: a["cu_seqlens"][None],
-        ValueError,
-        [r"1\D+5", r"\[S\+1\]"],
-    ),
-    "borders_empty": (packed_input, "cu_seqlens", borders(), ValueError, [r"\[S\+1\]"]),
-    "borders_of_too_few": (packed_input, "relevance", reshaped("relevance", 5), ValueError, ["5", "4"]),
+    "lists_do_not_divide": ("list_sizes", always(3), ValueError, ["3", "4"]),
+    "lists_do_not_sum": ("list_sizes", always([2, 1]), ValueError, ["3", "4"]),
+    "lists_sum_to_more": ("list_sizes", always((3, 2)), ValueError, ["5", "4"]),
+    "list_of_minus_one": ("list_sizes", always([5, -1]), ValueError, ["-1"]),
+    "lists_of_size_zero": ("list_sizes", always(0), ValueError, ["0", "1"]),
+    "list_sizes_float": ("list_sizes", always(2.0), TypeError, ["float", "int"]),
+    "list_sizes_of_floats": ("list_sizes", always([2.0, 2.0]), TypeError, ["2.0", "int"]),
+    "list_sizes_text": ("list_sizes", always("22"), TypeError, ["str", "int"]),
+    "list_sizes_2d": ("list_sizes", always(torch.tensor([[2], [2]])), ValueError, [r"2\D+1"]),
+    "list_sizes_float_tensor": ("list_sizes", always(torch.tensor([2.0, 2.0])), TypeError, ["float32"]),
+    "list_sizes_tensor_sum": ("list_sizes", always(torch.tensor([2, 3])), ValueError, ["5", "4"]),
     # choices and numbers
-    "objective_unknown": (
-        good_input,
-        "objective",
-        always("lambdarnk"),
-        ValueError,
-        ["lambdarnk", "lambdarank"],
-    ),
-    "objective_class": (good_input, "objective", always(lk.ListMLE), (ValueError, TypeError), ["ListMLE"]),
-    "backend_unknown": (good_input, "backend", always("cuda"), ValueError, ["cuda", "torch", "triton"]),
-    "reduction_unknown": (good_input, "reduction", always("avg"), ValueError, ["avg", "mean"]),
-    "beta_zero": (good_input, "beta", always(0.0), ValueError, ["0", "> 0"]),
-    "beta_negative": (good_input, "beta", always(-0.1), ValueError, ["-0.1", "> 0"]),
-    "beta_nan": (good_input, "beta", always(math.nan), ValueError, ["nan"]),
-    "beta_tensor": (good_input, "beta", always(torch.tensor(0.1)), TypeError, ["Tensor", "float"]),
-    "softcap_zero": (good_input, "softcap", always(0.0), ValueError, ["0", "> 0"]),
-    "softcap_negative": (good_input, "softcap", always(-30.0), ValueError, ["-30", "> 0"]),
-    "logit_scale_nan": (good_input, "logit_scale", always(math.nan), ValueError, ["nan"]),
-    "logit_scale_text": (good_input, "logit_scale", always("1"), TypeError, ["str", "float"]),
-    "ref_logps_infinite": (
-        good_input,
-        "ref_logps",
-        lambda a: torch.tensor([0.0, -math.inf, 0.0, 0.0], device=a["logits"].device),
-        ValueError,
-        ["finite", "-inf", "1"],
-    ),
-    "relevance_nan": (good_input, "relevance", set_relevance(math.nan), ValueError, ["NaN"]),
+    "objective_unknown": ("objective", always("lambdarnk"), ValueError, ["lambdarnk", "lambdarank"]),
+    "objective_class": ("objective", always(lk.ListMLE), ANY, ["ListMLE"]),
+    "backend_unknown": ("backend", always("cuda"), ValueError, ["cuda", "torch", "triton"]),
+    "reduction_unknown": ("reduction", always("avg"), ValueError, ["avg", "mean"]),
+    "beta_zero": ("beta", always(0.0), ValueError, ["0", "> 0"]),
+    "beta_negative": ("beta", always(-0.1), ValueError, ["-0.1", "> 0"]),
+    "beta_nan": ("beta", always(math.nan), ValueError, ["nan"]),
+    "beta_tensor": ("beta", always(torch.tensor(0.1)), TypeError, ["Tensor", "float"]),
+    "softcap_zero": ("softcap", always(0.0), ValueError, ["0", "> 0"]),
+    "softcap_negative": ("softcap", always(-30.0), ValueError, ["-30", "> 0"]),
+    "logit_scale_nan": ("logit_scale", always(math.nan), ValueError, ["nan"]),
+    "logit_scale_text": ("logit_scale", always("1"), TypeError, ["str", "float"]),
+    "schedule_unknown": ("schedule", always("hold"), ValueError, ["hold", "list_hold", "recompute"]),
+    "schedule_none": ("schedule", always(None), ValueError, ["None", "list_hold"]),
+    "schedule_without_backward": ("schedule", always("score_only"), ValueError, ["score_only", "grad"]),
+    "schedule_of_a_frozen_head": ("schedule", always("frozen_head"), ValueError, ["frozen_head", "weight"]),
+    "budget_negative": ("memory_budget", always(-1), ValueError, ["-1", "bytes"]),
+    "budget_float": ("memory_budget", always(1e9), ANY, ["1000000000", "bytes"]),
+    "budget_text": ("memory_budget", always("2GB"), ANY, ["2GB", "bytes"]),
+    "budget_bool": ("memory_budget", always(True), ANY, ["True", "bytes"]),
+    "tail_threshold_zero": ("tail_threshold", always(0.0), ValueError, ["0.0", "between 0 and 1"]),
+    "tail_threshold_one": ("tail_threshold", always(1), ValueError, ["1", "between 0 and 1"]),
+    "tail_threshold_nan": ("tail_threshold", always(math.nan), ValueError, ["nan", "between 0 and 1"]),
+    "tail_threshold_bool": ("tail_threshold", always(True), TypeError, ["bool", "probability"]),
+    "tail_threshold_text": ("tail_threshold", always("2**-12"), TypeError, ["str", "probability"]),
+    "borders_beside_padding": ("cu_seqlens", numbers(0, 3, 6, 9, 12), ValueError, ["packed", "padded"]),
     # devices
-    "labels_elsewhere": (good_input, "labels", elsewhere("labels"), ValueError, ["meta", "logits"]),
-    "relevance_elsewhere": (good_input, "relevance", elsewhere("relevance"), ValueError, ["meta"]),
-    "ref_logps_elsewhere": (good_input, "ref_logps", elsewhere("ref_logps"), ValueError, ["meta"]),
-    "borders_elsewhere": (packed_input, "cu_seqlens", elsewhere("cu_seqlens"), ValueError, ["meta"]),
+    "weight_elsewhere": ("weight", elsewhere, ValueError, ["meta", "hidden"]),
+    "bias_elsewhere": ("bias", elsewhere, ValueError, ["meta", "hidden"]),
+    "labels_elsewhere": ("labels", elsewhere, ValueError, ["meta", "logits|hidden"]),
+    "relevance_elsewhere": ("relevance", elsewhere, ValueError, ["meta"]),
+    "ref_logps_elsewhere": ("ref_logps", elsewhere, ValueError, ["meta"]),
 }
+PACKED = {
+    "label_huge": ("labels", set_label(2**40), ValueError, [str(2**40), r"\[0, 7\)"]),
+    "borders_missing": ("cu_seqlens", always(None), ValueError, ["12"]),
+    "borders_fall": ("cu_seqlens", numbers(0, 6, 3, 9, 12), ValueError, ["6", "3"]),
+    "borders_end_early": ("cu_seqlens", numbers(0, 3, 6, 9, 11), ValueError, ["11", "12"]),
+    "borders_end_late": ("cu_seqlens", numbers(0, 3, 6, 9, 13), ValueError, ["13", "12"]),
+    "borders_start_late": ("cu_seqlens", numbers(1, 3, 6, 9, 12), ValueError, ["1", "0"]),
+    "borders_negative": ("cu_seqlens", numbers(0, -3, 6, 9, 12), ValueError, ["-3"]),
+    "borders_float": ("cu_seqlens", cast(torch.float32), TypeError, ["float32"]),
+    "borders_list": ("cu_seqlens", always([0, 3, 6, 9, 12]), TypeError, ["list", "Tensor"]),
+    "borders_2d": ("cu_seqlens", in_a_row, ValueError, [r"1\D+5", r"\[S\+1\]"]),
+    "borders_empty": ("cu_seqlens", numbers(dtype=torch.int64), ValueError, [r"\[S\+1\]"]),
+    "borders_of_too_few": ("relevance", reshaped(5), ValueError, ["5", "4"]),
+    "borders_elsewhere": ("cu_seqlens", elsewhere, ValueError, ["meta"]),
+}
+CASES = PADDED | PACKED
 VALUES = (  # cases told apart from good input by values alone
     *("label_is_v", "label_negative", "label_huge", "list_sizes_tensor_sum", "relevance_nan", "ref_logps_infinite"),
     *("borders_fall", "borders_end_early", "borders_end_late", "borders_start_late", "borders_negative"),
@@ -218,19 +219,19 @@ def snapshot(arguments):
 
 
 def assert_untouched(arguments, before):
-    for name, (values, version, shape, stride, grad) in before.items():
+    for name, (values, *seen) in before.items():
         tensor = arguments[name]
-        assert (tensor._version, tensor.shape, tensor.stride(), tensor.grad) == (
-            version,
-            shape,
-            stride,
-            grad,
-        ), name
+        assert [tensor._version, tensor.shape, tensor.stride(), tensor.grad] == seen, name
         if values is not None:
             assert torch.equal(tensor.nan_to_num(), values.nan_to_num()), name
 
 
-def refuses(function, arguments, name, error, fragments):
+def refuses(function, case, device):
+    name, spoil, error, fragments = CASES[case]
+    arguments = good_input(device, packed=case in PACKED)
+    bad = spoil(arguments.get(name), device)
+    arguments[name] = bad.detach() if isinstance(bad, torch.Tensor) else bad
+    arguments = of(function, arguments)
     before = snapshot(arguments)
     with pytest.raises(error) as caught:
         function(**arguments)
@@ -239,55 +240,47 @@ def refuses(function, arguments, name, error, fragments):
     assert_untouched(arguments, before)
 
 
-FUNCTIONS = [lk.fused_listwise_loss, lk.sequence_logps, lk.token_logps]
+def with_marks(function, case):
+    return pytest.param(function, case, marks=[needs_values] if case in VALUES else [], id=f"{function.__name__}-{case}")
 
 
 @pytest.mark.parametrize(
     ("function", "case"),
-    [
-        pytest.param(function, case, marks=[needs_values] if case in VALUES else [], id=f"{function.__name__}-{case}")
-        for function in FUNCTIONS
-        for case, (_, name, *_) in CASES.items()
-        if name in inspect.signature(function).parameters
-    ],
+    [with_marks(f, case) for f in FUNCTIONS for case, (name, *_) in CASES.items() if name in inspect.signature(f).parameters],
 )
-def test_bad_input_is_named_and_nothing_is_touched(function, device, case):
-    build, name, spoil, error, fragments = CASES[case]
-    arguments = build(device)
-    arguments[name] = spoil(arguments)
-    takes = inspect.signature(function).parameters
-    refuses(function, {k: v for k, v in arguments.items() if k in takes}, name, error, fragments)
+def test_bad_input_is_named_and_nothing_is_touched(function, case, device):
+    refuses(function, case, device)
 
 
-def test_the_good_inputs_are_good(backend, device):
-    for build in (good_input, packed_input):
-        assert lk.fused_listwise_loss(**build(device), backend=backend).loss.isfinite()
+SAME_AS_THE_OPS = ["weight_transposed", "weight_sharded", "weight_not_gathered", "schedule_unknown", "label_is_v"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "name", "error", "fragments"),
-    [
-        ({"scores": torch.zeros(2, 2)}, "scores", ValueError, [r"2\D+2", r"\[S\]"]),
-        ({"scores": torch.zeros(4, dtype=torch.int64)}, "scores", TypeError, ["int64", "float32"]),
-        ({"scores": [0.0] * 4}, "scores", TypeError, ["list", "Tensor"]),
-        ({"relevance": torch.zeros(3)}, "relevance", ValueError, ["3", "4"]),
-        pytest.param({"relevance": torch.full((4,), math.nan)}, "relevance", ValueError, ["NaN"], marks=needs_values),
-        ({"relevance": torch.zeros(4, device="meta")}, "relevance", ValueError, ["meta"]),
-        ({"list_sizes": 3}, "list_sizes", ValueError, ["3", "4"]),
-        ({"list_sizes": [1, 1]}, "list_sizes", ValueError, ["2", "4"]),
-        ({"objective": "dpo"}, "objective", ValueError, ["dpo", "pairwise"]),
-        ({"reduction": "batchmean"}, "reduction", ValueError, ["batchmean", "mean"]),
-        ({"backend": "numpy"}, "backend", ValueError, ["numpy", "torch"]),
-    ],
-    ids=str,
-)
-def test_bad_scores_and_lists_are_named(device, changes, name, error, fragments):
-    good = {"scores": torch.zeros(4), "relevance": torch.arange(4.0), "list_sizes": 2}
-    arguments = {
-        key: value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
-        for key, value in {**good, **changes}.items()
-    }
-    refuses(lk.listwise_loss, arguments, name, error, fragments)
+@pytest.mark.parametrize(("function", "case"), [with_marks(lk.plan, case) for case in SAME_AS_THE_OPS])
+def test_plan_refuses_what_the_ops_refuse(function, case, device):
+    refuses(function, case, device)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_good_inputs_are_good(packed, backend, device):
+    for function in (lk.fused_listwise_loss, lk.fused_linear_listwise_loss):
+        assert function(**of(function, good_input(device, packed)), backend=backend).loss.isfinite()
+
+
+def test_nothing_runs_before_the_checks(device, monkeypatch):
+    """A list that does not sum up is found before the first GEMM."""
+
+    def unreachable(*args, **kwargs):
+        raise AssertionError("walked")
+
+    monkeypatch.setattr(walk, "forward", unreachable)
+    refuses(lk.fused_linear_listwise_loss, "lists_do_not_divide", device)
+
+
+def test_float64_needs_the_torch_backend(device):
+    pytest.importorskip("triton")
+    good = good_input(device)
+    with pytest.raises(TypeError, match="backend='torch'"):
+        lk.linear_token_logps(good["hidden"].double(), good["weight"].double(), good["labels"], backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -308,13 +301,15 @@ def test_options_of_an_objective_are_checked_where_it_is_made(build, fragments):
         caught.match(fragment)
 
 
-@pytest.mark.parametrize("name", ["token_logps", "sequence_logps", "fused_listwise_loss", "listwise_loss"])
-def test_options_are_keywords_only(name):
+@pytest.mark.parametrize("function", [*FUNCTIONS, lk.plan], ids=lambda function: function.__name__)
+def test_options_are_keywords_only(function):
     """Nobody can pass beta where cu_seqlens stands, today or after the next option."""
-    parameters = inspect.signature(getattr(lk, name)).parameters.values()
+    parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    data = {
-        "listwise_loss": ["scores", "relevance"],
-        "fused_listwise_loss": ["logits", "labels", "relevance"],
-    }
-    assert positional == data.get(name, ["logits", "labels"])
+    if function is lk.listwise_loss:
+        assert positional == ["scores", "relevance"]
+        return
+    data = ["logits", "labels"] if function in FROM_LOGITS else ["hidden", "weight", "labels"]
+    assert positional == (
+        data if function not in (lk.fused_listwise_loss, lk.fused_linear_listwise_loss) else [*data, "relevance"]
+    )

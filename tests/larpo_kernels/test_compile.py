@@ -5,18 +5,12 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 import larpo_kernels as lk
-from tests.helpers.batches import IGNORE, leaf, make_batch
+from tests.helpers.batches import IGNORE, Batch, leaf, make_batch
+from tests.helpers.recorded_ops import Recorder, opcheck
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def token_logps(batch, logits, backend):
@@ -28,40 +22,18 @@ def token_stats(batch, logits, backend):
 
 
 def sequence_logps(batch, logits, backend):
-    return lk.sequence_logps(
-        logits,
-        batch.labels,
-        cu_seqlens=batch.cu_seqlens,
-        length_normalized=True,
-        logit_scale=0.5,
-        backend=backend,
-    )
+    options = dict(length_normalized=True, logit_scale=0.5, backend=backend)
+    return lk.sequence_logps(logits, batch.labels, cu_seqlens=batch.cu_seqlens, **options)
 
 
 def fused_listwise_loss(batch, logits, backend):
-    out = lk.fused_listwise_loss(
-        logits,
-        batch.labels,
-        batch.relevance,
-        **batch.layout,
-        objective="listmle",
-        ref_logps=batch.ref_logps,
-        return_stats=True,
-        backend=backend,
-    )
-    return tuple(out)
+    options = dict(objective="listmle", ref_logps=batch.ref_logps, return_stats=True, backend=backend)
+    return tuple(lk.fused_listwise_loss(logits, batch.labels, batch.relevance, **batch.layout, **options))
 
 
 def weighted_lambdarank(batch, logits, backend):
-    out = lk.fused_listwise_loss(
-        logits,
-        batch.labels,
-        batch.relevance.abs(),
-        **batch.layout,
-        objective=lk.LambdaRank(weighting="dcg2", k=2),
-        reduction="none",
-        backend=backend,
-    )
+    options = dict(objective=lk.LambdaRank(weighting="dcg2", k=2), reduction="none", backend=backend)
+    out = lk.fused_listwise_loss(logits, batch.labels, batch.relevance.abs(), **batch.layout, **options)
     return out.loss, out.scores
 
 
@@ -169,8 +141,7 @@ def test_no_recompilation_for_another_length(device, op):
 
     @torch.compile(fullgraph=True, backend=counter)
     def run(logits, labels, relevance, ref_logps):
-        batch = make_batch_of(logits, labels, relevance, ref_logps)
-        return op(batch, logits, None)
+        return op(Batch(logits, labels, relevance, ref_logps, lengths=(), list_sizes=(3, 3)), logits, None)
 
     frames = []
     for width in (4, 5, 6, 9, 13):
@@ -181,34 +152,7 @@ def test_no_recompilation_for_another_length(device, op):
     assert frames[0] == 1 and frames[1] <= 2 and set(frames[1:]) == {frames[1]}
 
 
-def make_batch_of(logits, labels, relevance, ref_logps):
-    from tests.helpers.batches import Batch
-
-    return Batch(logits, labels, relevance, ref_logps, lengths=(), list_sizes=(3, 3))
-
-
 # ---- torch.library
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every call of an op of this package."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "larpo_kernels":
-            copies = tree_map(copy_of, (args, kwargs or {}))
-            self.calls.setdefault(op, []).append(copies)
-        return op(*args, **(kwargs or {}))
-
-
-def copy_of(x):
-    """A copy that asks for a gradient if one was being tracked: backward ops get none."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    return x.detach().clone().requires_grad_(x.requires_grad and torch.is_grad_enabled())
 
 
 def registered_ops():
@@ -233,12 +177,7 @@ def recorded():
 def test_registered_ops_are_opcheck_clean(recorded, name):
     op = getattr(torch.ops.larpo_kernels, name).default
     assert op in recorded, f"no step of the package calls {name}"
-    seen = set()
-    for args, kwargs in recorded[op]:
-        shapes = str(tree_map(lambda x: (x.shape, x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else x, args))
-        if shapes not in seen and len(seen) < 4:
-            seen.add(shapes)
-            torch.library.opcheck(op, args, kwargs)
+    opcheck(op, recorded[op], most=4)
 
 
 def test_there_are_ops_to_check():

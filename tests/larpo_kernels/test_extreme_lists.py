@@ -165,10 +165,12 @@ def test_gradient_of_two_answers_without_probability(gradient_of):
     assert gradient_of([1.0, 0.5, -inf, -inf], [3.0, 2.0, 1.0, 0.0], "listmle") == pytest.approx([-s, s, 0, 0])
 
 
+@pytest.mark.parametrize("orders", [1, pytest.param(3, marks=pytest.mark.slow_interpreted)])
 @pytest.mark.parametrize("name", EVERY)
-def test_every_objective_stays_a_number_beside_lost_answers(backend, device, name):
+def test_every_objective_stays_a_number_beside_lost_answers(backend, device, name, orders):
+    """orders: of how many relevances each kind of scores has one."""
     relevances = [3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]
-    lists = [(scores, relevance) for scores in LOST.values() for relevance in relevances]
+    lists = [(scores, relevances[(i + j) % 3]) for i, scores in enumerate(LOST.values()) for j in range(orders)]
     scores, relevance = (torch.tensor(x, device=device).flatten() for x in zip(*lists, strict=True))
     options = dict(list_sizes=4, objective=EVERY[name], reduction="none")
     loss = lk.listwise_loss(scores.requires_grad_(), relevance, backend=backend, **options)

@@ -1,6 +1,5 @@
 """fused_linear_listwise_loss: from hidden states and the head to the listwise loss and back."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,10 +9,11 @@ import torch.nn.functional as F
 import larpo_kernels as lk
 from tests.helpers import linear_heads, slow_loop
 from tests.helpers.batches import IGNORE, leaf, make_batch
+from tests.helpers.interpreted import few_interpreted
 from tests.helpers.linear_heads import SCHEDULES, make_head, run, scheduled
+from tests.helpers.list_losses import NAMES, VARIED
 from tests.helpers.tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
-NAMES = ["pairwise", "contrastive", "listmle", "lambdarank", "listnet"]
 LIST_SIZES, LENGTHS = (3, 1, 2), (3, 1, 4, 2, 3, 5)  # one of the candidates has no tokens but its prompt
 
 
@@ -36,17 +36,9 @@ def fused(batch, backend, pick="loss", **options):
 
     def call(hidden, weight, bias):
         options.setdefault("ref_logps", batch.ref_logps)
-        out = lk.fused_linear_listwise_loss(
-            hidden,
-            weight,
-            batch.labels,
-            batch.relevance,
-            **batch.layout,
-            bias=bias,
-            reduction="none",
-            backend=backend,
-            **options,
-        )
+        given = hidden, weight, batch.labels, batch.relevance
+        how = dict(bias=bias, reduction="none", backend=backend, **options)
+        out = lk.fused_linear_listwise_loss(*given, **batch.layout, **how)
         return getattr(out, pick) if pick else out
 
     return call
@@ -55,15 +47,8 @@ def fused(batch, backend, pick="loss", **options):
 def slow(batch, compute, pick=0, **options):
     def call(hidden, weight, bias):
         options.setdefault("ref_logps", batch.ref_logps)
-        return slow_loop.fused_listwise_loss(
-            F.linear(hidden, weight, bias),
-            batch.labels,
-            batch.relevance,
-            list_sizes=batch.list_sizes,
-            cu_seqlens=batch.cu_seqlens,
-            compute=compute,
-            **options,
-        )[pick]
+        given = F.linear(hidden, weight, bias), batch.labels, batch.relevance
+        return slow_loop.fused_listwise_loss(*given, **batch.layout, compute=compute, **options)[pick]
 
     return call
 
@@ -93,9 +78,10 @@ def assert_matches_float64(head, batch, backend, schedule="recompute", **options
         assert (grads["hidden"][batch.labels == IGNORE] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("schedule", "packed"), [*((name, False) for name in SCHEDULES), ("recompute", True), ("frozen_head", True)]
-)
+FEW = [("score_only", False), ("list_hold", False), ("recompute", True), ("frozen_head", True)]
+
+
+@pytest.mark.parametrize(("schedule", "packed"), few_interpreted([*((name, False) for name in SCHEDULES), *FEW[2:]], FEW))
 def test_every_schedule_is_as_exact_as_eager(backend, device, schedule, packed, small_tiles):
     assert_matches_float64(*head_and_batch(packed, device=device), backend, schedule)
 
@@ -109,33 +95,16 @@ def test_half_precision_is_as_exact_as_eager(backend, device, dtype, schedule, s
     assert_matches_float64(*head_and_batch(dtype=dtype, device=device), backend, schedule)
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [*NAMES, lk.LambdaRank(weighting="dcg"), lk.LambdaRank(weighting="dcg2", k=2), lk.ListNet(temperature=0.5)],
-    ids=str,
-)
+@pytest.mark.parametrize("objective", VARIED, ids=str)
 def test_every_objective_reaches_the_head(backend, device, objective):
     head, batch = head_and_batch(device=device)
     batch = replace(batch, relevance=torch.tensor([0.0, 2, 1, 1, 3, 0], device=device))
-    ours, slows = (
-        {"objective": objective},
-        {"objective": objective} if isinstance(objective, str) else {"objective": objective.name, "options": vars(objective)},
-    )
-    loss, grads = run(fused(batch, backend, beta=0.5, **ours), head, linear_heads.ALL)
-    plain, plain_grads = run(slow(batch, torch.float32, beta=0.5, **slows), head, linear_heads.ALL)
-    truth, true_grads = run(slow(batch, torch.float64, beta=0.5, **slows), head.double(), linear_heads.ALL)
-    assert_no_worse_than_eager(loss, plain, truth, 64 * FLOAT32_ROUNDING)
-    for name in linear_heads.ALL:
-        linear_heads.assert_within(1, grads[name], plain_grads[name], true_grads[name], 64 * FLOAT32_ROUNDING, name)
+    assert_matches_float64(head, batch, backend, objective=objective, beta=0.5)
 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"length_normalized": True, "beta": 2.0},
-        {"ref_logps": None},
-        {"softcap": 2.0, "logit_scale": 1.5},
-    ],
+    [{"length_normalized": True, "beta": 2.0}, {"ref_logps": None}, {"softcap": 2.0, "logit_scale": 1.5}],
     ids=["length_normalized", "reference_free", "softcap_and_scale"],
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -183,45 +152,6 @@ def test_statistics_only_when_asked_for(backend, device):
     assert out.entropy.shape == out.top1.shape == batch.labels.shape
     assert out.loss.requires_grad and not (out.entropy.requires_grad or out.top1.requires_grad)
     torch.testing.assert_close(out.entropy.cpu().double(), slow_loop.entropies(logits, batch.labels), rtol=1e-4, atol=1e-5)
-
-
-def test_policy_and_reference_interleaved(backend, device, small_tiles):
-    """The reference scores between the policy's forward and backward; the policy's backward runs twice."""
-    head, batch = head_and_batch(device=device)
-    _, once = run(fused(batch, backend), head, linear_heads.ALL)
-    x = {name: leaf(getattr(head, name)) for name in linear_heads.ALL}
-    loss = fused(batch, backend, schedule="list_hold")(**x)
-    with torch.no_grad():
-        lk.linear_sequence_logps(head.hidden * 2, head.weight, batch.labels, backend=backend)
-    loss.backward(head.upstream.float(), retain_graph=True)
-    loss.backward(head.upstream.float())
-    for name in linear_heads.ALL:
-        torch.testing.assert_close(x[name].grad, 2 * once[name], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("schedule", ["list_hold", "recompute", "frozen_head"])
-def test_everything_ignored_is_finite_and_in_the_graph(backend, device, schedule):
-    head, batch = head_and_batch(device=device)
-    labels = torch.full_like(batch.labels, IGNORE)
-    head, batch = replace(head, labels=labels, hidden=head.hidden * math.nan), replace(batch, labels=labels)
-    wanted, options = scheduled(schedule, head)
-    loss, grads = run(fused(batch, backend, **options), head, wanted)
-    assert loss.isfinite().all()
-    for name in wanted:
-        assert (grads[name] == 0).all(), name
-
-
-@pytest.mark.parametrize("schedule", ["list_hold", "recompute", "frozen_head"])
-def test_no_lists_at_all(backend, device, schedule):
-    hidden, weight = torch.zeros(0, 4, 8, device=device, requires_grad=True), torch.zeros(31, 8, device=device)
-    weight.requires_grad_(schedule != "frozen_head")
-    labels = torch.zeros(0, 4, dtype=torch.long, device=device)
-    out = lk.fused_linear_listwise_loss(
-        hidden, weight, labels, torch.zeros(0, device=device), list_sizes=2, schedule=schedule, backend=backend
-    )
-    out.loss.backward()
-    assert out.loss == 0 and hidden.grad.shape == hidden.shape
-    assert weight.grad is None if schedule == "frozen_head" else (weight.grad == 0).all()
 
 
 def test_lists_of_one_push_nothing(backend, device):

@@ -77,8 +77,10 @@ def test_on_initialisation_like_logits_log_probs_are_closer_and_gradients_as_clo
 @pytest.mark.parametrize(
     ("schedule", "bias", "options"),
     [
-        *((schedule, False, {}) for schedule in WALKS),
-        *((schedule, True, {"softcap": 4.0, "logit_scale": 2.0}) for schedule in WALKS),
+        *((schedule, False, {}) for schedule in WALKS[:-1]),
+        *((schedule, True, {"softcap": 4.0, "logit_scale": 2.0}) for schedule in WALKS[:-1]),
+        pytest.param(WALKS[-1], False, {}, marks=pytest.mark.slow_interpreted),  # holds a part and forms a part again
+        pytest.param(WALKS[-1], True, {"softcap": 4.0, "logit_scale": 2.0}, marks=pytest.mark.slow_interpreted),
         *(("recompute", bias, {"logit_scale": 0.5}) for bias in (False, True)),
         ("recompute", False, {"softcap": 4.0, "logit_scale": 2.0}),
     ],

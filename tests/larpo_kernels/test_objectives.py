@@ -7,7 +7,8 @@ import torch
 
 import larpo_kernels as lk
 from larpo_kernels.backends.pytorch import list_losses
-from tests.helpers.list_losses import EVERY, OBJECTIVES, PLAIN, RELEVANCE, SCORES, TIES, graded_lists, slow_losses
+from tests.helpers import slow_loop
+from tests.helpers.list_losses import EVERY, NAMES, OBJECTIVES, PLAIN, RELEVANCE, SCORES, TIES, graded_lists
 from tests.helpers.optional_hypothesis import given, st
 
 
@@ -51,10 +52,7 @@ def test_dcg_weights_a_pair_by_what_swapping_it_changes_in_ndcg(loss_of):
 
 
 def test_dcg_cut_off_counts_only_the_first_k_ranks(loss_of):
-    scores, relevance = (
-        [0.0, 5.0],
-        [2.0, 1.0],
-    )  # with k = 1, rank 2 has no discount and the ideal is one candidate
+    scores, relevance = [0.0, 5.0], [2.0, 1.0]  # with k = 1, rank 2 has no discount and the ideal is one candidate
     weight = abs(3 - 1) / 3 * abs(0 - 1 / log2(2))
     assert loss_of(scores, relevance, lk.LambdaRank(weighting="dcg", k=1)) == pytest.approx(weight * log(1 + exp(5)))
 
@@ -128,10 +126,7 @@ def test_a_list_of_one_has_no_loss_and_no_gradient(loss_of, gradient_of, name):
 
 
 def test_a_list_of_one_counts_in_the_mean(backend, device):
-    scores, relevance = (
-        torch.tensor([3.0, 0.0, 0.0], device=device),
-        torch.tensor([0.0, 1.0, 0.0], device=device),
-    )
+    scores, relevance = (torch.tensor(x, device=device) for x in ([3.0, 0.0, 0.0], [0.0, 1.0, 0.0]))
     loss = lk.listwise_loss(scores, relevance, list_sizes=[1, 2], objective="contrastive", backend=backend)
     assert loss.item() == pytest.approx((0 + log(2)) / 2)
 
@@ -177,13 +172,7 @@ def test_an_int_a_sequence_and_a_tensor_of_sizes_mean_the_same(backend, device):
     scores, relevance = (x.float().to(device) for x in graded_lists([3, 3]))
     losses = [
         lk.listwise_loss(scores, relevance, list_sizes=sizes, objective="listmle", reduction="none", backend=backend)
-        for sizes in (
-            3,
-            [3, 3],
-            (3, 3),
-            torch.tensor([3, 3]),
-            torch.tensor([3, 3], dtype=torch.int32, device=device),
-        )
+        for sizes in (3, [3, 3], (3, 3), torch.tensor([3, 3]), torch.tensor([3, 3], dtype=torch.int32, device=device))
     ]
     assert all(torch.equal(loss, losses[0]) for loss in losses)
 
@@ -200,17 +189,12 @@ def test_every_objective_matches_its_loop_at_every_list_size(backend, device, na
     scores, relevance = graded_lists([m, m], seed=m)
     upstream = torch.tensor([0.7, -1.3], dtype=torch.float64)
     truth_scores = scores.clone().requires_grad_()
-    truth = slow_losses(truth_scores, relevance, [m, m], name)
+    truth = slow_loop.listwise_losses(truth_scores, relevance, [m, m], EVERY[name])
     truth.backward(upstream)
 
     ours = scores.to(device, torch.float32).requires_grad_()
     loss = lk.listwise_loss(
-        ours,
-        relevance.float().to(device),
-        list_sizes=m,
-        objective=EVERY[name],
-        reduction="none",
-        backend=backend,
+        ours, relevance.float().to(device), list_sizes=m, objective=EVERY[name], reduction="none", backend=backend
     )
     loss.backward(upstream.float().to(device))
     assert loss.dtype == torch.float32
@@ -228,7 +212,7 @@ def test_ragged_lists_match_their_loop_in_float64(list_sizes, name, seed):
     ours, slow = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     upstream = torch.linspace(-1, 2, len(list_sizes), dtype=torch.float64)
     loss = lk.listwise_loss(ours, relevance, list_sizes=list_sizes, objective=EVERY[name], reduction="none", backend="torch")
-    truth = slow_losses(slow, relevance, list_sizes, name)
+    truth = slow_loop.listwise_losses(slow, relevance, list_sizes, EVERY[name])
     loss.backward(upstream)
     truth.backward(upstream)
     assert loss.dtype == torch.float64
@@ -241,12 +225,7 @@ def test_gradients_are_the_finite_differences_of_the_loss(name):
 
     def losses(scores):
         return lk.listwise_loss(
-            scores,
-            relevance,
-            list_sizes=[4, 1, 3],
-            objective=OBJECTIVES[name],
-            reduction="none",
-            backend="torch",
+            scores, relevance, list_sizes=[4, 1, 3], objective=OBJECTIVES[name], reduction="none", backend="torch"
         )
 
     assert torch.autograd.gradcheck(losses, scores.requires_grad_())
@@ -365,7 +344,7 @@ def test_default_objective_is_contrastive_and_default_reduction_mean(device):
     assert torch.equal(default, spelled)
 
 
-@pytest.mark.parametrize("objective", ["pairwise", "contrastive", "listmle", "lambdarank", "listnet"])
+@pytest.mark.parametrize("objective", NAMES)
 def test_a_name_means_the_object_with_its_defaults(backend, device, objective):
     scores, relevance = (x.float().to(device) for x in graded_lists([4, 2]))
     losses = [

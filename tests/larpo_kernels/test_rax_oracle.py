@@ -78,15 +78,11 @@ def test_weighted_lambdarank_is_rax_with_lambdaweights_over_the_list_size(weight
         return weights(jax.lax.stop_gradient(s), *args, **kwargs) / M  # rax multiplies by M
 
     assert_same_loss_and_gradient(
-        lk.LambdaRank(weighting=weighting, k=k),
-        rax_pairs(constant_weights_without_the_list_size),
-        *some_list(tied),
+        lk.LambdaRank(weighting=weighting, k=k), rax_pairs(constant_weights_without_the_list_size), *some_list(tied)
     )
 
 
 def test_listnet_is_rax_softmax_loss_of_the_softmaxed_relevance():
     assert_same_loss_and_gradient(
-        lk.ListNet(temperature=0.5),
-        lambda s, y: rax.softmax_loss(s, jax.nn.softmax(y / 0.5), reduce_fn=None),
-        *some_list(),
+        lk.ListNet(temperature=0.5), lambda s, y: rax.softmax_loss(s, jax.nn.softmax(y / 0.5), reduce_fn=None), *some_list()
     )

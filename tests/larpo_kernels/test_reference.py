@@ -69,7 +69,7 @@ def test_listwise_loss(objective):
     relevance = torch.tensor([0.0, 2, 1, 3, 1, 1, 2, 0, 2, 1, 0], dtype=torch.float64)
     assert_same(
         lambda x: lk.reference.listwise_loss(x, relevance, list_sizes=[3, 1, 2, 5], objective=objective, reduction="none"),
-        lambda x: slow_loop.listwise_losses(x, relevance, [3, 1, 2, 5], objective.name, **vars(objective)),
+        lambda x: slow_loop.listwise_losses(x, relevance, [3, 1, 2, 5], objective),
         scores,
     )
 
@@ -77,25 +77,18 @@ def test_listwise_loss(objective):
 @pytest.mark.parametrize("objective", ["contrastive", "listmle"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_fused_listwise_loss(batch, objective, options):
-    options = {**options, "objective": objective, "beta": 0.3, "ref_logps": batch.ref_logps}
-    reference = lk.reference.fused_listwise_loss(*batch.data, **batch.layout, reduction="none", **options)
-    expected = slow_loop.fused_listwise_loss(*batch.data, list_sizes=batch.list_sizes, cu_seqlens=batch.cu_seqlens, **options)
-    for part, expected_part in zip(reference[:3], expected, strict=True):
-        torch.testing.assert_close(part, expected_part, rtol=1e-11, atol=1e-12)
-    assert_same(
-        lambda x: (
-            lk.reference.fused_listwise_loss(x, batch.labels, batch.relevance, **batch.layout, reduction="none", **options).loss
-        ),
-        lambda x: slow_loop.fused_listwise_loss(
-            x,
-            batch.labels,
-            batch.relevance,
-            list_sizes=batch.list_sizes,
-            cu_seqlens=batch.cu_seqlens,
-            **options,
-        )[0],
-        batch.logits,
-    )
+    options = {**options, "objective": objective, "beta": 0.3, "ref_logps": batch.ref_logps, **batch.layout}
+
+    def reference(logits):
+        given = logits, batch.labels, batch.relevance
+        return lk.reference.fused_listwise_loss(*given, reduction="none", **options)
+
+    def slow(logits):
+        return slow_loop.fused_listwise_loss(logits, batch.labels, batch.relevance, **options)
+
+    for part, expected in zip(reference(batch.logits)[:3], slow(batch.logits), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-12)
+    assert_same(lambda x: reference(x).loss, lambda x: slow(x)[0], batch.logits)
 
 
 def test_statistics(regime):

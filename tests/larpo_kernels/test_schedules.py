@@ -38,7 +38,7 @@ def a_head(dtype=torch.float32, weight_dtype=None, **options):
 def step(head, schedule):
     """-> a call that runs forward and backward, and the bytes of the gradients it leaves."""
     wanted, options = scheduled(schedule, head)
-    x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in head.given}
+    x = head.leaves(wanted)
 
     def run():
         logps = lk.linear_token_logps(labels=head.labels, **x, **options, backend="torch")
@@ -123,7 +123,7 @@ def test_schedules_that_cannot_be_raise(backend, device):
         ("frozen_head", ("weight",)),
         ("frozen_head", ("hidden", "bias")),
     ):
-        x = {k: leaf(getattr(head, k)) if k in wanted else getattr(head, k) for k in ALL}
+        x = head.leaves(wanted, ALL)
         with pytest.raises(ValueError, match=name):
             lk.linear_token_logps(labels=head.labels, schedule=name, backend=backend, **x)
 
@@ -266,7 +266,7 @@ def test_a_frozen_weight_gets_no_buffer_and_no_float32_copy(native, monkeypatch)
     monkeypatch.setattr(dtypes, "native_bf16", lambda *_: native)
     head = make_head(5000, 256, (12,), torch.bfloat16)
     for wanted in ((), ("hidden",), ("weight",)):
-        x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in head.given}
+        x = head.leaves(wanted)
 
         def run(x=x, wanted=wanted):
             logps = lk.linear_token_logps(labels=head.labels, **x, schedule="auto", memory_budget=0)
@@ -290,7 +290,7 @@ def test_gemms_are_what_the_plan_says(schedule, tiles):
 def test_a_gradient_that_nobody_wants_runs_no_gemm(wanted, monkeypatch):
     monkeypatch.setattr(tile_shapes, "CPU_TILE_BYTES", TILE_BYTES)
     head = a_head(bias=True)
-    x = {name: leaf(getattr(head, name)) if name in wanted else getattr(head, name) for name in ALL}
+    x = head.leaves(wanted, ALL)
 
     def run():
         return torch.autograd.grad(

@@ -16,10 +16,7 @@ def operation(name, backend, device):
     return {
         "listwise_loss": (lambda x: lk.listwise_loss(x, relevance, **lists), scores),
         "token_logps": (lambda x: lk.token_logps(x, labels, backend=backend).square().sum(), logits),
-        "in place": (
-            lambda x: lk.token_logps(x * 1, labels, inplace_backward=True, backend=backend).square().sum(),
-            logits,
-        ),
+        "in place": (lambda x: lk.token_logps(x * 1, labels, inplace_backward=True, backend=backend).square().sum(), logits),
         "fused_listwise_loss": (lambda x: lk.fused_listwise_loss(x, labels, relevance, **lists).loss, logits),
         "linear_token_logps": (lambda x: lk.linear_token_logps(x, weight, labels, backend=backend).square().sum(), hidden),
         "frozen_head": (

@@ -17,6 +17,11 @@ BORDERS = [
 ]
 
 
+EAGER_OR_COMPILED = pytest.mark.parametrize(  # a graph that starts Triton's kernels is also in test_compile*.py
+    "unread", ["eager", pytest.param("compiled", marks=pytest.mark.slow_interpreted)], indirect=True
+)
+
+
 @pytest.fixture
 def unread(request, monkeypatch):
     """Calls a function as on a GPU: values are not looked at; or, as "compiled", in a graph of torch.compile."""
@@ -58,9 +63,9 @@ def test_what_nobody_looked_at_gives_what_it_gives_otherwise(schedule, packed, b
 
 def and_one_compiled(name, values):
     """Each value in eager mode, and the first in a compiled graph: it is the graph that is to be seen there, not the values."""
-    first, *others = values
+    compiled = pytest.param("compiled", values[0], marks=pytest.mark.slow_interpreted)
     return pytest.mark.parametrize(
-        ("unread", name), [("compiled", first), *(("eager", x) for x in (first, *others))], indirect=["unread"], ids=str
+        ("unread", name), [compiled, *(("eager", value) for value in values)], indirect=["unread"], ids=str
     )
 
 
@@ -108,7 +113,7 @@ def test_inductor_reads_nothing_outside_either(device):
     assert found.isnan().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("unread", ["eager", "compiled"], indirect=True)
+@EAGER_OR_COMPILED
 def test_borders_that_do_are_taken_as_they_are(unread, backend, device):
     logits, _, _, labels = data(device)
     labels[1] = -100
@@ -158,7 +163,7 @@ def logps_and_gradients(call, device, labels=None, **options):
         yield logps.detach(), *torch.autograd.grad(logps, [x for x in given if x.requires_grad], upstream)
 
 
-@pytest.mark.parametrize("unread", ["eager", "compiled"], indirect=True)
+@EAGER_OR_COMPILED
 def test_without_an_ignore_index_every_label_counts(unread, backend, device):
     found = logps_and_gradients(unread, device, ignore_index=None, backend=backend)
     expected = logps_and_gradients(lambda function, *args: function(*args), device)
@@ -166,7 +171,7 @@ def test_without_an_ignore_index_every_label_counts(unread, backend, device):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("unread", ["eager", "compiled"], indirect=True)
+@EAGER_OR_COMPILED
 def test_without_an_ignore_index_a_label_that_is_no_column_gives_nan(unread, backend, device):
     """Padding that was said to count must show, in what is computed and in what is learned of it."""
     labels = torch.tensor([3, -100, 5], device=device)
