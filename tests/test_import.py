@@ -1,5 +1,6 @@
-"""What importing the package gives, and what it leaves alone. Most of it in a fresh interpreter."""
+"""What importing the package gives, and what it leaves alone: in fresh interpreters, each asked several questions."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,48 +10,75 @@ import pytest
 
 from tests.helpers import HANGS
 
+SET_UP = """
+    import sys, torch
+    hidden, weight = torch.randn(4, 5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    labels, relevance = torch.randint(20, (4, 5)), torch.randn(4)
+    logits = hidden @ weight.t()
 
-def run(code, **environment):
+    def step(backend=None):
+        given = logits.detach().requires_grad_()
+        out = larpo_kernels.fused_listwise_loss(given, labels, relevance, list_sizes=2, return_stats=True, backend=backend)
+        out.loss.backward()
+        assert out.loss.isfinite() and given.grad.abs().sum() > 0
+
+    def refused():
+        try:
+            step("triton")
+        except (ImportError, RuntimeError, ValueError) as error:
+            print(error)
+"""
+
+
+def run(code):
     """Standard output of `code` in a fresh interpreter, which must end well."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SET_UP) + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+        env={**os.environ, "TRITON_INTERPRET": "0"},
         timeout=HANGS,
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
-def test_importing_the_module_leaves_a_callable():
-    code = """
-        import larpo_kernels.fused_listwise_loss
-        print(callable(larpo_kernels.fused_listwise_loss))
-        from larpo_kernels.fused_listwise_loss import fused_listwise_loss
-        print(fused_listwise_loss is larpo_kernels.fused_listwise_loss)
-    """
-    assert run(code).split() == ["True", "True"]
-
-
-def test_the_function_comes_from_its_submodule_first():
-    code = """
-        from larpo_kernels.fused_listwise_loss import fused_listwise_loss
-        import larpo_kernels
-        print(fused_listwise_loss is larpo_kernels.fused_listwise_loss)
-    """
-    assert run(code) == "True"
-
-
-def test_importing_pulls_in_neither_triton_nor_transformers_nor_matplotlib():
-    code = """
-        import sys, torch
+def test_importing_is_light_and_eager_calls_import_no_compiler():
+    """Which would take a second. The module comes first, under the name of its function: that is a callable all the same."""
+    message = run("""
         before = set(sys.modules)
+        import larpo_kernels.fused_listwise_loss
+        assert callable(larpo_kernels.fused_listwise_loss)
+        from larpo_kernels.fused_listwise_loss import fused_listwise_loss
+        assert fused_listwise_loss is larpo_kernels.fused_listwise_loss
+        heavy = {"triton", "transformers", "matplotlib", "jax"} & {name.split(".")[0] for name in set(sys.modules) - before}
+        assert not heavy, heavy
+
+        step()
+        larpo_kernels.fused_linear_listwise_loss(hidden, weight, labels, relevance, list_sizes=2).loss.backward()
+        larpo_kernels.sequence_logps(logits.detach().requires_grad_(), labels).sum().backward()
+        with torch.no_grad():
+            larpo_kernels.token_logps(logits, labels, return_stats=True)
+        compilers = {"torch._dynamo", "torch._inductor", "triton"} & set(sys.modules)
+        assert not compilers, compilers
+        refused()
+    """)
+    if importlib.util.find_spec("triton"):  # on tensors of a CPU, without the interpreter
+        assert "backend" in message and "TRITON_INTERPRET" in message
+
+
+def test_without_triton_the_torch_backend_serves():
+    """The function first, from its module of the same name."""
+    message = run("""
+        sys.modules["triton"] = None  # any import of it fails from here on
+        from larpo_kernels.fused_listwise_loss import fused_listwise_loss
         import larpo_kernels
-        heavy = {"triton", "transformers", "matplotlib", "jax"}
-        print(sorted(heavy & {name.split(".")[0] for name in set(sys.modules) - before}))
-    """
-    assert run(code) == "[]"
+        assert fused_listwise_loss is larpo_kernels.fused_listwise_loss
+        step()
+        step("torch")
+        refused()
+    """)
+    assert "backend" in message and "triton" in message.lower() and "halted" not in message
 
 
 def test_every_public_name_exists():
@@ -59,48 +87,6 @@ def test_every_public_name_exists():
     assert {"fused_listwise_loss", "sequence_logps", "token_logps", "listwise_loss", "reference"} <= set(larpo_kernels.__all__)
     for name in larpo_kernels.__all__:
         assert hasattr(larpo_kernels, name), name
-
-
-STEP = """
-    import torch, larpo_kernels
-    logits = torch.randn(4, 3, 31, requires_grad=True)
-    labels = torch.randint(0, 31, (4, 3))
-
-    def step(backend=None):
-        out = larpo_kernels.fused_listwise_loss(
-            logits, labels, torch.arange(4.0), list_sizes=2, return_stats=True, backend=backend
-        )
-        out.loss.backward()
-        return out.loss
-"""
-
-
-def test_without_triton_the_torch_backend_serves():
-    code = f"""
-    import sys
-    sys.modules["triton"] = None  # any import of it fails from here on
-    {STEP}
-    assert step().isfinite() and step("torch").isfinite() and logits.grad.abs().sum() > 0
-    try:
-        step("triton")
-    except (ImportError, RuntimeError, ValueError) as error:
-        print(error)
-    """
-    message = run(code)
-    assert "backend" in message and "triton" in message.lower() and "halted" not in message
-
-
-def test_triton_on_cpu_tensors_without_the_interpreter_is_a_clear_error():
-    pytest.importorskip("triton")
-    code = f"""
-    {STEP}
-    try:
-        step("triton")
-    except (RuntimeError, ValueError) as error:
-        print(error)
-    """
-    message = run(code)
-    assert "backend" in message and "TRITON_INTERPRET" in message
 
 
 def test_every_public_name_of_larpo_exists():
