@@ -16,6 +16,7 @@ if not GPU:
 
         interpreter.make_bf16_exact()
         interpreter.list_builtins_once()
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when datasets is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores
 

@@ -21,8 +21,7 @@ def model(tmp_path_factory):
     from tests.helpers import tiny
 
     folder = tmp_path_factory.mktemp("model")
-    tiny.causal_lm().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder)
     return str(folder)
 
 

@@ -60,6 +60,6 @@ def test_type_checkers_see_the_names_that_are_loaded_when_they_are_used(package)
     shown = {alias.name: one.module for one in block.body if isinstance(one, ast.ImportFrom) for alias in one.names}
     annotated = {one.target.id for one in block.body if isinstance(one, ast.AnnAssign)}
     whole = importlib.import_module(package)
-    assert set(whole.__all__) <= shown.keys() | annotated
+    assert set(whole.__all__) == (shown.keys() | annotated) - {"CallableModule"}  # which annotates one of them
     for name in shown.keys() & set(whole.__all__):
         assert getattr(whole, name) is getattr(importlib.import_module(f".{shown[name]}", package), name), name

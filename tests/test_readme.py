@@ -30,8 +30,7 @@ def test_the_trainer_example_runs(file, tmp_path, monkeypatch):
         pytest.importorskip(package)
     from tests.helpers import tiny
 
-    tiny.causal_lm().save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.save(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (example,) = (e for e in examples(file) if "LarPOTrainer" in e)

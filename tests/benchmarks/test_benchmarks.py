@@ -304,9 +304,7 @@ def test_of_a_group_only_the_fastest_formulation_is_shown():
 
 def test_cells_say_time_against_eager_memory_and_spread():
     found = made_table(
-        row("eager", [2.0, 2.0, 2.0]),
-        row("ours", [1.0, 0.9, 1.1], peak_bytes=1_000_000),
-        gradient_bytes=400_000,
+        row("eager", [2.0, 2.0, 2.0]), row("ours", [1.0, 0.9, 1.1], peak_bytes=1_000_000), gradient_bytes=400_000
     )
     text = tables.cells(found, found["rows"][1])
     assert text["time, eager = 1"] == "0.50" and text["peak, eager = 1"] == "0.25"

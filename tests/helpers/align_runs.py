@@ -27,9 +27,7 @@ def count_o(completions, **columns):
 def model_folder() -> str:
     folder = tempfile.TemporaryDirectory(prefix="tiny-model-")
     model_folder.keep = folder  # until the process ends
-    tiny.causal_lm(spread=2.0).save_pretrained(folder.name)
-    tiny.tokenizer().save_pretrained(folder.name)
-    return folder.name
+    return tiny.save(folder.name, spread=2.0)
 
 
 def config(folder: Path, training: dict | None = None, model: str | None = None, **changes) -> AlignConfig:

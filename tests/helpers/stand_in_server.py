@@ -1,4 +1,4 @@
-"""A server of the OpenAI-compatible API over loopback that answers as a test wants, and remembers what it was asked."""
+"""A server over loopback, in a thread, that answers as a test wants and remembers what it was asked."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 
 
 class StandIn:
-    """`answer(body, number)`, number from 0, gives an object, a status of an error, or None: it hangs up without a word.
+    """`answer(body, number)`, number from 0, gives what is said (JSON or text), a status and what is said, the status of an
+    error alone, or None: it hangs up without a word.
 
-    A body without "prompt" and "messages" is not passed on: GET /models lists `models`.
+    GET lists `models`, as the OpenAI-compatible API does.
     """
 
     def __init__(self, answer: Callable[[dict, int], Any], models: Sequence[str] = ("policy",)):
         self.answer, self.models = answer, models
-        self.asked: list[dict] = []
-        self.keys: list[str | None] = []
+        self.asked: list[dict] = []  # bodies, each with its path
+        self.headers: list[dict] = []
+        self.bodies: list[dict] = []  # of requests that were answered with 200
+        self.most_at_a_time = self._now = 0
         self._lock = threading.Lock()
 
     def __enter__(self) -> StandIn:
@@ -30,21 +33,14 @@ class StandIn:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with stand_in._lock:
-                    number = len(stand_in.asked)
-                    stand_in.asked.append(body | {"path": self.path})
-                    stand_in.keys.append(self.headers.get("Authorization"))
-                said = stand_in.answer(body, number)
-                if said is None:
+                found = stand_in._answered(body, self.path, dict(self.headers))
+                if found is None:
                     self.close_connection = True
-                elif isinstance(said, int):
-                    shown = (stand_in.keys[number] or "").removeprefix("Bearer ")  # as some servers do
-                    self._say(said, {"error": {"message": f"status {said} was asked for by {shown}"}})
                 else:
-                    self._say(200, said)
+                    self._say(*found)
 
-            def _say(self, status, value):
-                content = json.dumps(value).encode()
+            def _say(self, status, said):
+                content = (said if isinstance(said, str) else json.dumps(said)).encode()
                 self.send_response(status)
                 for name, header in {"Content-Type": "application/json", "Content-Length": len(content)}.items():
                     self.send_header(name, str(header))
@@ -63,9 +59,41 @@ class StandIn:
         self._server.shutdown()
         self._server.server_close()
 
+    def _answered(self, body: dict, path: str, headers: dict) -> tuple[int, Any] | None:
+        with self._lock:
+            number = len(self.asked)
+            self.asked.append(body | {"path": path})
+            self.headers.append(headers)
+            self._now += 1
+            self.most_at_a_time = max(self.most_at_a_time, self._now)
+        found = self.answer(body, number)
+        if isinstance(found, int):  # with the key, which some servers show
+            key = (self.keys[number] or "").removeprefix("Bearer ")
+            found = found, {"error": {"message": f"status {found} was asked for by {key}"}}
+        elif found is not None and not isinstance(found, tuple):
+            found = 200, found
+        with self._lock:
+            self._now -= 1
+            if found is not None and found[0] == 200:
+                self.bodies.append(body)
+        return found
+
+    @property
+    def keys(self) -> list[str | None]:
+        return [headers.get("Authorization") for headers in self.headers]
+
+    @property
+    def completions(self) -> list[str]:
+        """Of a judge: those in every request that was answered."""
+        return [completion for body in self.bodies for completion in body["completions"]]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        return f"{self.url}/v1"
 
 
 def completion(choices: Sequence[dict], prompt_tokens: int | None = None) -> dict:

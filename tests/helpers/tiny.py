@@ -45,7 +45,7 @@ def causal_lm(
 
 
 @functools.cache
-def tokenizer():
+def tokenizer(chat_template=None):
     """Byte-level BPE over a handful of words, with <pad> 0, <s> 1, </s> 2; VOCAB entries at most."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -61,32 +61,19 @@ def tokenizer():
             vocab_size=VOCAB, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
         ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat_template, **special)
 
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "mat",
-    "a",
-    "dog",
-    "ran",
-    "to",
-    "red",
-    "house",
-    "good",
-    "bad",
-    "fine",
-    "film",
-    "is",
-    "was",
-    "one",
-    "two",
-    "three",
-    "four",
-]
+def save(folder, *, model=None, chat_template=None, **options) -> str:
+    """Writes a model, by default `causal_lm(**options)`, and its tokenizer into a folder, whose name is returned."""
+    (causal_lm(**options) if model is None else model).save_pretrained(folder)
+    tokenizer(chat_template).save_pretrained(folder)
+    return str(folder)
+
+
+SOME_WORDS = "the cat sat on mat a dog ran to red house good bad fine film is was one two three four"
+WORDS = SOME_WORDS.split()
 
 
 def lists(n: int, m: int | None = 4, *, seed: int = 0) -> list[dict]:

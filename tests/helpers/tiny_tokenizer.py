@@ -1,4 +1,4 @@
-"""A word-level tokenizer of a dozen words, made in memory."""
+"""A word-level tokenizer of a dozen words, and a Llama that reads them, made in memory."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <eos> {% endfor %}"
@@ -21,3 +21,14 @@ def tiny_tokenizer(bos=False, pad="<pad>"):
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def tiny_llama(kind="LlamaForCausalLM", *, seed=0, **config):
+    """A random model of this class of transformers, in eval mode."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tokens = dict(vocab_size=len(WORDS), bos_token_id=1, eos_token_id=WORDS.index("<eos>"), pad_token_id=0)
+    return getattr(transformers, kind)(transformers.LlamaConfig(**sizes, **tokens, **config)).eval()

@@ -1,5 +1,6 @@
 """Real tokenizers of a few hundred tokens, trained in the test: the families that differ at the border of two texts."""
 
+from copy import deepcopy
 from functools import cache
 
 CORPUS = [
@@ -65,3 +66,10 @@ def tiny_tokenizer(family, *, bos=True):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHATML
     return fast
+
+
+def with_template(template, family="byte-level"):
+    """A tokenizer of one's own with this chat template."""
+    tokenizer = deepcopy(tiny_tokenizer(family))
+    tokenizer.chat_template = template
+    return tokenizer

@@ -303,8 +303,7 @@ def check_scoring_is_shared_and_writes_what_one_process_does(rank, ranks):
     distributed_type(DistributedType.MULTI_CPU)  # a trainer may have set another one
     folder = Path(os.environ["CHECKS_FOLDER"]) / "scored"
     if rank == 0:
-        tiny.causal_lm().save_pretrained(folder / "model")
-        tiny.tokenizer().save_pretrained(folder / "model")
+        tiny.save(folder / "model")
         for lists in (11, 1):  # of which the last part is not full, and one of two processes has none
             Dataset.from_list(tiny.lists(lists, m=None, seed=3)).to_json(folder / f"{lists}.jsonl")
     torch.distributed.barrier()

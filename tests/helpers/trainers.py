@@ -21,17 +21,17 @@ def config(folder, **options):
     return LarPOConfig(**{"output_dir": str(folder), **quiet, **batches, **step, **options})
 
 
-def trainer(folder, data, model=None, *, ref_model=None, peft_config=None, eval_dataset=None, callbacks=None, **options):
-    return LarPOTrainer(
-        tiny.causal_lm() if model is None else model,
-        ref_model,
-        config(folder, **options),
-        train_dataset=data,
-        eval_dataset=eval_dataset,
-        processing_class=tiny.tokenizer(),
-        peft_config=peft_config,
-        callbacks=callbacks,
-    )
+ARGUMENTS = (
+    *("ref_model", "peft_config", "eval_dataset", "processing_class", "data_collator", "callbacks"),
+    *("compute_metrics", "optimizers", "optimizer_cls_and_kwargs"),
+)
+
+
+def trainer(folder, data, model=None, kind=LarPOTrainer, **options):
+    """options: ARGUMENTS of the trainer, and settings."""
+    arguments = {name: options.pop(name) for name in ARGUMENTS if name in options}
+    arguments = {"train_dataset": data, "processing_class": tiny.tokenizer(), **arguments}
+    return kind(tiny.causal_lm() if model is None else model, args=config(folder, **options), **arguments)
 
 
 def eager_logps(model, row):

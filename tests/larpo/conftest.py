@@ -1,5 +1,6 @@
-"""What tests of trainers share."""
+"""What tests of trainers and commands share."""
 
+import sys
 import warnings
 
 import pytest
@@ -7,13 +8,12 @@ import pytest
 from tests.helpers import tiny
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_precision(monkeypatch):
-    """transformers hands bf16=True on through the environment, where the next trainer would find it."""
-    from accelerate.state import AcceleratorState
-
+    """transformers hands bf16=True on through the environment, and accelerate keeps it: the next trainer would find it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=False)
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=False)
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,25 @@ def data():
     from datasets import Dataset
 
     return Dataset.from_list(tiny.lists(6, m=None, seed=3))
+
+
+@pytest.fixture
+def larpo(monkeypatch, capsys):
+    """The command as a function of its arguments: exit status, standard output and standard error."""
+
+    def run(*arguments):
+        from larpo.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["larpo", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
 
 
 @pytest.fixture

@@ -20,8 +20,6 @@ from larpo.modeling.reference_policy import Way
 from tests.helpers import tiny
 from tests.helpers.trainers import eager_logps, lora, trainer
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 
 @pytest.fixture(scope="module")
 def data():
@@ -200,8 +198,7 @@ def test_other_adapters_are_trained_against_the_policy_handed_over(tmp_path, dat
 @pytest.fixture
 def adapter(tmp_path):
     """(folder of a trained adapter, a model with it that nothing trains)"""
-    tiny.causal_lm().save_pretrained(tmp_path / "base")
-    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    tiny.save(tmp_path / "base")
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora())
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():

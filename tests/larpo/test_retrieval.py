@@ -6,14 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from larpo.retrieval import (
-    best_of_n,
-    expected_best,
-    kl_estimate,
-    mean_reward,
-    recall_at_n,
-    win_rate,
-)
+from larpo.retrieval import best_of_n, expected_best, kl_estimate, mean_reward, recall_at_n, win_rate
 from tests.helpers.optional_hypothesis import given, st
 
 # --- N completions per prompt

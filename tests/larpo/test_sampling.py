@@ -10,8 +10,8 @@ import torch
 from larpo.data import endings
 from larpo.sampling import Distinct, Sampled, TransformersSampler, VLLMSampler, prompt_tokens, temperature_at
 
-transformers = pytest.importorskip("transformers")
-from tests.helpers.tiny_tokenizer import WORDS, tiny_tokenizer
+pytest.importorskip("transformers")
+from tests.helpers.tiny_tokenizer import WORDS, tiny_llama, tiny_tokenizer
 
 EOS = WORDS.index("<eos>")
 PROMPTS = ["a", "b c d e", "c d", "film"]
@@ -20,21 +20,8 @@ PROMPTS = ["a", "b c d e", "c d", "film"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tiny_model(seed=0, spread=1.0, dropout=0.0):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=spread,
-        attention_dropout=dropout,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def tiny_model(spread=1.0, dropout=0.0):
+    return tiny_llama(initializer_range=spread, attention_dropout=dropout)
 
 
 def sampler(max_new_tokens=6, model=None, **options):

@@ -1,6 +1,5 @@
 """`larpo score` in parts: what is killed goes on where it was, and is never taken for the results of another run."""
 
-import json
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from larpo import commands, scoring
 from larpo.runs import files
 from larpo.runs.files import read_rows
 from tests.helpers import HANGS, prepared, tiny
+from tests.helpers.jsonl import write_jsonl
 
 LISTS = tiny.lists(10, m=None, seed=3)
 
@@ -22,9 +22,8 @@ LISTS = tiny.lists(10, m=None, seed=3)
 def folder(tmp_path, monkeypatch):
     """Models, lists and parts of two lists, of which five hold all."""
     for name, seed in (("model", 0), ("other", 1)):
-        tiny.causal_lm(seed=seed).save_pretrained(tmp_path / name)
-        tiny.tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, LISTS)))
+        tiny.save(tmp_path / name, seed=seed)
+    write_jsonl((tmp_path / "lists.jsonl"), LISTS)
     monkeypatch.setattr(scoring, "LISTS_OF_A_PART", 2)
     return tmp_path
 
@@ -108,10 +107,9 @@ def test_results_of_another_run_are_refused_and_what_differs_is_named(folder, mo
     if change == "model":  # the same folder, with the weights of a run that went on
         tiny.causal_lm(seed=1).save_pretrained(folder / "model")
     elif change == "data":
-        (folder / "lists.jsonl").write_text("\n".join(map(json.dumps, LISTS[:-1])))
+        write_jsonl((folder / "lists.jsonl"), LISTS[:-1])
     else:
-        options = {"ref_model": {"ref_model": str(folder / "model")}, "append_eos": {"append_eos": False},
-                   "dtype": {"dtype": "bfloat16"}}[change]  # fmt: skip
+        options = {change: {"ref_model": str(folder / "model"), "append_eos": False, "dtype": "bfloat16"}[change]}
     with pytest.raises(ValueError, match=rf"out\.parquet\.parts' holds results of another run: .*{said}.*Remove the folder"):
         score(folder, **options)
 

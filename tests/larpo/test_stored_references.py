@@ -13,11 +13,8 @@ from datasets import Dataset, concatenate_datasets
 
 from larpo.data.scored_tokens import token_hashes
 from larpo.scoring import score_lists
-from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
-from tests.helpers.trainers import config, moved, trainer
-
-pytestmark = pytest.mark.usefixtures("own_precision")
+from tests.helpers.trainers import moved, trainer
 
 TEMPLATE = (
     "{% for m in messages %}{{ ' one' if m['role'] == 'assistant' else 'the ' }}{{ m['content'] }}"
@@ -39,16 +36,6 @@ def score(data, model=None, tokenizer=None, **options):
     model = tiny.causal_lm() if model is None else model
     tokenizer = tokenizer or tiny.tokenizer()
     return score_lists(model, data, tokenizer, ref_model=copy.deepcopy(model), progress=False, **options)
-
-
-def with_tokenizer(folder, data, tokenizer):
-    return LarPOTrainer(tiny.causal_lm(), args=config(folder), train_dataset=data, processing_class=tokenizer)
-
-
-def chat(template):
-    tokenizer = copy.deepcopy(tiny.tokenizer())
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def through_json(data, folder):
@@ -100,10 +87,10 @@ def test_another_chat_template_is_refused_even_if_answers_are_as_long(tmp_path):
         {"prompt": [{"role": "user", "content": row["prompt"]}], "completions": row["completions"], "scores": row["scores"]}
         for row in tiny.lists(2, m=3)
     ]
-    kept = score(Dataset.from_list(rows), tokenizer=chat(TEMPLATE))
-    with_tokenizer(tmp_path, kept, chat(TEMPLATE))
+    kept = score(Dataset.from_list(rows), tokenizer=tiny.tokenizer(TEMPLATE))
+    trainer(tmp_path, kept, processing_class=tiny.tokenizer(TEMPLATE))
     with pytest.raises(ValueError, match=r"other tokens than .* have now .*chat_template was 'sha256 .*' and is 'sha256"):
-        with_tokenizer(tmp_path, kept, chat(TEMPLATE.replace("the", "cat")))
+        trainer(tmp_path, kept, processing_class=tiny.tokenizer(TEMPLATE.replace("the", "cat")))
 
 
 def test_another_tokenizer_is_refused_even_if_answers_are_as_long(tmp_path, scored):
@@ -119,7 +106,7 @@ def test_another_tokenizer_is_refused_even_if_answers_are_as_long(tmp_path, scor
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     with pytest.raises(ValueError, match=r"other tokens than .* have now .*tokenizer was 'sha256 .*' and is 'sha256"):
-        with_tokenizer(tmp_path, scored, other)
+        trainer(tmp_path, scored, processing_class=other)
 
 
 def test_candidates_that_were_put_in_another_order_are_refused(tmp_path, scored):

@@ -1,6 +1,5 @@
 """Data sets and tokenizers as users have them, and which lists are trained and evaluated on."""
 
-import copy
 import math
 
 import pytest
@@ -12,8 +11,6 @@ from datasets import Dataset
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 from tests.helpers.trainers import config, moved, trainer
-
-pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 def test_only_some_candidates_of_a_list_can_be_trained_on(tmp_path):
@@ -55,12 +52,6 @@ def test_data_as_it_comes_can_be_evaluated_and_predicted(tmp_path, data, options
     assert t.predict(data).metrics["test_loss"] == expected["eval_loss"]
 
 
-def test_data_without_any_order_is_warned_of(tmp_path):
-    tied = Dataset.from_list([row | {"scores": [0.5] * 4} for row in tiny.lists(3)])
-    with pytest.warns(UserWarning, match="no list of the train data has two scores that differ"):
-        trainer(tmp_path, tied)
-
-
 def test_one_list_with_an_order_is_enough(tmp_path, unwarned):
     rows = tiny.lists(3)
     trainer(tmp_path, Dataset.from_list([rows[0], rows[1] | {"scores": [0.5] * 4}, rows[2] | {"scores": [0.5] * 4}]))
@@ -99,7 +90,7 @@ TEMPLATE = (
 def test_of_a_processor_the_tokenizer_is_taken(tmp_path, data):
     found = []
     for processing_class in (tiny.tokenizer(), Processor(tiny.tokenizer())):
-        t = LarPOTrainer(tiny.causal_lm(), None, config(tmp_path), train_dataset=data, processing_class=processing_class)
+        t = trainer(tmp_path, data, processing_class=processing_class)
         found.append((t.train_dataset.to_list(), t.evaluate(data)["eval_loss"]))
     assert found[0] == found[1] and t.processing_class is processing_class
 
@@ -109,16 +100,14 @@ def test_a_processor_brings_its_chat_template():
 
     prompt, answer = {"role": "user", "content": "a cat"}, {"role": "assistant", "content": "the dog"}
     row = {"prompt": [prompt], "completions": [[answer]], "scores": [1.0]}
-    own = copy.deepcopy(tiny.tokenizer())
-    own.chat_template = TEMPLATE
-    assert tokenize_row(row, Processor(tiny.tokenizer(), TEMPLATE)) == tokenize_row(row, own)
+    assert tokenize_row(row, Processor(tiny.tokenizer(), TEMPLATE)) == tokenize_row(row, tiny.tokenizer(TEMPLATE))
     assert tiny.tokenizer().chat_template is None
 
 
 def test_what_tokenises_nothing_is_refused(tmp_path, data):
     for processing_class in ("a-name", Processor(None)):
         with pytest.raises(TypeError, match=r"the tokenizer must be one of transformers, or a processor.*got (str|Processor)"):
-            LarPOTrainer(tiny.causal_lm(), None, config(tmp_path), train_dataset=data, processing_class=processing_class)
+            trainer(tmp_path, data, processing_class=processing_class)
 
 
 def test_splits_are_evaluated_each_and_not_trained_on_together(tmp_path, data):

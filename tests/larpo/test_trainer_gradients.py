@@ -11,9 +11,7 @@ from datasets import Dataset
 
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
-from tests.helpers.trainers import SGD, assert_same_gradients, config, eager_loss, gradients, lora, losses, moved, step, trainer
-
-pytestmark = pytest.mark.usefixtures("own_precision")
+from tests.helpers.trainers import SGD, assert_same_gradients, eager_loss, gradients, lora, losses, moved, step, trainer
 
 WAYS = {
     **{objective: dict(objective=objective) for objective in ("pairwise", "contrastive", "listmle", "lambdarank")},
@@ -155,8 +153,7 @@ def test_a_loss_of_ones_own_is_minimised_in_micro_batches_too(tmp_path, data):
     found = []
     for micro in (None, 1, 3):
         model = tiny.causal_lm()
-        args = config(tmp_path, candidate_micro_batch_size=micro)
-        t = Squares(moved(model), model, args, train_dataset=data, processing_class=tiny.tokenizer())
+        t = trainer(tmp_path, data, moved(model), Squares, ref_model=model, candidate_micro_batch_size=micro)
         found.append(step(t, list(t.train_dataset)))
     (loss, gradients), *in_slices = found
     assert loss > 1
@@ -170,9 +167,8 @@ def test_a_step_of_ones_own_that_micro_batches_would_not_take_is_refused(tmp_pat
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs)
 
-    args = config(tmp_path, candidate_micro_batch_size=2)
     with pytest.raises(ValueError, match="does not call compute_loss"):
-        Mine(tiny.causal_lm(), None, args, train_dataset=data, processing_class=tiny.tokenizer())
+        trainer(tmp_path, data, kind=Mine, candidate_micro_batch_size=2)
 
 
 def test_noise_on_embeddings_is_the_same_in_micro_batches_and_not_in_the_reference(tmp_path, data):

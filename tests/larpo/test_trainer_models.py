@@ -18,15 +18,12 @@ from larpo.scoring import score_lists
 from tests.helpers import tiny
 from tests.helpers.trainers import lora, loss_at_start, step, trainer
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
     """A folder with a model in bf16, as most are published."""
     folder = tmp_path_factory.mktemp("named")
-    tiny.causal_lm(dtype=torch.bfloat16).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder, dtype=torch.bfloat16)
     return str(folder)
 
 

@@ -25,8 +25,6 @@ from tests.helpers.trainers import (
     with_ref_logps,
 )
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 
 def test_no_reference_means_the_policy_as_it_was_handed_over(tmp_path, data):
     model = moved(tiny.causal_lm())

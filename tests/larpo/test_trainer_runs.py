@@ -14,8 +14,6 @@ from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
 from tests.helpers.trainers import EVERY_STEP, config, trainer
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 
 def test_a_model_learns_to_rank_lists_it_has_not_seen(tmp_path):
     held_out = Dataset.from_list(tiny.lists(24, m=4, seed=100))

@@ -12,8 +12,9 @@ from larpo.runs.intact import Damaged
 from tests.helpers import align_runs, tiny
 
 
-def align(folder):
-    return align_runs.align(folder, iterations=1, prompts_per_iteration=3, eval_prompts=2, eval_k=2, max_new_tokens=4)
+def align(folder, **changes):
+    sizes = dict(iterations=1, prompts_per_iteration=3, eval_prompts=2, eval_k=2, max_new_tokens=4)
+    return align_runs.align(folder, **sizes, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,7 @@ def test_a_damaged_chunk_is_named(tmp_path):
 
 
 def test_a_damaged_initial_model_is_named(tmp_path):
-    tiny.causal_lm(spread=2.0).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.save(tmp_path / "model", spread=2.0)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(Damaged, match=r"model\.safetensors can't be read: it is cut: \d+ of \d+ bytes$"):
@@ -121,10 +121,7 @@ def test_a_reward_that_changes_directory_does_not_split_the_run(finished, tmp_pa
     (tmp_path / "prompts.txt").write_text("\n".join(align_runs.PROMPTS))
     wanders.to = tmp_path / "elsewhere"
     monkeypatch.chdir(tmp_path)
-    result = align_runs.align(
-        "run", model="model", prompts="prompts.txt", reward=wanders,
-        iterations=1, prompts_per_iteration=3, eval_prompts=2, eval_k=2, max_new_tokens=4,
-    )  # fmt: skip
+    result = align("run", model="model", prompts="prompts.txt", reward=wanders)
     assert result.folder == tmp_path / "run" and result.summary.is_file()
     assert not list((tmp_path / "elsewhere").iterdir())
     assert figures(result.metrics) == figures(finished[1])

@@ -17,8 +17,7 @@ pytestmark = pytest.mark.slow
 
 def lives(folder: Path, mode: str) -> list[int]:
     """Exit codes of the processes of the killed run, one after the other."""
-    tiny.causal_lm(spread=2.0).save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
+    tiny.save(folder / "model", spread=2.0)
     assert prepared.run(align_killed.main, folder, mode, timeout=HANGS) == 0
     codes = [int(line) for line in (folder / "killed.lives").read_text().split()]
     assert codes[-1] == 0 and (folder / "whole.lives").read_text() == "0\n"

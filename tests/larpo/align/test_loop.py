@@ -19,15 +19,24 @@ from tests.helpers.align_runs import align, config, counts_of, rows_of, weights
 # --- a run -----------------------------------------------------------------------------------------------------
 
 
+THREE = dict(
+    iterations=3,
+    memory="all",
+    k=6,
+    prompts_per_iteration=12,
+    subset=[2, 2],
+    temperatures=[1.2, 1.0, 0.9],
+    eval_temperatures=[0.7, 1.0],
+    solved_above=1.5,
+    training=dict(objective="listmle", learning_rate=5e-3, beta=0.5),
+)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Three iterations with memory and a large step, on more than one temperature."""
     folder = tmp_path_factory.mktemp("run")
-    result = align(
-        folder, iterations=3, memory="all", k=6, prompts_per_iteration=12, temperatures=[1.2, 1.0, 0.9], subset=[2, 2],
-        eval_temperatures=[0.7, 1.0], solved_above=1.5, training=dict(objective="listmle", learning_rate=5e-3, beta=0.5),
-    )  # fmt: skip
-    return folder, result
+    return folder, align(folder, **THREE)
 
 
 def test_the_policy_learns_what_is_rewarded(finished):
@@ -125,13 +134,10 @@ def test_a_run_folder_can_be_read_by_a_person(finished):
 def test_a_finished_run_is_not_run_again_and_is_not_mixed_with_another(finished):
     folder, result = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("iteration-0*/*")}
-    same = dict(memory="all", k=6, prompts_per_iteration=12, subset=[2, 2], eval_temperatures=[0.7, 1.0], solved_above=1.5,
-                training=dict(objective="listmle", learning_rate=5e-3, beta=0.5))  # fmt: skip
-    again = align(folder, iterations=3, temperatures=[1.2, 1.0, 0.9], **same)
-    assert again.metrics == result.metrics
+    assert align(folder, **THREE).metrics == result.metrics
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("iteration-0*/*")}
     with pytest.raises(ValueError, match=r"holds another run: seed was 0 and is 1; k was 6 and is 5$"):
-        align(folder, iterations=3, temperatures=[1.2, 1.0, 0.9], **{**same, "k": 5}, seed=1)
+        align(folder, **{**THREE, "k": 5}, seed=1)
 
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(tmp_path):
@@ -158,10 +164,16 @@ def test_memory(tmp_path, memory, expected):
     scores = {1: {"a": [1.0, 2.0]}, 2: {"b": [9.0, 8.0], "a": [3.0, 4.0]}, 3: {"a": [5.0, 6.0, None, 7.0, 7.0]}}
     for iteration, prompts in scores.items():
         rows = [
-            {"prompt": prompt, "prompt_ids": [1], "scores": found, "source": [f"iteration {iteration}"] * len(found),
-             "completions": [f"c{score}" for score in found], "completion_ids": [[int(score or 0)] for score in found]}
+            {
+                "prompt": prompt,
+                "prompt_ids": [1],
+                "scores": found,
+                "source": [f"iteration {iteration}"] * len(found),
+                "completions": [f"c{score}" for score in found],
+                "completion_ids": [[int(score or 0)] for score in found],
+            }
             for prompt, found in prompts.items()
-        ]  # fmt: skip
+        ]
         if iteration == 3:  # the same tokens as the candidate of 5.0, which came first
             rows[0]["completion_ids"][3:] = [[5], [5]]
         write_rows(RunFolder(tmp_path).iteration(iteration) / "candidates.parquet", rows)
@@ -230,19 +242,6 @@ def test_larpo_align_and_its_run_take_a_config_or_settings(tmp_path, monkeypatch
         with pytest.raises(ValueError, match="either a config or settings"):
             run(config(tmp_path), k=3)
     assert asked == [(3, False), (4, True)] * 2
-
-
-def test_type_checkers_see_every_lazy_name():
-    import ast
-    from pathlib import Path
-
-    import larpo
-
-    tree = ast.parse(Path(larpo.__file__).read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    imported = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    declared = {node.target.id for node in block.body if isinstance(node, ast.AnnAssign)}
-    assert (imported | declared) - {"CallableModule"} == set(larpo.__all__)
 
 
 def test_the_demos_settings_are_sound(tmp_path):

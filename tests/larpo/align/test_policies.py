@@ -69,8 +69,7 @@ def test_completions_end_where_the_settings_say(tmp_path):
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_policy_is_trained_in_float32_whatever_its_checkpoint_holds_unless_a_dtype_is_given(tmp_path, dtype):
     """In bf16 a step of 5e-7 changes hardly a weight: all that are larger than 2e-4 stay as they are."""
-    tiny.causal_lm(spread=2.0, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.save(tmp_path / "model", spread=2.0, dtype=torch.bfloat16)
     given = {} if dtype is None else {"model_init_kwargs": {"dtype": dtype}}
     align(tmp_path / "run", iterations=1, model=str(tmp_path / "model"), training=dict(learning_rate=5e-7), **given)
     before, after = weights(tmp_path / "model"), weights(tmp_path / "run" / "iteration-01" / "model")

@@ -13,10 +13,8 @@ from tests.helpers.align_runs import align, config
 
 
 def test_messages_are_prompts_too(tmp_path):
-    tokenizer = tiny.tokenizer.__wrapped__()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
-    tiny.causal_lm(spread=2.0).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    model = tiny.save(tmp_path / "model", spread=2.0, chat_template=template)
     seen = []
 
     def reward(prompts, completions, **columns):
@@ -29,9 +27,7 @@ def test_messages_are_prompts_too(tmp_path):
 
     arguments = [{"a": 1}, {"b": None, "a": "1"}, {"a": [2]}]  # what a column of Arrow cannot hold
     prompts = [[{"role": "user", "content": prompt}, *called(arguments[i % 3])] for i, prompt in enumerate(align_runs.PROMPTS)]
-    result = align(
-        tmp_path / "run", iterations=1, model=str(tmp_path / "model"), prompts=prompts, reward=reward, negatives="hard"
-    )
+    result = align(tmp_path / "run", iterations=1, model=model, prompts=prompts, reward=reward, negatives="hard")
     assert all(prompt in prompts for prompt, _ in seen)
     prompt, completion = seen[0]
     assert prompt[0].keys() == {"role", "content"} and completion[0]["role"] == "assistant"

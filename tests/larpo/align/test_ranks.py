@@ -18,8 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def write_model(folder):
-    tiny.causal_lm(spread=2.0).save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
+    tiny.save(folder / "model", spread=2.0)
 
 
 def one_process(folder):

@@ -1,6 +1,5 @@
 """Rewards in the loop: judges that are asked call by call, whole lists, normalised sums, completions without an end."""
 
-import json
 import statistics
 from collections import Counter
 
@@ -19,7 +18,8 @@ from larpo.rewards import RewardError, judge
 from larpo.runs.files import write_rows
 from tests.helpers import align_runs, tiny
 from tests.helpers.align_runs import align, config, count_o, rows_of
-from tests.helpers.judge_server import serving
+from tests.helpers.jsonl import write_jsonl
+from tests.helpers.stand_in_server import StandIn
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +33,13 @@ def test_a_run_that_goes_on_asks_a_server_nothing_twice(tmp_path):
     def answer(body, number):
         if broken and number == 9:
             return 403, "not today"
-        return 200, {"scores": count_o(body["completions"])}
+        return {"scores": count_o(body["completions"])}
 
-    with serving(answer) as server:
+    with StandIn(answer) as server:
         reward = {"url": server.url, "batch_size": 2, "max_in_flight": 3}
         with pytest.raises(RewardError, match="it answers 403 Forbidden: not today"):
             align(tmp_path, iterations=1, reward=reward)
-        before, broken = len(server.asked()), False
+        before, broken = len(server.completions), False
         result = align(tmp_path, iterations=1, reward=reward | {"max_in_flight": 1})
         assert result.metrics[1]["lists"]["lists"] > 0 and before >= 14
         asked = [
@@ -49,7 +49,7 @@ def test_a_run_that_goes_on_asks_a_server_nothing_twice(tmp_path):
         ]
         assert set(Counter(asked).values()) == {1}
         align(tmp_path, iterations=1, reward=reward)
-        assert len(server.asked()) == len(asked)
+        assert len(server.completions) == len(asked)
         with pytest.raises(ValueError, match=r"holds another run: reward was .* and is"):
             align(tmp_path, iterations=1, reward=reward | {"api": "tei_predict"})
     for row in rows_of(tmp_path, 1, "candidates"):
@@ -84,10 +84,16 @@ def test_rewards_are_normalised_over_all_candidates_of_a_list_of_whichever_itera
     where the files of two iterations fill in other keys, which other messages of theirs have."""
     said = {1: [[1.0, 900.0], [2.0, 100.0]], 2: [[3.0, 100.0], [6.0, None]]}
     for iteration, rewards in said.items():
-        row = {"prompt": prompts[iteration - 1], "prompt_ids": [1], "source": [f"iteration {iteration}"] * 2,
-               "finished": [True, False],
-               "completions": [f"c{values[0]}" for values in rewards], "completion_ids": [[int(v[0])] for v in rewards],
-               "scores": [sum(value or 0.0 for value in values) for values in rewards], "rewards": rewards}  # fmt: skip
+        row = {
+            "prompt": prompts[iteration - 1],
+            "prompt_ids": [1],
+            "source": [f"iteration {iteration}"] * 2,
+            "finished": [True, False],
+            "completions": [f"c{values[0]}" for values in rewards],
+            "completion_ids": [[int(values[0])] for values in rewards],
+            "scores": [sum(value or 0.0 for value in values) for values in rewards],
+            "rewards": rewards,
+        }
         write_rows(RunFolder(tmp_path).iteration(iteration) / "candidates.parquet", [row])
     own = config(
         tmp_path, memory="all", reward=["a:b", "c:d"], reward_weights=[1.0, 0.5], normalise_rewards=True, truncated=0.25
@@ -207,7 +213,7 @@ def test_columns_of_the_prompts_reach_the_reward(tmp_path):
         return [float(text.count(letter)) for text, letter in zip(completions, answer, strict=True)]
 
     rows = [{"prompt": prompt, "answer": "oate"[i % 4]} for i, prompt in enumerate(align_runs.PROMPTS)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_jsonl((tmp_path / "prompts.jsonl"), rows)
     align(tmp_path / "run", iterations=1, reward=matches, prompts=str(tmp_path / "prompts.jsonl"))
     letters = {row["prompt"]: row["answer"] for row in rows}
     for row in rows_of(tmp_path / "run", 1, "candidates"):
@@ -224,12 +230,8 @@ def test_the_tokens_of_completions_reach_the_reward(tmp_path):
 
 
 def test_tools_of_a_prompt_reach_its_template_and_an_answer_that_it_began_stays_open(tmp_path):
-    tokenizer = tiny.tokenizer.__wrapped__()
-    tokenizer.chat_template = (
-        "{% if tools %}{{ tools[0]['name'] }} {% endif %}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
-    )
-    tiny.causal_lm(spread=2.0).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    template = "{% if tools %}{{ tools[0]['name'] }} {% endif %}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    model = tiny.save(tmp_path / "model", spread=2.0, chat_template=template)
     rows = [
         {"prompt": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}], "tools": [{"name": "one"}]}
         for prompt in align_runs.PROMPTS
@@ -238,10 +240,10 @@ def test_tools_of_a_prompt_reach_its_template_and_an_answer_that_it_began_stays_
     def reward(completions, **columns):
         return align_runs.count_o([one[0]["content"] for one in completions])
 
-    align(tmp_path / "run", iterations=1, model=str(tmp_path / "model"), prompts=rows, reward=reward)
+    align(tmp_path / "run", iterations=1, model=model, prompts=rows, reward=reward)
     for name in ("candidates", "lists"):
         for row in rows_of(tmp_path / "run", 1, name):
-            assert tokenizer.decode(row["prompt_ids"]) == f"one {row['prompt'][0]['content']}</s>a"
+            assert tiny.tokenizer().decode(row["prompt_ids"]) == f"one {row['prompt'][0]['content']}</s>a"
 
 
 def test_several_rewards_are_weighed(tmp_path):
@@ -275,8 +277,7 @@ def test_a_sequence_classifier_is_a_reward(tmp_path):
 
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(LlamaConfig(**tiny.SIZES, num_labels=1))
-    model.save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.save(tmp_path, model=model)
     (reward,) = _rewards(config(tmp_path / "run", reward=str(tmp_path)), torch.device("cpu"))
     good, bad = reward(prompts=["the cat", "the cat"], completions=[" good", " bad"])
     assert good != bad

@@ -44,15 +44,11 @@ class Engine:
         (found,) = sample([prompt], body["n"], body["temperature"], seed=body["seed"])
         row = {"prompt_ids": body["prompt"], "completion_ids": [list(one.token_ids) for one in found]}
         (logps,) = other_engine.token_logps(self.model, [row], 0)
-        return completion(
-            [
-                {
-                    "text": one.text, "token_ids": list(one.token_ids), "logprobs": {"token_logprobs": of},
-                    "finish_reason": "stop" if one.finished else "length",
-                }
-                for one, of in zip(found, logps, strict=True)
-            ]
-        )  # fmt: skip
+        return completion([self._choice(one, of) for one, of in zip(found, logps, strict=True)])
+
+    def _choice(self, one, logps):
+        tokens = {"token_ids": list(one.token_ids), "logprobs": {"token_logprobs": logps}}
+        return {"text": one.text, "finish_reason": "stop" if one.finished else "length", **tokens}
 
 
 def of_server(server, **options):

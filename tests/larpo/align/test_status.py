@@ -63,8 +63,8 @@ def test_the_command_needs_no_torch_and_starts_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, "align", "--status", tmp_path], capture_output=True, text=True, timeout=HANGS
     )
-    assert done.stdout.endswith("at the start, evaluate; 0.0 minutes of finished stages; no process is at work: start the same "
-                                "command again to go on\n"), done.stderr  # fmt: skip
+    stands = "at the start, evaluate; 0.0 minutes of finished stages"
+    assert done.stdout.endswith(f"{stands}; no process is at work: start the same command again to go on\n"), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 

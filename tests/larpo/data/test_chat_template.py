@@ -1,6 +1,5 @@
 """Messages through the chat template: what training, sampling and reward models make of them is one text."""
 
-import copy
 import json
 
 import pytest
@@ -12,9 +11,7 @@ from larpo.data.chat_template import template_keywords, whole_text
 from larpo.data.loading import as_lists
 from larpo.data.tokenization import tokenize_lists, tokenize_row
 from larpo.sampling import Distinct, Sampled, prompt_tokens
-from tests.helpers.tokenizer_families import CHATML, tiny_tokenizer
-
-datasets.disable_progress_bars()
+from tests.helpers.tokenizer_families import CHATML, tiny_tokenizer, with_template
 
 USER = {"role": "user", "content": "hello"}
 BEGUN = {"role": "assistant", "content": "the answer is"}
@@ -30,9 +27,7 @@ def tokenizer():
 @pytest.fixture
 def showing():
     """A tokenizer whose template writes what it is given beside the messages."""
-    tokenizer = copy.deepcopy(tiny_tokenizer("byte-level"))
-    tokenizer.chat_template = SHOWN
-    return tokenizer
+    return with_template(SHOWN)
 
 
 def row_of(prompt, completions, **fields):
@@ -52,9 +47,8 @@ def test_a_completion_goes_on_in_the_answer_that_the_prompt_began(tokenizer, kin
         "parts": [{"role": "assistant", "content": [{"type": "text", "text": " 46"}]}],
     }
     if kind == "parts":
-        tokenizer = copy.deepcopy(tokenizer)
         render = "(m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join)"
-        tokenizer.chat_template = CHATML.replace("m['content']", render)
+        tokenizer = with_template(CHATML.replace("m['content']", render))
         assert render in tokenizer.chat_template
     prompt, completion = texts(row_of([USER, BEGUN], [answers[kind]]), tokenizer)
     assert prompt == "<s><|user|>\nhello</s>\n<|assistant|>\nthe answer is"
@@ -151,8 +145,7 @@ BOTH = CHATML.replace(
 
 @pytest.mark.parametrize("template", [CHATML, PARTS, BOTH])
 def test_parts_of_text_and_strings_are_one_text_for_every_template(template):
-    tokenizer = copy.deepcopy(tiny_tokenizer("byte-level"))
-    tokenizer.chat_template = template
+    tokenizer = with_template(template)
     parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
     expected = ["<s><|user|>\nhello</s>\n<|assistant|>\n", "yes</s>", "no</s>"]
     for content in ("hello", parts):

@@ -1,6 +1,5 @@
 """Tool calls and tools on their way through Arrow: what was given is what the template reads."""
 
-import copy
 import json
 import warnings
 
@@ -11,9 +10,7 @@ datasets = pytest.importorskip("datasets")
 
 from larpo.data.loading import as_lists, load_lists
 from larpo.data.tokenization import tokenize_lists, tokenize_row
-from tests.helpers.tokenizer_families import tiny_tokenizer
-
-datasets.disable_progress_bars()
+from tests.helpers.tokenizer_families import with_template
 
 SHOWN = (
     "{{ tools | tojson }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -47,9 +44,7 @@ def rows(arguments=ARGUMENTS):
 
 @pytest.fixture
 def tokenizer():
-    tokenizer = copy.deepcopy(tiny_tokenizer("byte-level"))
-    tokenizer.chat_template = SHOWN
-    return tokenizer
+    return with_template(SHOWN)
 
 
 def texts(row, tokenizer):

@@ -8,8 +8,7 @@ datasets = pytest.importorskip("datasets")
 
 from larpo.data.forms.shared_start import split_text
 from larpo.data.loading import as_lists, check_row, from_candidate_lists, load_lists
-
-datasets.disable_progress_bars()
+from tests.helpers.jsonl import write_jsonl
 
 ROWS = [
     {"prompt": "2 + 2 =", "completions": [" 4", " 5", ""], "scores": [1.0, 0.5, -2.0]},
@@ -28,11 +27,6 @@ def assistant(text):
 SYSTEM = {"role": "system", "content": "Be kind."}
 
 
-def write_lines(path, rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
-    return path
-
-
 def one_row(row):
     """The row that comes out, alike from a list of dicts and from a Dataset."""
     (converted,) = as_lists([row])
@@ -48,7 +42,7 @@ def test_lists_come_back_whole_from_every_source(kind, tmp_path):
     rows = [ROWS[0] | {"topic": "sums"}, ROWS[1] | {"topic": "greetings"}]
     dataset = datasets.Dataset.from_list(rows)
     if kind in ("lines", "lines in .json"):
-        source = write_lines(tmp_path / ("lists.jsonl" if kind == "lines" else "lists.json"), rows)
+        source = write_jsonl(tmp_path / ("lists.jsonl" if kind == "lines" else "lists.json"), rows)
     elif kind == "array":
         source = tmp_path / "lists.json"
         source.write_text(json.dumps(rows, indent=2), encoding="utf-8")
@@ -87,7 +81,7 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
 
 def test_lists_to_be_scored_may_come_without_scores(tmp_path):
     rows = [{name: row[name] for name in ("prompt", "completions")} for row in ROWS[:2]]
-    sources = [rows, datasets.Dataset.from_list(rows), write_lines(tmp_path / "lists.jsonl", rows)]
+    sources = [rows, datasets.Dataset.from_list(rows), write_jsonl(tmp_path / "lists.jsonl", rows)]
     for source in sources:
         assert load_lists(source, scored=False).to_list() == rows
         with pytest.raises(ValueError, match="no known form of candidate lists"):
@@ -97,7 +91,7 @@ def test_lists_to_be_scored_may_come_without_scores(tmp_path):
         ({"prompt": "a"}, r"is missing; found \['prompt'\]"),
     ):
         with pytest.raises(ValueError, match=f"line 2: field 'completions' {said}"):
-            load_lists(write_lines(tmp_path / "bad.jsonl", [rows[0], bad]), scored=False)
+            load_lists(write_jsonl(tmp_path / "bad.jsonl", [rows[0], bad]), scored=False)
     assert load_lists(ROWS, scored=False).to_list() == load_lists(ROWS).to_list()
 
 
@@ -109,14 +103,14 @@ def test_offline_lists_become_rows():
 
 
 def test_whole_numbers_and_fractions_are_one_type(tmp_path):
-    path = write_lines(tmp_path / "lists.jsonl", [ROWS[0] | {"scores": [1, 0, 2]}, ROWS[1] | {"scores": [0.5]}])
+    path = write_jsonl(tmp_path / "lists.jsonl", [ROWS[0] | {"scores": [1, 0, 2]}, ROWS[1] | {"scores": [0.5]}])
     assert load_lists(path)["scores"][:] == [[1.0, 0.0, 2.0], [0.5]]
 
 
 def test_optional_fields_may_be_in_some_rows_only(tmp_path):
     full = ROWS[0] | {"source": ["t=1", "t=1", "random"], "ref_logps": [-1, -2.5, -3], "prompt_ids": [1, 2]}
     full["completion_ids"] = [[3], [4, 5], []]
-    dataset = load_lists(write_lines(tmp_path / "lists.jsonl", [ROWS[1], full]))
+    dataset = load_lists(write_jsonl(tmp_path / "lists.jsonl", [ROWS[1], full]))
     assert dataset[1] == full
     assert dataset[0]["ref_logps"] is None and dataset[0]["completion_ids"] is None
     assert as_lists(dataset).to_list() == dataset.to_list()  # what was loaded is valid
@@ -159,7 +153,7 @@ def test_optional_fields_may_be_in_some_rows_only(tmp_path):
 def test_a_bad_line_is_named_with_its_field_and_what_is_expected(bad, message, tmp_path):
     if isinstance(bad, dict) and set(bad) != {"prompt", "completions"}:
         bad = ROWS[0] | bad
-    path = write_lines(tmp_path / "lists.jsonl", [ROWS[0], "", bad, ROWS[1]])
+    path = write_jsonl(tmp_path / "lists.jsonl", [ROWS[0], "", bad, ROWS[1]])
     with pytest.raises(ValueError, match=message) as error:
         load_lists(path)
     assert str(error.value).startswith(f"{path}, line 3: ")
@@ -183,10 +177,10 @@ def test_a_bad_row_is_named_where_there_are_no_lines(kind, tmp_path):
 
 
 def test_rows_of_different_kinds_are_an_error_that_names_both(tmp_path):
-    path = write_lines(tmp_path / "lists.jsonl", [ROWS[0], ROWS[1] | {"prompt": [user("Hi")]}])
+    path = write_jsonl(tmp_path / "lists.jsonl", [ROWS[0], ROWS[1] | {"prompt": [user("Hi")]}])
     with pytest.raises(ValueError, match=r"line 2: field 'prompt' holds messages; expected a string, as in .*line 1"):
         load_lists(path)
-    path = write_lines(tmp_path / "lists.jsonl", [ROWS[0] | {"level": 1}, ROWS[1] | {"level": "hard"}])
+    path = write_jsonl(tmp_path / "lists.jsonl", [ROWS[0] | {"level": 1}, ROWS[1] | {"level": "hard"}])
     with pytest.raises(ValueError, match=r"lists\.jsonl: field 'level' holds values of different types"):
         load_lists(path)
 

@@ -14,8 +14,6 @@ from larpo.scoring import score_lists
 from tests.helpers import tiny
 from tests.helpers.trainers import eager_logps, moved, trainer
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 ROWS = tiny.lists(6, m=None, seed=3)
 DATA = Dataset.from_list(ROWS)
 

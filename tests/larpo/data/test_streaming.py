@@ -1,6 +1,5 @@
 """Streams of lists: the same lists, tokens and steps as of data that is loaded whole, without the data being in memory."""
 
-import gzip
 import itertools
 import json
 
@@ -11,14 +10,13 @@ for package in ("transformers", "accelerate", "datasets"):
 import datasets
 import torch
 
-from larpo import LarPOTrainer, commands
+from larpo import commands
 from larpo.data.loading import as_lists, load_lists
 from larpo.scoring import score_lists
 from larpo.training.list_stream import training_stream
-from tests.helpers import tiny
-from tests.helpers.trainers import config
-
-datasets.disable_progress_bars()
+from tests.helpers import tiny, trainers
+from tests.helpers.jsonl import write_jsonl
+from tests.helpers.trainers import losses
 
 USER = {"role": "user", "content": "1 + 1"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
@@ -31,20 +29,11 @@ RATED = [
 ]
 
 
-def write(path, rows):
-    text = "\n".join(map(json.dumps, rows))
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-def settings(folder, **others):
-    return config(folder, **dict(learning_rate=1e-2, max_steps=4, train_sampling_strategy="sequential") | others)
+ORDERED = dict(learning_rate=1e-2, max_steps=4, train_sampling_strategy="sequential")
 
 
 def trainer(folder, data, **others):
-    return LarPOTrainer(
-        tiny.causal_lm(), args=settings(folder, **others), train_dataset=data, processing_class=tiny.tokenizer()
-    )
+    return trainers.trainer(folder, data, **ORDERED | others)
 
 
 # --- what comes
@@ -58,12 +47,12 @@ def test_a_stream_has_the_lists_of_the_data_read_whole(name, rows, tmp_path):
         datasets.Dataset.from_list(rows).save_to_disk(path)
     elif name == "folder":
         path.mkdir()
-        write(path / "1.jsonl", rows[:5])
-        write(path / "2.jsonl", rows[5:])
+        write_jsonl(path / "1.jsonl", rows[:5])
+        write_jsonl(path / "2.jsonl", rows[5:])
     elif name == "a.parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
     else:
-        write(path, rows)
+        write_jsonl(path, rows)
     expected = as_lists(rows).to_list()
     assert load_lists(path).to_list() == expected
     assert list(load_lists(path, streaming=True)) == expected
@@ -71,7 +60,7 @@ def test_a_stream_has_the_lists_of_the_data_read_whole(name, rows, tmp_path):
 
 def test_tool_calls_of_a_stream_are_those_of_the_data_read_whole(tmp_path):
     rows = [{"prompt": [USER], "completions": [[CALL], [CALL | {"content": "2"}]], "scores": [1, 0], "tools": [{"a": 1}]}]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     assert list(load_lists(path, streaming=True)) == load_lists(path).to_list()
     datasets.Dataset.from_list([{**rows[0], "tools": "[]"}]).to_parquet(tmp_path / "a.parquet")
     calls = [
@@ -97,7 +86,7 @@ def test_cells_of_a_csv_file_are_text_and_lists_in_them_json(tmp_path):
 
 def test_rows_of_one_list_that_follow_each_other_are_one_in_a_stream(tmp_path):
     rows = [{"prompt": p, "response": r, "helpfulness": i} for i, (p, r) in enumerate(("ax", "ay", "bz", "bw", "bv"))]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     assert list(load_lists(path, streaming=True)) == load_lists(path).to_list()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: rows with the same 'prompt' are one list, which a stream of \.jsonl"):
@@ -109,7 +98,7 @@ def test_rows_of_one_list_that_follow_each_other_are_one_in_a_stream(tmp_path):
 
 def test_a_bad_row_of_a_stream_is_named_when_it_comes(tmp_path):
     rows = [*tiny.lists(150), {"prompt": "a", "completions": [], "scores": []}, *tiny.lists(2)]
-    stream = load_lists(write(tmp_path / "a.jsonl", rows), streaming=True)
+    stream = load_lists(write_jsonl(tmp_path / "a.jsonl", rows), streaming=True)
     assert list(stream.take(149)) == rows[:149]  # it looks one ahead
     with pytest.raises(
         ValueError, match=r"a\.jsonl, line 151: field 'completions' holds \[\]; expected a list of at least one"
@@ -122,7 +111,7 @@ def test_a_bad_row_of_a_stream_is_named_when_it_comes(tmp_path):
 
 def test_rows_that_a_stream_leaves_out_are_counted(tmp_path, caplog):
     rows = [*tiny.lists(3), *[{"prompt": "a", "completions": [], "scores": []}] * 12, *tiny.lists(2)]
-    for path in (write(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"):
+    for path in (write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"):
         if path.suffix == ".parquet":
             datasets.Dataset.from_list(rows).to_parquet(path)
         caplog.clear()
@@ -141,7 +130,7 @@ def test_sources_that_can_not_be_streamed_say_why(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(ImportError, match=r"a\.jsonl\.zst: \.zst files need the package zstandard"):
         load_lists(tmp_path / "a.jsonl.zst")
-    write(tmp_path / "cut.jsonl.gz", tiny.lists(50))
+    write_jsonl(tmp_path / "cut.jsonl.gz", tiny.lists(50))
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cut\.jsonl\.gz: behind line \d+: cut or damaged"):
         load_lists(tmp_path / "cut.jsonl.gz")
@@ -169,8 +158,8 @@ def test_config_and_revision_go_to_the_hub(monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_sources_are_mixed_by_weight_and_seed_and_every_list_comes(streaming, tmp_path):
     rows, pairs = tiny.lists(300), [{"prompt": f"p{i}", "chosen": "x", "rejected": "y", "extra": i} for i in range(40)]
-    write(tmp_path / "a.jsonl", rows)
-    write(tmp_path / "b.jsonl", pairs)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", pairs)
     sources = [{"path": str(tmp_path / "a.jsonl"), "weight": 3}, {"path": str(tmp_path / "b.jsonl"), "form": "pairs"}]
     mixed, again, other = (list(load_lists(sources, streaming=streaming, seed=seed)) for seed in (1, 1, 2))
     assert mixed == again != other
@@ -190,8 +179,8 @@ def test_what_only_some_rows_of_one_source_have_is_in_the_mixture(streaming, tmp
     plain = {"prompt": [{"role": "user", "content": "q"}], "completions": [[said], [said]], "scores": [1, 0], "note": None}
     tools = [{"type": "function", "function": {"name": "f"}}]
     late = plain | {"completions": [[thought], [said]], "tools": tools, "ref_logps": [-0.5, -1.5], "note": "late"}
-    write(tmp_path / "a.jsonl", [plain] * 120 + [late])
-    write(tmp_path / "b.jsonl", [plain | {"note": 1}] * 9)
+    write_jsonl(tmp_path / "a.jsonl", [plain] * 120 + [late])
+    write_jsonl(tmp_path / "b.jsonl", [plain | {"note": 1}] * 9)
     mixed = list(load_lists([str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")], streaming=streaming))
     (found,) = [row for row in mixed if row.get("tools")]
     assert found["completions"][0][0]["reasoning_content"] == "so" and found["ref_logps"] == [-0.5, -1.5]
@@ -199,8 +188,8 @@ def test_what_only_some_rows_of_one_source_have_is_in_the_mixture(streaming, tmp
 
 
 def test_sources_that_do_not_fit_are_refused(tmp_path):
-    write(tmp_path / "a.jsonl", tiny.lists(2))
-    write(tmp_path / "b.jsonl", RATED)
+    write_jsonl(tmp_path / "a.jsonl", tiny.lists(2))
+    write_jsonl(tmp_path / "b.jsonl", RATED)
     a, b = ({"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(ValueError, match=r"prompt is text in .*a\.jsonl and messages in .*b\.jsonl.*as_messages=True"):
         load_lists([a, b])
@@ -218,7 +207,7 @@ def test_sources_that_do_not_fit_are_refused(tmp_path):
 
 def test_training_on_a_stream_is_training_on_the_same_rows_in_their_order(tmp_path):
     rows = tiny.lists(5, None, seed=3)  # the end of a pass lies within a batch
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     stream = trainer(tmp_path, load_lists(path, streaming=True), max_steps=5)
     whole = trainer(tmp_path, rows * 2, max_steps=5)
     batches = [[], []]
@@ -229,14 +218,15 @@ def test_training_on_a_stream_is_training_on_the_same_rows_in_their_order(tmp_pa
     for a, b in zip(*(seen[:5] for seen in batches), strict=True):
         assert a["relevance"].tolist() == b["relevance"].tolist()
         assert all(torch.equal(a["rows"][0][name], b["rows"][0][name]) for name in a["rows"][0])
-    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (stream, whole)]
-    assert losses[0] == losses[1] and len(losses[0]) == 5
+    found = [losses(t) for t in (stream, whole)]
+    assert found[0] == found[1] and len(found[0]) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_on_a_stream_goes_on_with_the_batches_that_would_have_come(workers, tmp_path):
     """From a checkpoint in the second pass over a shuffled stream."""
-    stream = load_lists(write(tmp_path / "a.jsonl", tiny.lists(7, None, seed=3)), streaming=True).shuffle(seed=5, buffer_size=4)
+    path = write_jsonl(tmp_path / "a.jsonl", tiny.lists(7, None, seed=3))
+    stream = load_lists(path, streaming=True).shuffle(seed=5, buffer_size=4)
     settings = dict(
         max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2, dataloader_num_workers=workers
     )
@@ -246,8 +236,8 @@ def test_a_run_on_a_stream_goes_on_with_the_batches_that_would_have_come(workers
     tokenised = []
     resumed.train_dataset._tokenised = _counting(resumed.train_dataset._tokenised, tokenised)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, resumed)]
-    assert losses[0] == losses[1]
+    found = [losses(t) for t in (whole, resumed)]
+    assert found[0] == found[1]
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     assert workers or len(tokenised) < 16  # of 24 lists: those that are skipped are not tokenised
 
@@ -274,7 +264,7 @@ def _counting(function, calls):
 def test_what_needs_all_lists_is_refused_of_a_stream(others, row, message, tmp_path):
     data = datasets.Dataset.from_list([one | row for one in tiny.lists(3)]).to_iterable_dataset()
     with pytest.raises(ValueError, match=message):
-        training_stream(data, tiny.tokenizer(), settings(tmp_path, **others))
+        training_stream(data, tiny.tokenizer(), trainers.config(tmp_path, **ORDERED | others))
 
 
 def test_what_reads_all_lists_takes_no_stream(tmp_path):
@@ -292,23 +282,22 @@ def test_what_a_later_list_has_is_checked_when_it_comes(tmp_path):
         ({"ref_logps": [-1.0, -2.0]}, "ref_logps: list 120 of the train data and the first list differ"),
         ({"weight": 1.0}, "weight: list 120 of the train data has one"),
     ):
-        data = load_lists(write(tmp_path / "a.jsonl", [given] * 120 + [given | late]), streaming=True)
+        data = load_lists(write_jsonl(tmp_path / "a.jsonl", [given] * 120 + [given | late]), streaming=True)
         with pytest.raises(ValueError, match=message):
             list(itertools.islice(trainer(tmp_path, data).train_dataset, 121))
 
 
 def test_a_subset_of_each_list_is_taken_in_a_stream(tmp_path):
-    rows, args = tiny.lists(4, 4), settings(tmp_path, list_top=1, list_bottom=1)
+    rows, args = tiny.lists(4, 4), trainers.config(tmp_path, **ORDERED, list_top=1, list_bottom=1)
     found = iter(training_stream(datasets.Dataset.from_list(rows).to_iterable_dataset(), tiny.tokenizer(), args))
     for row, tokens in zip(rows, found, strict=False):
         assert sorted(tokens["scores"]) == [min(row["scores"]), max(row["scores"])]
 
 
 def test_larpo_train_streams_a_mixture_and_goes_on_in_its_folder(tmp_path):
-    tiny.causal_lm().save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.save(tmp_path / "model")
     for name, seed in (("a", 1), ("b", 2)):
-        write(tmp_path / f"{name}.jsonl", tiny.lists(6, None, seed=seed))
+        write_jsonl(tmp_path / f"{name}.jsonl", tiny.lists(6, None, seed=seed))
     yaml = f"""
 model: {tmp_path}/model
 train_data: [{{path: {tmp_path}/a.jsonl, weight: 2}}, {{path: {tmp_path}/b.jsonl}}]

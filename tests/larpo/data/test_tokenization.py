@@ -12,9 +12,7 @@ datasets = pytest.importorskip("datasets")
 from larpo.data import prompt_boundary
 from larpo.data.loading import as_lists
 from larpo.data.tokenization import TokenizationReport, tokenize_lists, tokenize_row
-from tests.helpers.tokenizer_families import CHATML, CORPUS, FAMILIES, LOSSY, tiny_tokenizer
-
-datasets.disable_progress_bars()
+from tests.helpers.tokenizer_families import CHATML, CORPUS, FAMILIES, LOSSY, tiny_tokenizer, with_template
 
 BOS, EOS, END = 1, 2, 3
 PIECES = [*"thesanwryiAQ:,.=1\n\t ", "  ", "\n\n", "é", "日", "😀", " yes", " the", "answer", "</s>"]
@@ -29,14 +27,6 @@ def tokens_of(tokenizer, text):
 def row_of(prompt="Answer:", completions=(" yes", " the rain", " no"), **fields):
     scores = [float(i) for i in range(len(completions))]
     return {"prompt": prompt, "completions": list(completions), "scores": scores, **fields}
-
-
-def with_template(template):
-    from copy import deepcopy
-
-    tokenizer = deepcopy(tiny_tokenizer("byte-level"))
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.fixture

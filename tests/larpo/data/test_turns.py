@@ -1,7 +1,5 @@
 """What of a completion counts: the policy's own tokens, and neither the template's nor those of users and tools."""
 
-import copy
-
 import pytest
 import torch
 
@@ -14,9 +12,7 @@ from larpo.data.scored_tokens import counted_tokens
 from larpo.data.tokenization import marked, tokenize_lists, tokenize_row
 from larpo.data.turns import end_of_turn
 from tests.helpers import tiny
-from tests.helpers.tokenizer_families import CHATML, FAMILIES, tiny_tokenizer
-
-datasets.disable_progress_bars()
+from tests.helpers.tokenizer_families import CHATML, FAMILIES, with_template
 
 USER = {"role": "user", "content": "hello"}
 TOOL = {"role": "tool", "content": "rain: yes"}
@@ -72,12 +68,6 @@ GENERATION = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|assistant|>\n" + BODY + "{% endgeneration %}</s>\n"
     "{% else %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endif %}{% endfor %}" + HEAD
 )
-
-
-def with_template(template, family="byte-level"):
-    tokenizer = copy.deepcopy(tiny_tokenizer(family))
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def counted(template, answer, prompt=(USER,), family="byte-level", **columns):

@@ -10,8 +10,6 @@ from datasets import Dataset
 from tests.helpers import tiny
 from tests.helpers.trainers import assert_same_gradients, eager_loss, gradients, step, trainer
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 
 def in_four_bits(folder, **options):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

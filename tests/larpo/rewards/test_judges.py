@@ -17,7 +17,7 @@ pytest.importorskip("huggingface_hub")
 from larpo.rewards import Endpoint, Judge, Memory, RewardError, combined, judge, judged, score
 from larpo.rewards.finding import from_settings, settings_that_count
 from tests.helpers import HANGS, prepared
-from tests.helpers.judge_server import serving
+from tests.helpers.stand_in_server import StandIn
 
 PROMPTS, COMPLETIONS = ["p", "p", "p", "q", "q"], ["a", "bb", "ccc", "dddd", "eeeee"]
 
@@ -28,7 +28,7 @@ def no_waiting(monkeypatch):
 
 
 def lengths(body, number):
-    return 200, {"scores": [len(text) for text in body["completions"]]}
+    return {"scores": [len(text) for text in body["completions"]]}
 
 
 class Counting:
@@ -172,16 +172,16 @@ def test_a_process_that_is_killed_has_kept_what_it_was_told(tmp_path):
     def answer(body, number):
         if number == 6:
             os.kill(process.pid, signal.SIGKILL)
-        return 200, {"scores": [float(text) for text in body["completions"]]}
+        return {"scores": [float(text) for text in body["completions"]]}
 
-    with serving(answer) as server:
+    with StandIn(answer) as server:
         lives = []
         for _ in range(2):
             process = prepared.start(asks, server.url, tmp_path)
             process.join(HANGS)
             lives.append(process.exitcode)
     assert lives == [-9, 0] and (tmp_path / "said").read_text() == f"{[[float(i) for i in range(9)]]}"
-    asked = Counter(server.asked())
+    asked = Counter(server.completions)
     assert set(asked) == {str(i) for i in range(9)} and asked.total() <= 9 + 2  # what was in flight
 
 
@@ -326,7 +326,7 @@ def test_a_reward_whose_source_nobody_can_read_is_asked_anew(tmp_path, caplog):
 def test_an_address_is_asked_in_batches_with_the_columns_and_the_key(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("JUDGE_KEY", "sesame-8472")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with serving(lengths) as server, caplog.at_level(logging.DEBUG):
+    with StandIn(lengths) as server, caplog.at_level(logging.DEBUG):
         one = from_settings({"url": server.url, "api_key_env": "JUDGE_KEY", "batch_size": 2, "max_in_flight": 2})
         found = judged([one], PROMPTS, COMPLETIONS, {"answer": [1, 2, 3, 4, 5]}, memory=Memory(tmp_path))
     assert found == [[1.0, 2.0, 3.0, 4.0, 5.0]]
@@ -340,7 +340,7 @@ def test_a_server_that_is_busy_or_away_is_asked_again():
     def at_third(body, number):
         return lengths(body, number) if number >= 2 else (503, "loading")
 
-    with serving(at_third) as server:
+    with StandIn(at_third) as server:
         assert score(from_settings({"url": server.url}), None, ["p"], ["a"]) == [1.0]
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -353,16 +353,16 @@ def test_a_server_that_is_busy_or_away_is_asked_again():
     ("answer", "said"),
     [
         ((401, "no key like sesame-8472 is known"), r"it answers 401 Unauthorized: no key like \*\*\* is known"),
-        ((200, "<html>"), "its answer is no JSON: <html>"),
-        ((200, {"score": [1]}), r"its answer has no 'scores'"),
-        ((200, {"scores": [1, 2]}), "returned 2 values; expected one for each of the 1 completions"),
-        ((200, {"scores": ["high"]}), "returned a value that is no finite number: got 'high'"),
-        ((200, '{"scores": [NaN]}'), "returned a value that is no finite number: got nan"),
+        ("<html>", "its answer is no JSON: <html>"),
+        ({"score": [1]}, r"its answer has no 'scores'"),
+        ({"scores": [1, 2]}, "returned 2 values; expected one for each of the 1 completions"),
+        ({"scores": ["high"]}, "returned a value that is no finite number: got 'high'"),
+        ('{"scores": [NaN]}', "returned a value that is no finite number: got nan"),
     ],
 )
 def test_what_is_no_score_is_refused_by_the_judges_name_at_once_and_not_remembered(tmp_path, monkeypatch, answer, said):
     monkeypatch.setenv("JUDGE_KEY", "sesame-8472")
-    with serving(lambda body, number: answer) as server:
+    with StandIn(lambda body, number: answer) as server:
         one = from_settings({"url": server.url, "api_key_env": "JUDGE_KEY"})
         with pytest.raises((RewardError, ValueError), match=f"reward 'http://127.0.0.1.*{said}"):
             judged([one], ["p"], ["a"], {}, memory=Memory(tmp_path))
@@ -376,9 +376,9 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
     def vllm(body, number):
         texts = body["input"] if "input" in body else ["".join(m["content"] for m in body["messages"])]
         data = [{"index": i, "label": "GOOD", "probs": [-1.0, float(len(t))], "num_classes": 2} for i, t in enumerate(texts)]
-        return 200, {"object": "list", "model": body["model"], "data": data[::-1]}
+        return {"object": "list", "model": body["model"], "data": data[::-1]}
 
-    with serving(vllm) as server:
+    with StandIn(vllm) as server:
         one = from_settings({"url": server.url, "api": "vllm_classify", "model": "m", "label": 1})
         assert score(one, None, ["pp", "q"], ["a", "bb"]) == [3.0, 3.0]
         assert server.bodies == [{"input": ["ppa", "qbb"], "model": "m", "use_activation": False}]
@@ -390,9 +390,9 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
             score(from_settings({"url": server.url, "api": "vllm_classify", "model": "m"}), None, ["p"], ["a"])
 
     def tei(body, number):
-        return 200, [[{"label": "b", "score": 0.5}, {"label": "a", "score": float(len(text))}] for (text,) in body["inputs"]]
+        return [[{"label": "b", "score": 0.5}, {"label": "a", "score": float(len(text))}] for (text,) in body["inputs"]]
 
-    with serving(tei) as server:
+    with StandIn(tei) as server:
         one = from_settings({"url": server.url, "api": "tei_predict", "label": "a", "extra_body": {"truncate": True}})
         assert score(one, None, ["pp", "q"], ["a", "b"]) == [3.0, 2.0]
         assert server.bodies == [{"inputs": [["ppa"], ["qb"]], "raw_scores": True, "truncate": True}]
@@ -413,10 +413,7 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
         (dict(url="http://a/x", label=1), "label of a reward is of a classifier, and api json answers by `scores`; got 1"),
         (dict(reward=len), "must be texts, got builtin_function_or_method; a function goes into a Judge"),
         (dict(reward="a:b", label=1), "unknown setting of a reward 'label'"),
-        (
-            dict(reward="math:hypot", timeout=1),
-            "for coroutine functions: nothing ends a call of 'hypot'",
-        ),
+        (dict(reward="math:hypot", timeout=1), "for coroutine functions: nothing ends a call of 'hypot'"),
         (dict(reward="math:hypot", timeout=0), "timeout of a judge must be a number of seconds above 0, got 0"),
         (dict(reward="imdb_sentiment", batch_size=0), "batch_size of a judge must be a whole number of at least 1, got 0"),
         (dict(reward="imdb_sentiment", max_in_flight=4), "needs batch_size or groupwise: 'imdb_sentiment' is asked once"),

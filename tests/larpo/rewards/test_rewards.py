@@ -71,8 +71,8 @@ def test_prompts_completions_and_columns_reach_every_reward_by_name():
 def test_a_reward_that_changes_its_arguments_changes_those_of_no_other():
     numpy = pytest.importorskip("numpy")
     messages = [[{"role": "user", "content": text}] for text in PROMPTS]
-    given = {"completion_ids": [[3, 1], [2], [9, 8]], "facts": [{"a": [1]}, {"a": [2]}, {"a": [3]}], "where": [(1, [2])] * 3,
-             "level": numpy.arange(3.0), "embedding": torch.zeros(3), "shared": {"words": {"x"}}}  # fmt: skip
+    lists = {"completion_ids": [[3, 1], [2], [9, 8]], "facts": [{"a": [1]}, {"a": [2]}, {"a": [3]}], "where": [(1, [2])] * 3}
+    given = lists | {"level": numpy.arange(3.0), "embedding": torch.zeros(3), "shared": {"words": {"x"}}}
     seen = []
 
     def careless(prompts, completions, completion_ids, facts, where, level, embedding, shared):
@@ -204,24 +204,12 @@ def test_a_users_function_or_class_is_found_by_name(monkeypatch):
 
 # --- a reward model
 
-transformers = pytest.importorskip("transformers")
-from tests.helpers.tiny_tokenizer import WORDS, tiny_tokenizer
+pytest.importorskip("transformers")
+from tests.helpers.tiny_tokenizer import WORDS, tiny_llama, tiny_tokenizer
 
 
 def classifier(labels=1, **config):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        pad_token_id=0,
-        num_labels=labels,
-        **config,
-    )
-    return transformers.LlamaForSequenceClassification(config)
+    return tiny_llama("LlamaForSequenceClassification", initializer_range=0.5, num_labels=labels, **config)
 
 
 def by_hand(model, words, label=0):

@@ -13,38 +13,22 @@ import pytest
 for package in ("transformers", "accelerate", "datasets", "filelock"):
     pytest.importorskip(package)
 import torch
-from safetensors.torch import load_file
 
-from larpo import commands
 from larpo.runs.checkpoints import last_whole_checkpoint, what_is_missing
 from larpo.runs.lock import locked
 from tests.helpers import tiny
+from tests.helpers.train_runs import model_and_lists, train, trained
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    path = tmp_path_factory.mktemp("train")
-    tiny.causal_lm().save_pretrained(path / "model")
-    tiny.tokenizer().save_pretrained(path / "model")
-    (path / "lists.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(6, seed=3))))
-    return path
-
-
-def train(place, out, **settings):
-    """`larpo train`; the weights that it saves."""
-    settings = {"model": str(place / "model"), "train_data": str(place / "lists.jsonl"), "output_dir": str(out),
-                "max_steps": 4, "save_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "report_to": "none",
-                "use_cpu": True, "disable_tqdm": True, **settings}  # fmt: skip
-    file = out.parent / f"{out.name}.yaml"
-    file.write_text(json.dumps(settings))
-    commands.train(*commands.train_settings(file, []))
-    return load_file(out / "model.safetensors")
+    return model_and_lists(tmp_path_factory.mktemp("train"), tiny.lists(6, seed=3))
 
 
 @pytest.fixture(scope="module")
 def whole(place):
     """A run with all its checkpoints, of which tests damage copies."""
-    weights = train(place, place / "whole")
+    weights = trained(place, place / "whole")
     return place / "whole", weights
 
 
@@ -84,7 +68,7 @@ def delete(path):
 def test_what_a_checkpoint_lacks_sends_a_run_to_the_one_before(place, whole, out, caplog, name, harm):
     harm(out / "checkpoint-3" / name)
     with caplog.at_level(logging.WARNING):
-        weights = train(place, out)
+        weights = trained(place, out)
     assert name.split(".")[0] in "".join(m for m in caplog.messages if m.startswith(f"{out / 'checkpoint-3'} is passed over"))
     for key, weight in whole[1].items():
         assert torch.equal(weights[key], weight), key
@@ -95,7 +79,7 @@ def test_a_run_is_refused_where_checkpoints_are_there_and_none_is_whole(place, o
     for checkpoint in out.glob("checkpoint-*"):
         (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-3: it holds no state of the optimizer \(optimizer\.pt\); checkpoint-2"):
-        train(place, out)
+        trained(place, out)
     assert (out / "model.safetensors").read_bytes() == before
 
 
@@ -103,14 +87,14 @@ def test_a_run_that_was_stopped_in_its_first_checkpoint_starts_from_the_beginnin
     for number in (2, 3):
         shutil.rmtree(out / f"checkpoint-{number}")
     (out / "checkpoint-1" / "trainer_state.json").unlink()
-    weights = train(place, out)
+    weights = trained(place, out)
     assert all(torch.equal(weights[key], weight) for key, weight in whole[1].items())
 
 
 def test_checkpoints_without_the_optimizer_are_not_gone_on_from(place, tmp_path):
-    train(place, tmp_path / "out", max_steps=2, save_only_model=True)
+    trained(place, tmp_path / "out", max_steps=2, save_only_model=True)
     with pytest.raises(ValueError, match=r"holds no state of the optimizer .*as save_only_model asks"):
-        train(place, tmp_path / "out", max_steps=4, save_only_model=True)
+        trained(place, tmp_path / "out", max_steps=4, save_only_model=True)
 
 
 def test_a_checkpoint_given_by_name_is_refused_for_what_it_lacks(place, out):
@@ -128,7 +112,7 @@ def test_a_checkpoint_given_by_name_is_refused_for_what_it_lacks(place, out):
 def test_a_damaged_record_of_what_the_checkpoints_are_of_is_named(place, out):
     (out / "larpo-job.json").write_text("")
     with pytest.raises(ValueError, match=r"larpo-job\.json can't be read: it is empty\. .*give another output_dir"):
-        train(place, out)
+        trained(place, out)
 
 
 def test_a_relative_output_dir_stays_where_it_was(place, tmp_path, monkeypatch):
@@ -145,7 +129,7 @@ def test_a_relative_output_dir_stays_where_it_was(place, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     flags = f"--model={place / 'model'} --train_data={place / 'lists.jsonl'} --output_dir=out --use_cpu --max_steps=1"
-    commands.train(*commands.train_settings(None, [*flags.split(), "--report_to=none"]))
+    train(None, *flags.split(), "--report_to=none")
     assert not list((tmp_path / "elsewhere").iterdir())
     assert {"checkpoint-1", "model.safetensors", "larpo-job.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -221,11 +205,11 @@ def test_a_second_run_in_one_folder_is_refused(place, tmp_path):
     try:
         assert other.stdout.readline()
         with pytest.raises(ValueError, match=r"out': another process is at work in this folder"):
-            train(place, tmp_path / "out")
+            trained(place, tmp_path / "out")
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     finally:
         other.communicate(b"\n")
-    train(place, tmp_path / "out", max_steps=1)
+    trained(place, tmp_path / "out", max_steps=1)
 
 
 def test_a_file_system_without_locks_is_said_and_worked_on(tmp_path, monkeypatch, caplog):

@@ -15,7 +15,8 @@ from larpo.align.config import differences
 from larpo.config import LarPOConfig
 from larpo.runs.identity import changed
 from larpo.runs.secrets import is_secret, masked, without_secrets
-from tests.helpers import align_runs, tiny
+from tests.helpers import align_runs
+from tests.helpers.train_runs import model_and_lists, settings_of, train
 
 SECRET = "Xq7vNotToBeSeen"
 
@@ -70,7 +71,6 @@ def test_the_value_that_is_masked_stays_as_it_was():
 
 def test_a_run_of_the_loop_writes_no_secret_and_goes_on_with_another(tmp_path, monkeypatch):
     monkeypatch.setattr("larpo.align.plots.draw", lambda *args: {})
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     secrets = dict(model_init_kwargs={"token": SECRET}, training={"hub_token": SECRET})
     result = align_runs.align(tmp_path / "run", iterations=1, eval_k=1, **secrets)
     assert SECRET.encode() not in everything_in(tmp_path)
@@ -85,27 +85,22 @@ def test_a_run_of_the_loop_writes_no_secret_and_goes_on_with_another(tmp_path, m
 def test_larpo_train_writes_no_secret_and_goes_on_with_another(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    tiny.causal_lm().save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, tiny.lists(4))))
+    given = model_and_lists(tmp_path)
 
-    def train(secret, **more):
-        settings = {"model": str(tmp_path / "model"), "train_data": str(tmp_path / "lists.jsonl"), "use_cpu": True,
-                    "output_dir": str(tmp_path / "out"), "max_steps": 1, "save_steps": 1, "report_to": "tensorboard",
-                    "hub_token": secret, "model_init_kwargs": {"token": secret, "dtype": "float32"}} | more  # fmt: skip
-        file = tmp_path.parent / f"{tmp_path.name}.yaml"
-        file.write_text(json.dumps(settings))
-        return commands.train(*commands.train_settings(file, []))
+    def train_with(secret, **more):
+        options = {"hub_token": secret, "model_init_kwargs": {"token": secret, "dtype": "float32"}, "max_steps": 1, **more}
+        elsewhere = tmp_path.parent / f"{tmp_path.name}.yaml"
+        return train(settings_of(given, tmp_path / "out", file=elsewhere, report_to="tensorboard", **options))
 
-    trainer = train(SECRET)
+    trainer = train_with(SECRET)
     assert trainer.args.hub_token == SECRET and trainer.args.model_init_kwargs["token"] == SECRET
     written = everything_in(tmp_path)
     assert SECRET.encode() not in written and any((tmp_path / "board").rglob("*tfevents*"))
     found = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
     assert (found.hub_token, found.model_init_kwargs, found.max_steps) == (None, {"dtype": "float32"}, 1)
-    train("another")  # the same run
+    train_with("another")  # the same run
     with pytest.raises(ValueError, match=r"beta was 0\.1 and is 0\.5") as caught:
-        train(SECRET, beta=0.5)
+        train_with(SECRET, beta=0.5)
     assert SECRET not in str(caught.value) and "token" not in str(caught.value)
 
 

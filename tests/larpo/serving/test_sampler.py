@@ -65,11 +65,10 @@ def test_the_very_tokens_that_were_sampled_come_back_with_their_log_likelihoods(
     asked = {tuple(body.pop("prompt")): body for body in server.asked}
     seeds = [body.pop("seed") for body in asked.values()]
     assert len(asked) == len(set(seeds)) == 2 and (1, B) in asked
-    assert asked[1, B] == {
-        "path": "/v1/completions", "model": "policy", "n": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 4,
-        "min_tokens": 1, "stop": ["\n"], "stop_token_ids": [EOS], "ignore_eos": False, "return_token_ids": True, "logprobs": 1,
-        "priority": 3, "min_p": 0.0, "repetition_penalty": 1.0,
-    }  # fmt: skip
+    drawn = dict(n=2, temperature=0.7, top_p=0.9, top_k=5, min_p=0.0, repetition_penalty=1.0)
+    ends = dict(max_tokens=4, min_tokens=1, stop=["\n"], stop_token_ids=[EOS], ignore_eos=False)
+    told = dict(return_token_ids=True, logprobs=1, priority=3)
+    assert asked[1, B] == dict(path="/v1/completions", model="policy", **drawn, **ends, **told)
 
 
 def test_where_fewer_come_than_were_asked_for_the_rest_is_asked_for_again_with_another_seed():
@@ -195,20 +194,13 @@ def test_a_last_line_that_was_cut_is_asked_for_again_and_others_are_refused(tmp_
 
 
 def test_no_more_requests_are_in_flight_than_were_allowed():
-    now, most, lock = [0], [0], threading.Lock()
-
     def slowly(body, _):
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
         time.sleep(0.02)
-        with lock:
-            now[0] -= 1
         return of_prompt(body)
 
     with StandIn(slowly) as server:
         sampler(server, max_in_flight=3)(list("abcdefabcdef"), 1, 1.0, seed=0)
-    assert most[0] == 3
+    assert server.most_at_a_time == 3
 
 
 def test_a_server_that_is_too_slow_is_given_up_in_a_sentence():
@@ -266,7 +258,6 @@ def test_a_key_is_sent_and_shown_nowhere(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_KEY", "s3cret-value")
     monkeypatch.setenv("OPENAI_API_KEY", "of another server")
     with StandIn(lambda body, number: 401 if number else of_prompt(body)) as server:
-        server.answer, before = (lambda body, number: before(body, number)), server.answer
         sampler(server, tmp_path, api_key_env="MY_KEY")(["a"], 1, 1.0, seed=0)
         with pytest.raises(ServerError, match="wants another key, and this run shows the one in MY_KEY") as error:
             sampler(server, tmp_path, api_key_env="MY_KEY")(["b"], 1, 1.0, seed=0)

@@ -51,10 +51,8 @@ def _wait_for(address, process, log):
 def test_every_policy_of_a_run_is_sampled_from_until_the_server_is_killed(server, tmp_path):
     process, address = server
     draws = {"generation_config": json.dumps({"do_sample": True, "top_k": 0})}  # or the model's own settings: greedy
-    settings = {
-        "sampler": "server", "sampler_options": {"base_url": address, "extra_body": draws, "retries": 0},
-        "k": 3, "eval_prompts": 2, "eval_k": 1, "prompts_per_iteration": 2, "max_new_tokens": 4,
-    }  # fmt: skip
+    sizes = dict(k=3, eval_prompts=2, eval_k=1, prompts_per_iteration=2, max_new_tokens=4)
+    settings = sizes | dict(sampler="server", sampler_options={"base_url": address, "extra_body": draws, "retries": 0})
     found = align(tmp_path / "run", iterations=1, **settings)
     counts = found.metrics[1]["sample"]
     assert counts["weights"] == {"checkpoint": model_folder(), "iteration": 0, "stale": False}

@@ -12,9 +12,7 @@ from datasets import Dataset
 from larpo.trainer import LarPOTrainer
 from larpo.training.list_weights import without_repeats
 from tests.helpers import tiny
-from tests.helpers.trainers import SGD, config, eager_loss, gradients, moved, trainer
-
-pytestmark = pytest.mark.usefixtures("own_precision")
+from tests.helpers.trainers import SGD, eager_loss, gradients, losses, moved, trainer
 
 FIVE = dict(**SGD, max_steps=1, train_sampling_strategy="sequential")
 
@@ -30,24 +28,17 @@ def policy():
 
 
 def trained(folder, data, policy, kind=LarPOTrainer, **options):
-    args = config(folder, **(FIVE | options))
-    t = kind(copy.deepcopy(policy), tiny.causal_lm(), args, train_dataset=data, processing_class=tiny.tokenizer())
+    t = trainer(folder, data, copy.deepcopy(policy), kind, ref_model=tiny.causal_lm(), **(FIVE | options))
     t.train()
     updates = {name: p.detach() - q for (name, p), q in zip(policy.named_parameters(), t.model.parameters(), strict=True)}
-    return updates, [entry["loss"] for entry in t.state.log_history if "loss" in entry]
+    return updates, losses(t)
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "micro"), [(2, 3, None), (1, 5, None), (5, 1, None), (3, 2, 2), (2, 3, 2)])
 def test_an_update_is_the_gradient_of_the_mean_over_the_lists_of_its_batches(tmp_path, data, policy, batch, accumulate, micro):
     mean = eager_loss(policy, tiny.causal_lm(), data)
-    found, (loss,) = trained(
-        tmp_path,
-        data,
-        policy,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        candidate_micro_batch_size=micro,
-    )
+    sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, candidate_micro_batch_size=micro)
+    found, (loss,) = trained(tmp_path, data, policy, **sizes)
     assert loss == pytest.approx(mean.item(), rel=1e-4)
     for name, g in gradients(policy, mean).items():
         torch.testing.assert_close(found[name], g, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

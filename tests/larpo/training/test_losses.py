@@ -362,8 +362,7 @@ class MoreLoss(LarPOTrainer):
 
 def run(trainer_class, tmp_path, rows, **settings):
     model = tiny.causal_lm()
-    args = config(tmp_path, reference_free=True, learning_rate=1.0, **settings)
-    t = trainer_class(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny.tokenizer())
+    t = trainer(tmp_path, Dataset.from_list(rows), model, trainer_class, reference_free=True, learning_rate=1.0, **settings)
     before = model.lm_head.weight.detach().clone()
     try:
         t.train()

@@ -14,9 +14,7 @@ from larpo.trainer import LarPOTrainer
 from larpo.training import nonfinite
 from larpo.training.nonfinite import NonFiniteError, nonfinite_parameters
 from tests.helpers import tiny
-from tests.helpers.trainers import SGD, config, eager_loss, gradients, moved
-
-pytestmark = pytest.mark.usefixtures("own_precision")
+from tests.helpers.trainers import SGD, config, eager_loss, gradients, moved, trainer
 
 BAD = 2  # this row's loss is infinite
 
@@ -50,8 +48,7 @@ class BadGradient(LarPOTrainer):
 
 def make(folder, data, policy, kind=Infinite, **options):
     single = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, train_sampling_strategy="sequential")
-    args = config(folder, **(SGD | single | options))
-    return kind(copy.deepcopy(policy), tiny.causal_lm(), args, train_dataset=data, processing_class=tiny.tokenizer())
+    return trainer(folder, data, copy.deepcopy(policy), kind, ref_model=tiny.causal_lm(), **(SGD | single | options))
 
 
 def same_weights(a, b):

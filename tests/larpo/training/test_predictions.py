@@ -11,21 +11,12 @@ from datasets import Dataset
 from larpo.data.collator import ListCollator
 from larpo.trainer import LarPOTrainer
 from tests.helpers import tiny
-from tests.helpers.trainers import config, eager_logps, moved
-
-pytestmark = pytest.mark.usefixtures("own_precision")
+from tests.helpers.trainers import config, eager_logps, lora, moved, trainer
 
 
 @pytest.fixture(scope="module")
 def data():
     return Dataset.from_list(tiny.lists(7, m=None, seed=3))
-
-
-def make(folder, data, model=None, *, ref_model=None, **options):
-    known = ("compute_metrics", "optimizer_cls_and_kwargs", "data_collator", "eval_dataset")
-    arguments = {name: options.pop(name) for name in known if name in options}
-    model, args = tiny.causal_lm() if model is None else model, config(folder, **options)
-    return LarPOTrainer(model, ref_model, args, train_dataset=data, processing_class=tiny.tokenizer(), **arguments)
 
 
 def padded(rows):
@@ -48,7 +39,7 @@ def test_predictions_are_scores_and_log_likelihoods_of_each_list_in_the_order_of
     with torch.no_grad():
         logps = [eager_logps(policy, row).numpy() for row in data]
         scores = [0.3 * (own - eager_logps(model, row).numpy()) for own, row in zip(logps, data, strict=True)]
-    found = make(tmp_path, data, policy, ref_model=model, beta=0.3, **options).predict(data)
+    found = trainer(tmp_path, data, policy, ref_model=model, beta=0.3, **options).predict(data)
     np.testing.assert_allclose(found.predictions.logps, padded(logps), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.predictions.scores, padded(scores), rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(found.label_ids, padded(data["scores"][:]))
@@ -61,13 +52,13 @@ def test_log_likelihoods_are_means_where_these_are_trained_on(tmp_path, data):
     with torch.no_grad():
         logps = [eager_logps(model, row).numpy() for row in data]
     lengths = [[len(tiny.tokenizer()(c).input_ids) + 1 for c in row["completions"]] for row in data]
-    found = make(tmp_path, data, model, length_normalized=True, reference_free=True).predict(data)
+    found = trainer(tmp_path, data, model, length_normalized=True, reference_free=True).predict(data)
     np.testing.assert_allclose(found.predictions.logps, padded(logps) / padded(lengths), rtol=1e-4)
     np.testing.assert_allclose(found.predictions.scores, 0.1 * found.predictions.logps, rtol=1e-6)
 
 
 def test_an_evaluation_of_the_loss_alone_keeps_no_predictions(tmp_path, data):
-    found = make(tmp_path, data, prediction_loss_only=True).predict(data)
+    found = trainer(tmp_path, data, prediction_loss_only=True).predict(data)
     assert found.predictions is None and found.label_ids is None and found.metrics["test_loss"] > 0
 
 
@@ -84,7 +75,7 @@ def first_is_best(evaluated):
 def test_metrics_of_ones_own_are_logged_and_choose_the_best_model(tmp_path, data):
     often = dict(max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
     best = dict(load_best_model_at_end=True, metric_for_best_model="likeliest_is_best")
-    t = make(tmp_path, data, eval_dataset=data, compute_metrics=first_is_best, **often, **best)
+    t = trainer(tmp_path, data, eval_dataset=data, compute_metrics=first_is_best, **often, **best)
     t.train()
     with torch.no_grad():
         logps = [eager_logps(t.model, row).numpy() for row in data]
@@ -97,7 +88,7 @@ def test_metrics_of_ones_own_are_logged_and_choose_the_best_model(tmp_path, data
 
 def test_metrics_without_predictions_are_refused(tmp_path, data):
     with pytest.raises(ValueError, match="compute_metrics is given, but prediction_loss_only"):
-        make(tmp_path, data, compute_metrics=first_is_best, prediction_loss_only=True)
+        trainer(tmp_path, data, compute_metrics=first_is_best, prediction_loss_only=True)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +115,7 @@ class Plain(torch.optim.SGD):
 @pytest.mark.parametrize(("keywords", "lr"), [({}, 1e-3), ({"lr": 0.5}, 0.5)])
 def test_an_optimizer_by_class_gets_the_learning_rate_of_the_settings(tmp_path, data, keywords, lr):
     given = (Plain, {"momentum": 0.9, **keywords})
-    t = make(tmp_path, data, optimizer_cls_and_kwargs=given, learning_rate=1e-3)
+    t = trainer(tmp_path, data, optimizer_cls_and_kwargs=given, learning_rate=1e-3)
     t.train()
     groups = t.optimizer.param_groups
     assert isinstance(getattr(t.optimizer, "optimizer", t.optimizer), Plain)
@@ -133,16 +124,12 @@ def test_an_optimizer_by_class_gets_the_learning_rate_of_the_settings(tmp_path, 
 
 
 def test_an_optimizer_of_what_is_not_trained_is_refused(tmp_path, data):
-    peft = pytest.importorskip("peft")
     model = tiny.causal_lm()
-    arguments = dict(args=config(tmp_path), train_dataset=data, processing_class=tiny.tokenizer())
     optimizers = (torch.optim.SGD(model.parameters(), lr=1e-3), None)
-    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"optimizers: the optimizer holds no parameter.*optimizer_cls_and_kwargs"):
-        LarPOTrainer(model, **arguments, optimizers=optimizers, peft_config=adapter)
+        trainer(tmp_path, data, model, optimizers=optimizers, peft_config=lora())
     model = tiny.causal_lm()
-    t = LarPOTrainer(model, **arguments, optimizers=(torch.optim.SGD(model.parameters(), lr=1e-3), None))
-    t.train()
+    trainer(tmp_path, data, model, optimizers=(torch.optim.SGD(model.parameters(), lr=1e-3), None)).train()
     assert not torch.equal(model.lm_head.weight, tiny.causal_lm().lm_head.weight)
 
 
@@ -155,7 +142,7 @@ def test_a_collator_of_ones_own_makes_the_batches_with_the_settings_of_the_train
             return super().__call__(examples)
 
     own = Counting(pad_token_id=77)
-    t = make(tmp_path, data, data_collator=own, candidate_micro_batch_size=2)
+    t = trainer(tmp_path, data, data_collator=own, candidate_micro_batch_size=2)
     t.train()
     assert Counting.seen >= 2 and (t.data_collator.pad_token_id, t.data_collator.slice_size) == (0, 2)
     assert (own.pad_token_id, own.slice_size) == (77, None)
@@ -193,8 +180,7 @@ class Other(LarPOTrainer):
 def test_the_model_card_is_tagged_and_names_the_paper(tmp_path, data, kind, tags):
     from huggingface_hub import ModelCard
 
-    args = config(tmp_path, objective="listmle")
-    t = kind(tiny.causal_lm(), args=args, train_dataset=data, processing_class=tiny.tokenizer())
+    t = trainer(tmp_path, data, kind=kind, objective="listmle")
     t.train()
     for _ in range(2):  # written again, it says the same once
         t.create_model_card(tags="chat", model_name="mine")

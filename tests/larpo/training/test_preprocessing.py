@@ -13,8 +13,6 @@ from larpo.data.loading import as_lists
 from larpo.training.preprocessing import training_lists
 from tests.helpers.tokenizer_families import tiny_tokenizer
 
-datasets.disable_progress_bars()
-
 
 @pytest.fixture
 def tokenizer():

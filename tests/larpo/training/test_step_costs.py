@@ -12,11 +12,10 @@ pytest.importorskip("datasets")
 from datasets import Dataset
 
 from larpo.modeling import adapters
-from larpo.trainer import LarPOTrainer
 from larpo.training import metrics
 from larpo.training.list_log import ListLog
 from tests.helpers import tiny
-from tests.helpers.trainers import config
+from tests.helpers.trainers import lora, trainer
 
 STEPS = 3
 PARTIES = ("larpo", "larpo_kernels", "transformers", "accelerate", "peft")
@@ -64,15 +63,9 @@ class Counted(TorchDispatchMode):
 
 def steps_of(tmp_path, monkeypatch, name):
     """A trainer that has run its first batch, on which a model is checked, and what the steps after it did."""
-    peft_config = None
-    if name == "adapter":
-        peft = pytest.importorskip("peft")
-        peft_config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    args = config(tmp_path, max_steps=STEPS + 1, per_device_train_batch_size=4, logging_steps=100, **SETTINGS[name])
-    data = Dataset.from_list(tiny.lists(16))
-    t = LarPOTrainer(
-        tiny.causal_lm(), None, args, train_dataset=data, processing_class=tiny.tokenizer(), peft_config=peft_config
-    )
+    steps = dict(max_steps=STEPS + 1, per_device_train_batch_size=4, logging_steps=100)
+    peft_config = lora(target_modules=["q_proj"]) if name == "adapter" else None
+    t = trainer(tmp_path, Dataset.from_list(tiny.lists(16)), peft_config=peft_config, **steps, **SETTINGS[name])
     if name == "adapter":
         monkeypatch.setattr(
             type(t.model), "get_model_status", lambda self: pytest.fail("looks through all layers at each step")

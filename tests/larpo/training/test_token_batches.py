@@ -17,8 +17,6 @@ from larpo.training.token_batches import Shapes, TokenBatchSampler, shapes_of
 from tests.helpers import tiny
 from tests.helpers.trainers import SGD, eager_loss, gradients, moved, trainer
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 
 def shapes(*lists):
     return Shapes(*np.array([(rows, width, tokens) for rows, width, tokens in lists]).T)

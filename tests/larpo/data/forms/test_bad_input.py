@@ -13,9 +13,8 @@ from larpo.data.forms.scores import Numbers, chosen_scores
 from larpo.data.loading import as_lists, load_lists, read_lists
 from larpo.data.reader import Reader
 from larpo.data.reading import Reading
+from tests.helpers.jsonl import write_jsonl
 from tests.larpo.data.forms.examples import ASK, EAGLE, EXAMPLES, KIWI, PENGUIN
-
-datasets.disable_progress_bars()
 
 BY_NAME = {form.name: form for form in FORMS}
 LISTED = ("prompt", "completions", "scores")
@@ -85,7 +84,7 @@ def test_a_field_that_is_missing_or_holds_something_else_is_named_with_its_place
 def test_a_bad_line_of_a_file_is_named(name, tmp_path):
     rows = EXAMPLES[name].rows
     file, column = tmp_path / "rows.jsonl", BY_NAME[name].columns[-1]
-    file.write_text("\n".join(map(json.dumps, [*rows, {**rows[-1], column: {"x": 1}}])))
+    write_jsonl(file, [*rows, {**rows[-1], column: {"x": 1}}])
     with pytest.raises(ValueError, match=rf"line {len(rows) + 1}: field '{column}\S*' (holds|is missing)"):
         load_lists(file)
 
@@ -96,7 +95,7 @@ def test_rows_that_make_no_list_are_dropped_on_demand_and_counted(name, tmp_path
     column = BY_NAME[name].columns[-1]
     file = tmp_path / "rows.jsonl"
     bad = [{**rows[0], column: [3]}, {key: value for key, value in rows[0].items() if key != column}]
-    file.write_text("\n".join(map(json.dumps, [*bad, *rows])))
+    write_jsonl(file, [*bad, *rows])
     lists = load_lists(file, bad_rows="drop")
     assert lists.to_list() == as_lists(rows).to_list()
     (said,) = caplog.messages
@@ -222,10 +221,9 @@ def test_columns_may_have_other_types_in_later_batches():
 
 def test_a_tokenizer_without_chat_template_is_told_of_text():
     from larpo.data.tokenization import tokenize_lists
-    from tests.helpers.tokenizer_families import tiny_tokenizer
+    from tests.helpers.tokenizer_families import with_template
 
-    tokenizer = copy.deepcopy(tiny_tokenizer("byte-level"))
-    tokenizer.chat_template = None
+    tokenizer = with_template(None)
     rows = EXAMPLES["UltraFeedback"].rows
     with pytest.raises(ValueError, match=r"row 0: messages need a chat template, .* \(as_messages=False"):
         tokenize_lists(as_lists(rows), tokenizer)

@@ -13,8 +13,7 @@ from larpo.data.loading import as_lists, load_lists
 from larpo.data.reader import Reader
 from larpo.data.reading import Reading
 from larpo.data.validation import BadRow
-
-datasets.disable_progress_bars()
+from tests.helpers.jsonl import write_jsonl
 
 POST = {
     "question": "Why is the sky blue?",
@@ -87,7 +86,7 @@ def test_ranks_of_rows_of_one_answer_are_ahead_of_the_last_of_their_list(tmp_pat
     places = [("x", "1", 2), ("x", "2", 1), ("x", "3", 2), ("y", "4", 0), ("y", "5", 3)]
     rows = [{"question": q, "answer": a, "place": p} for q, a, p in places]
     where = {"prompt": "question", "completions": "answer", "rank": "place", "group_by": "question"}
-    (file := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
     for found in (as_lists(rows, columns=where), load_lists(file, columns=where, streaming=True)):
         assert [one["scores"] for one in found] == [[0.0, 1.0, 0.0], [3.0, 0.0]]
     ranked = {"prompt": "question", "completions": ["good", "bad"], "rank": ["first", "second"], "group_by": "question"}
@@ -101,8 +100,7 @@ def load_lists_of(rows, **how):
     from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        file.write_text("\n".join(map(json.dumps, rows)))
+        file = write_jsonl(Path(folder) / "rows.jsonl", rows)
         return load_lists(file, **how)
 
 

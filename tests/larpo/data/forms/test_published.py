@@ -10,9 +10,8 @@ datasets = pytest.importorskip("datasets")
 from larpo.data.forms import FORMS, recognise
 from larpo.data.loading import as_lists, load_lists, read_lists
 from larpo.data.reading import Reading
+from tests.helpers.jsonl import write_jsonl
 from tests.larpo.data.forms.examples import ASK, EAGLE, EXAMPLES, KIWI, PENGUIN, SYSTEM, TURN, assistant, battle, user
-
-datasets.disable_progress_bars()
 
 
 def example(name, **changes):
@@ -30,8 +29,7 @@ def test_a_form_is_recognised_and_read_from_every_source(name, tmp_path):
     assert recognise(rows[0], Reading()).name == name
     expected = {"prompt": prompt, "completions": completions, "scores": scores}
     expected |= {"source": source} if source else {}
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     for place in (rows, datasets.Dataset.from_list(rows), file, tmp_path / "rows.parquet"):
         (found,) = load_lists(place).to_list()

@@ -14,8 +14,7 @@ from larpo.data.summary import DataSummary
 from larpo.data.summary.spread import spread_of
 from larpo.data.tokenization import tokenize_row
 from tests.helpers import tiny
-
-datasets.disable_progress_bars()
+from tests.helpers.jsonl import write_jsonl
 
 
 def settings(**options):
@@ -112,8 +111,7 @@ def test_the_form_and_what_is_left_out_are_told():
 
 
 def test_streams_and_mixtures_are_described_too(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text("\n".join(map(json.dumps, LISTS)))
+    file = write_jsonl(tmp_path / "a.jsonl", LISTS)
     whole = larpo.describe(str(file), tiny.tokenizer(), settings())
     stream = larpo.describe(str(file), tiny.tokenizer(), settings(), streaming=True, limit=3)
     assert (stream.lists, stream.lists_read, stream.candidates) == (3, None, 7)

@@ -19,7 +19,6 @@ from larpo.data.summary.plots import histograms
 from larpo.data.summary.spread import spread_of
 from tests.helpers.tokenizer_families import tiny_tokenizer
 
-datasets.disable_progress_bars()
 EVIL = '<script src="https://x.org/a.js">alert(1)</script><img src=x onerror=alert(2)> "\' &lt; ]]> \u202e \x1b[31m'
 
 
