@@ -6,6 +6,7 @@ import http.server
 import json
 import threading
 from collections.abc import Callable, Sequence
+from email.message import Message
 from typing import Any
 
 
@@ -19,7 +20,7 @@ class StandIn:
     def __init__(self, answer: Callable[[dict, int], Any], models: Sequence[str] = ("policy",)):
         self.answer, self.models = answer, models
         self.asked: list[dict] = []  # bodies, each with its path
-        self.headers: list[dict] = []
+        self.headers: list[Message] = []  # whose names may be in any case
         self.bodies: list[dict] = []  # of requests that were answered with 200
         self.most_at_a_time = self._now = 0
         self._lock = threading.Lock()
@@ -33,7 +34,7 @@ class StandIn:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                found = stand_in._answered(body, self.path, dict(self.headers))
+                found = stand_in._answered(body, self.path, self.headers)
                 if found is None:
                     self.close_connection = True
                 else:
@@ -59,7 +60,7 @@ class StandIn:
         self._server.shutdown()
         self._server.server_close()
 
-    def _answered(self, body: dict, path: str, headers: dict) -> tuple[int, Any] | None:
+    def _answered(self, body: dict, path: str, headers: Message) -> tuple[int, Any] | None:
         with self._lock:
             number = len(self.asked)
             self.asked.append(body | {"path": path})
