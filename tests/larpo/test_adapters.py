@@ -4,12 +4,9 @@ import copy
 import math
 import warnings
 
+import peft
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets", "peft"):
-    pytest.importorskip(package)
-import peft
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM

@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets", "trl"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.config import LarPOConfig

@@ -63,9 +63,11 @@ FULL = PromptList(
 @pytest.mark.parametrize("one", [FULL, made("p", 1.0, 2.0), made("p", 1.0, None)])
 def test_a_list_survives_its_row_and_parquet(one, tmp_path):
     assert PromptList.from_row(one.to_row()) == one
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.Dataset.from_list(c.to_rows([one])).to_parquet(tmp_path / "lists.parquet")
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     frame = pandas.read_parquet(tmp_path / "lists.parquet")  # arrays for lists, NaN for None
     assert c.from_rows(frame.to_dict("records")) == [one]
     if None not in [candidate.score for candidate in one.candidates]:

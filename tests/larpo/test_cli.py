@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("transformers", "accelerate", "datasets", "typer", "yaml"):
-    pytest.importorskip(package)
 from larpo import commands
 from larpo.cli import main
 from larpo.config import LarPOConfig
@@ -242,7 +240,8 @@ def test_lists_can_be_scored_without_rewards(tmp_path, folder, suffix):
 
 
 def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
-    peft = pytest.importorskip("peft")
+    import peft
+
     from tests.helpers.trainers import eager_logps
 
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -257,7 +256,8 @@ def test_the_folder_of_an_adapter_is_scored_as_it_was_trained(tmp_path, folder):
 
 
 def test_an_adapter_is_trained_on_top_of_the_one_in_a_folder_and_read_back(tmp_path, folder):
-    peft = pytest.importorskip("peft")
+    import peft
+
     from larpo.modeling.loading import load_causal_lm
     from tests.helpers.trainers import eager_logps
 

@@ -8,8 +8,6 @@ import torch.distributed as dist
 
 from tests.helpers import ranks
 
-for package in ("transformers", "accelerate", "datasets", "peft"):
-    pytest.importorskip(package)
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
 

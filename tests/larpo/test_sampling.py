@@ -9,8 +9,6 @@ import torch
 
 from larpo.data import endings
 from larpo.sampling import Distinct, Sampled, TransformersSampler, VLLMSampler, prompt_tokens, temperature_at
-
-pytest.importorskip("transformers")
 from tests.helpers.tiny_tokenizer import WORDS, tiny_llama, tiny_tokenizer
 
 EOS = WORDS.index("<eos>")
@@ -237,7 +235,8 @@ def test_a_prompt_of_several_completions_is_computed_once_and_gives_the_same_one
     model, tokens = tiny_model(spread=0.3), []
     model.model.register_forward_pre_hook(lambda _, args, given: tokens.append(given["input_ids"].numel()), with_kwargs=True)
     if adapter:
-        peft = pytest.importorskip("peft")
+        import peft
+
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     shared = sampler(1, model)(PROMPTS, 5, 1.0, seed=0)
     assert tokens == [4 * 3, 4 * 5]  # four prompts padded to four tokens, without their last; then that one in every row
@@ -292,7 +291,8 @@ def test_dropout_is_off_while_sampling():
 
 
 def test_a_model_with_adapters_samples_from_the_adapted_policy_and_keeps_its_settings():
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = tiny_model()
     plain = sampler(model=base)(PROMPTS, 1, 0.0, seed=0)
     config = base.generation_config

@@ -7,8 +7,6 @@ import signal
 import pytest
 import torch
 
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from larpo import commands, scoring
 from larpo.runs import files
 from larpo.runs.files import read_rows

@@ -4,11 +4,8 @@ import copy
 import logging
 import warnings
 
-import pytest
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 import datasets
+import pytest
 from datasets import Dataset, concatenate_datasets
 
 from larpo.data.scored_tokens import token_hashes

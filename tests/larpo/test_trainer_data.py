@@ -3,9 +3,6 @@
 import math
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.trainer import LarPOTrainer

@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.trainer import LarPOTrainer
@@ -105,7 +102,6 @@ def test_a_model_whose_hidden_states_cannot_be_used_trains_from_logits(tmp_path,
 @pytest.mark.parametrize("options", [dict(use_dora=True), dict(lora_bias=True)])
 def test_an_adapter_on_the_head_that_needs_logits_trains_beside_its_base(tmp_path, data, options):
     """The first forward is the reference's, with the adapter off: what holds there need not hold with it on."""
-    pytest.importorskip("peft")
     with pytest.warns(UserWarning, match="trained from its logits"):
         t = trainer(tmp_path, data, peft_config=lora(target_modules=["q_proj", "lm_head"], **options), beta=0.3)
         generator = torch.Generator().manual_seed(0)
@@ -211,7 +207,6 @@ def test_settings_of_how_a_run_is_computed_change_nothing(tmp_path, data, plain_
 
 
 def test_an_adapter_trains_with_checkpoints_of_activations(tmp_path, data):
-    pytest.importorskip("peft")
     found = []
     for own in ({}, dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})):
         t = trainer(tmp_path, data, peft_config=lora(), max_steps=2, learning_rate=1e-1, **own)

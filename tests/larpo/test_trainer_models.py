@@ -6,9 +6,6 @@ import pickle
 
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 import transformers
 from datasets import Dataset
 
@@ -50,7 +47,6 @@ def test_weights_in_half_precision_are_warned_of_with_what_to_do(tmp_path, data)
 
 
 def test_a_frozen_model_in_half_precision_is_not_warned_of(tmp_path, data, unwarned):
-    pytest.importorskip("peft")
     trainer(tmp_path, data, tiny.causal_lm(dtype=torch.bfloat16), peft_config=lora())  # its adapter is in float32
 
 
@@ -111,13 +107,15 @@ def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path, data):
 
 
 def test_prompt_learning_is_refused(tmp_path, data):
-    peft = pytest.importorskip("peft")
+    import peft
+
     with pytest.raises(ValueError, match="prompt learning"):
         trainer(tmp_path, data, peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
 def test_an_adapter_on_an_adapter_is_refused(tmp_path, data):
-    peft = pytest.importorskip("peft")
+    import peft
+
     with pytest.raises(ValueError, match="already"):
         trainer(tmp_path, data, peft.get_peft_model(tiny.causal_lm(), lora()), peft_config=lora())
 

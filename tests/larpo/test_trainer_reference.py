@@ -5,9 +5,6 @@ import math
 
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from tests.helpers import tiny
@@ -107,7 +104,8 @@ def test_reference_free(tmp_path, data):
 
 
 def test_a_reference_that_training_would_move_is_refused(tmp_path, data):
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = tiny.causal_lm()
     with pytest.raises(ValueError, match="ref_model shares 8 trained parameters with the model"):
         trainer(tmp_path, data, peft.get_peft_model(base, lora()), ref_model=base)
@@ -138,7 +136,8 @@ def test_a_reference_that_follows_goes_on_from_a_checkpoint(tmp_path, data, adap
     def model():
         if not adapter:
             return tiny.causal_lm()
-        peft = pytest.importorskip("peft")
+        import peft
+
         torch.manual_seed(0)
         return peft.get_peft_model(tiny.causal_lm(), lora())
 
@@ -189,7 +188,8 @@ def test_lora_with_gradient_checkpointing_trains_the_adapter_only(tmp_path, data
 
 
 def test_a_model_with_an_adapter_keeps_it_in_the_reference(tmp_path, data):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(tiny.causal_lm(), lora())
     for name, p in model.named_parameters():
         if "lora_B" in name:

@@ -4,9 +4,6 @@ import warnings
 
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.runs.checkpoints import last_whole_checkpoint
@@ -47,7 +44,6 @@ def test_what_is_logged(tmp_path, data):
 
 
 def test_tensorboard_shows_list_metrics(tmp_path, data, monkeypatch):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))

@@ -154,16 +154,6 @@ def test_statistics_only_when_asked_for(backend, device):
     torch.testing.assert_close(out.entropy.cpu().double(), slow_loop.entropies(logits, batch.labels), rtol=1e-4, atol=1e-5)
 
 
-def test_lists_of_one_push_nothing(backend, device):
-    head, batch = head_and_batch(device=device)
-    alone = replace(batch, list_sizes=(1,) * 6)
-    head = replace(head, upstream=torch.ones(6, device=device))
-    loss, grads = run(fused(alone, backend), head, linear_heads.ALL)
-    assert (loss == 0).all()
-    for name in linear_heads.ALL:
-        assert (grads[name] == 0).all(), name
-
-
 def test_a_whole_model_trains_through_it(device):
     """Embedding tied to the head, through a layer, against the eager specification in float64."""
     head, batch = head_and_batch(device=device, bias=False)

@@ -66,13 +66,6 @@ def test_scale_and_softcap_reach_candidates(backend, batch):
     assert_matches_float64(batch, backend, logit_scale=2.5, softcap=3.0, length_normalized=True)
 
 
-def test_it_is_the_sum_of_token_logps(backend, batch):
-    tokens = lk.token_logps(batch.logits, batch.labels, backend=backend)
-    logps = ours(batch, backend)(batch.logits)
-    parts = tokens if batch.cu_seqlens is None else tokens.split(list(batch.lengths))
-    torch.testing.assert_close(logps, torch.stack([part.sum() for part in parts]), rtol=1e-6, atol=1e-6)
-
-
 def test_length_normalized_divides_by_the_tokens_that_count(backend, device):
     logits = torch.zeros(2, 4, 10, device=device)  # every token has log-probability -log 10
     labels = torch.tensor([[IGNORE, 1, 2, IGNORE], [3, 4, 5, 6]], device=device)

@@ -7,8 +7,8 @@ import torch
 
 import larpo_kernels as lk
 from tests.helpers import slow_loop
-from tests.helpers.allocations import allocations
 from tests.helpers.batches import IGNORE, gradient, leaf
+from tests.helpers.costs import costs
 from tests.helpers.regimes import REGIMES
 from tests.helpers.tolerance import FLOAT32_ROUNDING, assert_no_worse_than_eager, gradient_eps
 
@@ -285,7 +285,7 @@ def test_logits_whose_columns_are_not_adjacent_are_right_or_refused(backend, dev
 def test_a_view_of_the_logits_is_read_in_place():
     model_logits = torch.randn(4, 65, 32000).bfloat16()
     labels = torch.randint(0, 32000, (4, 64))
-    largest = max(allocations(lambda: lk.token_logps(model_logits[:, :-1], labels, backend="torch")))
+    largest = costs(lambda: lk.token_logps(model_logits[:, :-1], labels, backend="torch")).largest
     assert largest < model_logits.nbytes / 2, "the forward copies the logits"
 
 
@@ -293,7 +293,7 @@ def test_backward_allocates_one_gradient_and_no_float32_copy():
     logits = torch.randn(4, 64, 32000).bfloat16().requires_grad_()
     labels = torch.randint(0, 32000, (4, 64))
     logps = lk.token_logps(logits, labels, backend="torch")
-    large = [n for n in allocations(lambda: logps.sum().backward()) if n > logits.nbytes / 2]
+    large = [n for n in costs(lambda: logps.sum().backward()).allocated if n > logits.nbytes / 2]
     assert large == [logits.nbytes]
 
 

@@ -2,8 +2,6 @@
 
 import pytest
 
-for package in ("transformers", "yaml"):
-    pytest.importorskip(package)
 from larpo.align import AlignConfig, load_config
 from larpo.align.config import differences
 from larpo.rewards import Judge

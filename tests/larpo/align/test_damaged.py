@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 from larpo.align.run_folder import RunFolder
 from larpo.runs.files import read_rows
 from larpo.runs.intact import Damaged

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 if not hasattr(os, "fork"):
     pytest.skip("processes are forked", allow_module_level=True)
 from larpo.runs.files import read_json, read_rows, rows_once, write_text, write_whole

@@ -3,9 +3,6 @@
 import math
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 import torch
 
 from larpo.align import demo, stages

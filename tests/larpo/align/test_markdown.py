@@ -37,7 +37,6 @@ def test_a_block_ends_where_it_ends():
 
 
 def test_a_page_of_html_shows_texts_as_they_are_and_loads_nothing(tmp_path):
-    pytest.importorskip("markdown_it")
     from larpo.align.page import html
 
     bad = "</pre></td><script>alert(1)</script> ![a](http://e.org/a.png) [b](javascript:alert(1)) <img src=x onerror=alert(1)>"

@@ -6,8 +6,6 @@ import weakref
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from larpo.align import models
 from tests.helpers import align_runs
 

@@ -4,9 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 import torch
 from safetensors.torch import load_file
 
@@ -46,7 +43,6 @@ def test_only_the_last_layers_are_trained(tmp_path):
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_sampled(tmp_path, changes, message):
-    pytest.importorskip("peft")
     with pytest.raises(ValueError, match=message):
         align(tmp_path, iterations=1, **changes)
     assert not list(tmp_path.rglob("*.parquet"))
@@ -88,7 +84,6 @@ def test_a_model_in_the_home_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_an_adapter_goes_on_from_iteration_to_iteration(tmp_path):
-    pytest.importorskip("peft")
     result = align(tmp_path, peft={"r": 2, "target_modules": ["q_proj", "v_proj"]}, training=dict(learning_rate=5e-2, beta=0.5))
     first, second = (load_file(tmp_path / f"iteration-0{i}" / "model" / "adapter_model.safetensors") for i in (1, 2))
     assert first.keys() == second.keys()
@@ -101,7 +96,7 @@ def test_an_adapter_goes_on_from_iteration_to_iteration(tmp_path):
 
 
 def test_the_adapter_in_a_folder_goes_on_to_be_trained(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForCausalLM
 
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -5,8 +5,6 @@ import warnings
 
 import pytest
 
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 from larpo.align.prompts import load_prompts, of_iteration
 from tests.helpers import align_runs, tiny
 from tests.helpers.align_runs import align, config

@@ -2,8 +2,6 @@
 
 import pytest
 
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 from larpo.align import stages
 from larpo.align.prompts import of_iteration
 from larpo.runs.files import read_json

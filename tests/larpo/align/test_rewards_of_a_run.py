@@ -4,9 +4,6 @@ import statistics
 from collections import Counter
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 import torch
 
 from larpo.align import load_config, stages

@@ -9,8 +9,6 @@ import types
 
 import pytest
 
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml", "openai"):
-    pytest.importorskip(package)
 from larpo.align import other_engine
 from larpo.align.config import differences
 from larpo.align.samplers import Samplers

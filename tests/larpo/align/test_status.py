@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-for package in ("transformers", "accelerate", "datasets", "matplotlib", "yaml"):
-    pytest.importorskip(package)
 from larpo.align import stages
 from larpo.align.status import status
 from larpo.runs.files import write_rows

@@ -2,10 +2,8 @@
 
 import json
 
+import datasets
 import pytest
-
-pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
 
 from larpo.data.chat_template import template_keywords, whole_text
 from larpo.data.loading import as_lists

@@ -3,10 +3,8 @@
 import json
 import warnings
 
+import datasets
 import pytest
-
-pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
 
 from larpo.data.loading import as_lists, load_lists
 from larpo.data.tokenization import tokenize_lists, tokenize_row

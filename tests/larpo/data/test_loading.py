@@ -2,9 +2,8 @@
 
 import json
 
+import datasets
 import pytest
-
-datasets = pytest.importorskip("datasets")
 
 from larpo.data.forms.shared_start import split_text
 from larpo.data.loading import as_lists, check_row, from_candidate_lists, load_lists
@@ -356,7 +355,8 @@ def test_keys_that_arrow_fills_in_do_not_part_prompt_and_completion():
 
 
 def test_rows_of_numpy_arrays_are_rows(tmp_path):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     messages = [{"prompt": [user("2 + 2 =")], "completions": [[assistant("4")], [assistant("5")]], "scores": [1.0, 0.0]}]
     for rows in (ROWS, messages, [ROWS[0] | {"ref_logps": [-1.0, -2.5, -3.0], "source": ["a", "b", "c"]}]):
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "lists.parquet")
@@ -389,7 +389,8 @@ def test_one_source_is_that_of_every_candidate(columns):
 
 
 def test_other_containers_are_refused_with_what_to_do():
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     dataset = datasets.Dataset.from_list(ROWS)
     for value, message in (
         (datasets.DatasetDict(train=dataset, test=dataset), r"a list of dicts, got DatasetDict with the splits train, test: "),

@@ -3,9 +3,6 @@
 import json
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.config import LarPOConfig

@@ -3,11 +3,8 @@
 import itertools
 import json
 
-import pytest
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 import datasets
+import pytest
 import torch
 
 from larpo import commands

@@ -2,16 +2,13 @@
 
 import warnings
 
+import datasets
 import pytest
-
-from tests.helpers.optional_hypothesis import given, st
-
-pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
 
 from larpo.data import prompt_boundary
 from larpo.data.loading import as_lists
 from larpo.data.tokenization import TokenizationReport, tokenize_lists, tokenize_row
+from tests.helpers.optional_hypothesis import given, st
 from tests.helpers.tokenizer_families import CHATML, CORPUS, FAMILIES, LOSSY, tiny_tokenizer, with_template
 
 BOS, EOS, END = 1, 2, 3

@@ -3,9 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-
 from larpo.data.collator import ListCollator
 from larpo.data.loading import as_lists
 from larpo.data.scored_tokens import counted_tokens

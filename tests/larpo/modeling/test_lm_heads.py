@@ -1,9 +1,9 @@
 """The last step from hidden states to logits, per architecture, and what catches one that is not as the table says."""
 
+import peft
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 from larpo.modeling import lm_heads
 from tests.helpers import tiny
 
@@ -98,11 +98,9 @@ def test_the_check_leaves_mode_and_gradients_alone():
 
 
 class TestAdapters:
-    peft = pytest.importorskip("peft")
-
     def adapted(self, **config):
         torch.manual_seed(0)
-        model = self.peft.get_peft_model(tiny.causal_lm(), self.peft.LoraConfig(task_type="CAUSAL_LM", r=4, **config))
+        model = peft.get_peft_model(tiny.causal_lm(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **config))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -147,7 +145,7 @@ class TestAdapters:
 
     def test_two_adapters_at_once(self):
         model = self.adapted(target_modules=["lm_head"])
-        model.add_adapter("other", self.peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]))
+        model.add_adapter("other", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]))
         model.base_model.set_adapter(["default", "other"])
         lm = lm_heads.causal_lm(model)
         for name, parameter in model.named_parameters():

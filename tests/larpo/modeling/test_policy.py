@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
 from larpo.modeling.policy import Policy, accepts_rows, attach, attached, detach
 from larpo.modeling.row_checks import _difference
 from larpo.modeling.row_layouts import TokenizedCandidate, packed_rows, padded_rows, shared_rows

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from larpo.modeling.prefix_sharing import FAMILIES, check_prefix_sharing, supports_prefix_sharing
 from tests.helpers.tiny import causal_lm
 from tests.larpo.modeling.test_prefix_sharing import APART, SHARED, TOKENS, WINDOW, _attentive, _logps

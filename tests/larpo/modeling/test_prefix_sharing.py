@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 import larpo_kernels as lk
 from larpo.modeling import prefix_sharing
 from larpo.modeling.row_layouts import TokenizedCandidate, backbone_inputs, padded_rows, shared_rows

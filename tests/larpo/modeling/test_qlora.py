@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-for package in ("bitsandbytes", "transformers", "accelerate", "datasets", "peft"):
-    pytest.importorskip(package)
+pytest.importorskip("bitsandbytes")
 from datasets import Dataset
 
 from tests.helpers import tiny

@@ -124,7 +124,6 @@ def test_a_multiple_below_one_is_an_error():
 
 
 def test_flash_attention_gets_the_borders_of_packed_sequences():
-    pytest.importorskip("transformers")
     config = causal_lm("llama").config
     config._attn_implementation = "flash_attention_2"
     inputs = backbone_inputs(packed_rows(RAGGED), config, torch.bfloat16)
@@ -140,7 +139,6 @@ def test_flash_attention_gets_the_borders_of_packed_sequences():
 )
 def test_packed_sequences_do_not_see_each_other(model_type, config, attention):
     """transformers tells sequences of a row apart by positions that start again."""
-    pytest.importorskip("transformers")
     model = causal_lm(model_type, attn_implementation=attention, **config)
 
     def hidden(rows):

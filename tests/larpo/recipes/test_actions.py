@@ -6,8 +6,6 @@ import random
 import pytest
 import torch
 
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from larpo.recipes import linvit, read, twosome
 from larpo.recipes.actions import Menu, action_logits
 from larpo.recipes.tasks import corridor, lake, toy_lm
@@ -84,7 +82,6 @@ def test_equal_likelihood_per_token_means_equal_chance_only_if_normalised():
 
 
 def test_the_lake_in_words_is_gymnasiums_lake():
-    pytest.importorskip("gymnasium")
     table = lake.make(slippery=False).unwrapped.P
     for state in range(lake.STATES):
         if state in (5, 7, 11, 12, 15):  # holes and the goal: nobody acts there
@@ -123,7 +120,6 @@ def test_regularised_value_and_its_gradient_the_policy():
 
 
 def test_planning_on_the_true_model_is_optimal_and_a_strong_prior_wins_where_it_is_trusted():
-    pytest.importorskip("gymnasium")
     env = lake.make(slippery=True, max_steps=20)
     moves, rewards = lake.true_tables(env)
     model = linvit.Model(lake.STATES, len(lake.ACTIONS))

@@ -6,8 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from larpo.recipes import compound
 from larpo.recipes.harness import report
 from larpo.recipes.tasks.reading import Lists

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from larpo.recipes.copo import PseudoCounts, bag_of_tokens, completions_of, copo
 from larpo.recipes.selm import selm
 from tests.helpers.written_out import assert_equal_losses

@@ -7,9 +7,6 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import larpo_kernels as lk
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from larpo.recipes import objectives
 from larpo.recipes.harness import lists as lists_of
 from tests.helpers.written_out import assert_equal_losses

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from larpo.candidates import Candidate, PromptList
 from larpo.recipes import RECIPES, compound, copo, linvit, load, objectives, read, rlrf, selection, selm, twosome
 from larpo.recipes.harness import report
@@ -51,9 +49,6 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs_and_writes_what_it_found(name, tmp_path, capsys):
-    if name in ("twosome", "linvit"):
-        pytest.importorskip("gymnasium")
-    pytest.importorskip("matplotlib")
     recipe = KINDS[name](**SMALL[name])
     result = command(recipe, ["--seeds", "0", "--out", str(tmp_path)])
     written = json.loads((tmp_path / f"{name}.json").read_text())

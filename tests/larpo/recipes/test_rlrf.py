@@ -4,9 +4,6 @@ import random
 from dataclasses import replace
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 import torch
 from datasets import Dataset
 

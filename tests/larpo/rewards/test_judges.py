@@ -13,7 +13,6 @@ from collections import Counter
 
 import pytest
 
-pytest.importorskip("huggingface_hub")
 from larpo.rewards import Endpoint, Judge, Memory, RewardError, combined, judge, judged, score
 from larpo.rewards.finding import from_settings, settings_that_count
 from tests.helpers import HANGS, prepared

@@ -47,7 +47,8 @@ def test_a_reward_without_an_opinion_leaves_the_sum_to_the_others():
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     for values in (
         numpy.array([1.0, 2.0, 3.0]),
         torch.tensor([1.0, 2.0, 3.0]),
@@ -69,7 +70,8 @@ def test_prompts_completions_and_columns_reach_every_reward_by_name():
 
 
 def test_a_reward_that_changes_its_arguments_changes_those_of_no_other():
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     messages = [[{"role": "user", "content": text}] for text in PROMPTS]
     lists = {"completion_ids": [[3, 1], [2], [9, 8]], "facts": [{"a": [1]}, {"a": [2]}, {"a": [3]}], "where": [(1, [2])] * 3}
     given = lists | {"level": numpy.arange(3.0), "embedding": torch.zeros(3), "shared": {"words": {"x"}}}
@@ -204,7 +206,6 @@ def test_a_users_function_or_class_is_found_by_name(monkeypatch):
 
 # --- a reward model
 
-pytest.importorskip("transformers")
 from tests.helpers.tiny_tokenizer import WORDS, tiny_llama, tiny_tokenizer
 
 

@@ -9,9 +9,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets", "filelock"):
-    pytest.importorskip(package)
 import torch
 
 from larpo.runs.checkpoints import last_whole_checkpoint, what_is_missing

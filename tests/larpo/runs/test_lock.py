@@ -4,8 +4,6 @@ import threading
 import time
 
 import pytest
-
-pytest.importorskip("filelock")
 from filelock import FileLock
 
 from larpo.runs.lock import is_locked, locked

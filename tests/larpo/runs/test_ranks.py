@@ -1,8 +1,6 @@
 """Processes of one run; on several of them tests/larpo/align/test_ranks.py has it."""
 
 import pytest
-
-pytest.importorskip("accelerate")
 from accelerate import PartialState
 
 from larpo.runs.ranks import ALONE, Ranks

@@ -3,9 +3,6 @@
 import json
 
 import pytest
-
-for package in ("transformers", "accelerate", "datasets", "typer", "yaml"):
-    pytest.importorskip(package)
 import torch
 import yaml
 
@@ -83,7 +80,6 @@ def test_a_run_of_the_loop_writes_no_secret_and_goes_on_with_another(tmp_path, m
 
 
 def test_larpo_train_writes_no_secret_and_goes_on_with_another(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     given = model_and_lists(tmp_path)
 

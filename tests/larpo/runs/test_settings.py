@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("yaml")
 from larpo.runs.settings import flag_values, read_settings
 
 

@@ -12,8 +12,6 @@ import types
 
 import pytest
 
-pytest.importorskip("openai")
-pytest.importorskip("transformers")
 from larpo.runs.intact import Damaged
 from larpo.sampling import Sampled
 from larpo.serving.asking import sampling_limits

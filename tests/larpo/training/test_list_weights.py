@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.trainer import LarPOTrainer

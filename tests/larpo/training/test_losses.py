@@ -5,9 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 import larpo_kernels as lk

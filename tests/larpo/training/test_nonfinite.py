@@ -5,9 +5,6 @@ import math
 
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.trainer import LarPOTrainer

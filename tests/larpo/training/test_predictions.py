@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.data.collator import ListCollator

@@ -3,10 +3,8 @@
 import logging
 import warnings
 
+import datasets
 import pytest
-
-pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
 
 from larpo import LarPOConfig
 from larpo.data.loading import as_lists

@@ -6,10 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-pytest.importorskip("datasets")
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from larpo.modeling import adapters
 from larpo.training import metrics
@@ -102,7 +100,8 @@ def test_a_step_asks_the_device_for_one_number_and_runs_few_ops(tmp_path, monkey
 
 
 def test_switching_an_adapter_off_leaves_it_as_it_was():
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(tiny.causal_lm(), peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
     ids = torch.tensor([[1, 5, 6]])
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

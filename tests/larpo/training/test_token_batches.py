@@ -6,9 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-for package in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(package)
 from datasets import Dataset
 
 from larpo.data.collator import ListCollator

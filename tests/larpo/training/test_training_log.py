@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-pytest.importorskip("transformers")
 from larpo.training import training_log
 
 

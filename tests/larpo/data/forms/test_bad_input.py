@@ -4,9 +4,8 @@ import copy
 import json
 import re
 
+import datasets
 import pytest
-
-datasets = pytest.importorskip("datasets")
 
 from larpo.data.forms import FORMS
 from larpo.data.forms.scores import Numbers, chosen_scores

@@ -4,9 +4,8 @@ import copy
 import json
 import pickle
 
+import datasets
 import pytest
-
-datasets = pytest.importorskip("datasets")
 
 from larpo.data.forms import UNSCORED, recognise
 from larpo.data.loading import as_lists, load_lists

@@ -3,9 +3,8 @@
 import copy
 import json
 
+import datasets
 import pytest
-
-datasets = pytest.importorskip("datasets")
 
 from larpo.data.forms import FORMS, recognise
 from larpo.data.loading import as_lists, load_lists, read_lists

@@ -5,8 +5,6 @@ from functools import partial
 
 import pytest
 
-for package in ("transformers", "accelerate", "datasets", "typer", "rich", "matplotlib"):
-    pytest.importorskip(package)
 import larpo
 from larpo import LarPOConfig, LarPOTrainer, commands, offline
 from larpo.data.summary import FILE, read_summaries, write_summaries

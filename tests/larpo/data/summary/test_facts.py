@@ -5,9 +5,6 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-
 import larpo
 from larpo import LarPOConfig
 from larpo.data.summary import DataSummary

@@ -8,10 +8,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-datasets = pytest.importorskip("datasets")
-
 import larpo
 from larpo import LarPOConfig
 from larpo.data.summary.page import page
