@@ -231,10 +231,8 @@ class AlignConfig:
             raise ValueError(f"negatives {self.negatives!r} fill the bottom of the subset, but subset={self.subset!r} has none")
 
     def _take_no_mask_for_a_secret(self) -> None:
-        settings = {f.name: getattr(self, f.name) for f in fields(self)}
-        settings = {name: value for name, value in settings.items() if not _is_rows(name, value)}
-        for name, value in given_again(settings).items():
-            setattr(self, name, value)
+        settings = {name: value for name, value in vars(self).items() if not _is_rows(name, value)}
+        vars(self).update(given_again(settings))
 
     def _check_ending(self) -> None:
         least, most = self.min_new_tokens, self.max_new_tokens
@@ -320,9 +318,8 @@ class AlignConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.yaml holds: plain values, a reward that is a Python object by its name, secrets masked."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
         rewards = [one if isinstance(one, Mapping) else _as_setting(one) for one in self.rewards()]
-        values["reward"] = rewards if isinstance(self.reward, list | tuple) else rewards[0]
+        values = vars(self) | {"reward": rewards if isinstance(self.reward, list | tuple) else rewards[0]}
         return {name: _plain(value if _is_rows(name, value) else masked(value, name)) for name, value in values.items()}
 
     def __repr__(self) -> str:

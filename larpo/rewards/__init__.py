@@ -2,9 +2,7 @@
 
     reward(prompts=[...], completions=[...], **columns) -> list[float | None]      one value per completion, higher is better
 
-It may be a coroutine function. Prompts and completions are strings or lists of messages; columns are the data set's other
-columns, a value per completion, and in the loop `completion_ids`, the tokens of each. A reward may change what it is given: it
-has copies.
+`Reward` says what it is given and what it returns.
 
     judge.py       Judge: how a reward is asked (batches, whole lists, how many calls at a time, again after an error)
     asked.py       what it is asked about; answers.py: what counts as an answer

@@ -42,8 +42,8 @@ class Reward(Protocol):
     """What scores completions: a function, or an object that is called. It may be a coroutine function.
 
     It is called with keywords: `prompts` and `completions` (strings, or lists of messages), and the other columns of the data,
-    each a list with one value per completion. It returns one value per completion, higher is better: a finite number, or None
-    for no opinion.
+    each a list with one value per completion; in the loop also `completion_ids`, the tokens of each. They are copies, which it
+    may change. It returns one value per completion, higher is better: a finite number, or None for no opinion.
     """
 
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> Sequence[float | None]: ...
