@@ -1,7 +1,6 @@
 """Facts of data as one page of HTML that needs nothing but itself.
 
-The page is built as a tree, so that all text on it is escaped; its one picture stands in it, and it says itself that nothing
-may be loaded from elsewhere.
+It is built as a tree, so that all text on it is escaped; its one picture stands in it.
 """
 
 from __future__ import annotations
@@ -11,46 +10,33 @@ from collections.abc import Mapping
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from ..html_page import html_page
 from ..visible import visible
 from .facts import Answer, DataSummary, Example
 from .plots import histograms
 from .words import Row, sections
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
+body { max-width: 62rem; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 0 2rem;
           align-items: start; }
 .wide { grid-column: 1 / -1; }
-table { border-collapse: collapse; width: 100%; }
-td { padding: .15rem .6rem .15rem 0; border-bottom: 1px solid #eee; vertical-align: top; overflow-wrap: anywhere; }
+table { width: 100%; }
+td { padding: .15rem .6rem .15rem 0; }
 td:first-child { white-space: nowrap; color: #555; } td.note { color: #777; font-size: .85rem; }
 tr.warns td:nth-child(2) { color: #a04000; font-weight: 600; }
 img { width: 100%; }
 article { border: 1px solid #ddd; border-radius: 6px; margin: .8rem 0; padding: .6rem .9rem; }
-pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem;
-      max-height: 22rem; overflow: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; max-height: 22rem; }
 mark { background: #cdeccf; color: inherit; } .read { color: #888; } .about { color: #555; font-size: .85rem; }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(summaries: Mapping[str, DataSummary]) -> str:
     """The page of one data set or several, by their names."""
-    title = f"Data: {', '.join(summaries)}"
-    head = _tag(
-        "head",
-        _tag("meta", charset="utf-8"),
-        _tag("meta", **{"http-equiv": "Content-Security-Policy", "content": POLICY}),
-        _tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        _tag("title", title),
-        _tag("style", STYLE),
-    )
     found = [element for name, summary in summaries.items() for element in _of_one(name, summary)]
-    html = _tag("html", head, _tag("body", *found), lang="en")
-    return "<!doctype html>\n" + ElementTree.tostring(html, encoding="unicode", method="html") + "\n"
+    body = "\n".join(ElementTree.tostring(element, encoding="unicode", method="html") for element in found)
+    return html_page(f"Data: {', '.join(summaries)}", STYLE, body)
 
 
 def _of_one(name: str, summary: DataSummary) -> list[Element]:
