@@ -15,8 +15,9 @@ from larpo_kernels.objectives import Objective
 
 from .data.limits import PROMPT_LENGTH, TokenLimits, Truncation
 from .field_docs import documented
+from .runs.checks import check_choice, check_count
 from .runs.secrets import given_again, is_secret, masked, without_secrets
-from .runs.yaml_config import as_meant, check_choice, is_whole, json_object
+from .runs.yaml_config import as_meant, json_object
 from .training.losses import ListLoss, objective_of
 from .training.nonfinite import ON_NONFINITE
 from .training.refused_settings import refuse_settings
@@ -168,9 +169,7 @@ class LarPOConfig(TrainingArguments):
 
     def _check_lists(self) -> None:
         for name, least in COUNTS.items():
-            value = getattr(self, name)
-            if value is not None and not is_whole(value, least):
-                raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
+            check_count(name, getattr(self, name), least)
         if (self.list_top is None) != (self.list_bottom is None):
             raise ValueError(f"list_top and list_bottom go together, got {self.list_top} and {self.list_bottom}")
         if self.list_top is not None and self.list_top + self.list_bottom < 2:

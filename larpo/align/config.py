@@ -12,10 +12,11 @@ from ..candidates import PAPER_SUBSETS
 from ..field_docs import documented
 from ..rewards import Judge, name_of
 from ..rewards.finding import check_settings, settings_that_count
+from ..runs.checks import check_choice, is_number, is_whole
 from ..runs.identity import changed, with_defaults
 from ..runs.secrets import given_again, masked
 from ..runs.settings import read_settings
-from ..runs.yaml_config import as_meant, check_choice, is_number, is_whole, nearest, only_choices
+from ..runs.yaml_config import as_meant, nearest, only_choices
 from ..sampling import temperature_at
 from ..serving.settings import SAME_COMPLETIONS, server_settings
 

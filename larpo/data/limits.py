@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..runs.checks import check_count
+
 Truncation = Literal["keep_end", "keep_start"]
 
 
@@ -40,10 +42,8 @@ class TokenLimits:
 
     def __post_init__(self):
         object.__setattr__(self, "max_prompt_length", prompt_limit(self.max_length, self.max_prompt_length))
-        for name, least in (("max_length", 2), ("max_prompt_length", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
+        check_count("max_length", self.max_length, 2)
+        check_count("max_prompt_length", self.max_prompt_length, 1)
         if None not in (self.max_length, self.max_prompt_length) and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length={self.max_prompt_length} must be below max_length={self.max_length}, to leave room for "

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from ..runs.checks import check_choice, is_number
 from ..runs.secrets import is_secret
 from ..runs.servers import check_address, key_in, shown, without_key
-from ..runs.yaml_config import check_choice, is_number
 from .judge import Later
 from .text import Text, text_of
 

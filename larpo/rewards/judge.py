@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..runs.checks import is_number, is_whole
 from ..runs.secrets import masked
-from ..runs.yaml_config import is_number, is_whole
 from .answers import one_per_completion
 from .asked import Asked, Call
 from .background import for_each, wait_for

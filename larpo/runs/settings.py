@@ -15,8 +15,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+from .checks import check_choice
 from .secrets import masked
-from .yaml_config import as_meant, check_choice, kinds_of, load_yaml, nearest, only_choices, yaml_value
+from .yaml_config import as_meant, kinds_of, load_yaml, nearest, only_choices, yaml_value
 
 EMPTY = {"None": None, "null": None, "[]": []}
 YES, NO = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -160,21 +160,6 @@ def only_choices(hint: Any) -> tuple:
     as text). Empty where the type takes others too."""
     kinds = [kind for kind in kinds_of(hint) if kind is not types.NoneType]
     return tuple(choice for kind in kinds if _is_enum(kind) or len(kinds) == 1 for choice in choices_of(kind))
-
-
-def check_choice(name: str, value: Any, choices: Collection) -> None:
-    """Raises ValueError for a setting that is none of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {masked(value, name)!r}")
-
-
-def is_whole(value: Any, at_least: int) -> bool:
-    """Whether a setting is a whole number of at least so much; a boolean is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def is_number(value: Any, at_least: float = -math.inf) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= at_least
 
 
 def _is_enum(kind: Any) -> bool:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from ..field_docs import documented
+from ..runs.checks import is_number, is_whole
 from ..runs.secrets import is_secret
 from ..runs.servers import check_address, key_in
-from ..runs.yaml_config import as_meant, is_number, is_whole, nearest
+from ..runs.yaml_config import as_meant, nearest
 
 CHECKPOINT = "{checkpoint}"  # stands for the folder, or the hub's name, of the policy that samples
 

@@ -39,7 +39,7 @@ from torch import Tensor
 import larpo_kernels as lk
 from larpo_kernels.objectives import OBJECTIVES, Objective, implicit_rewards, resolve
 
-from ..runs.yaml_config import is_number
+from ..runs.checks import is_number
 
 TIES = {"pairwise": "mean", "contrastive": "mean", "listmle": "efron"}  # the defaults
 UNIFORM = ("contrastive", "listnet")  # objectives with a distribution for a target

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from larpo_kernels import validation
 
-from ..runs.yaml_config import is_whole
+from ..runs.checks import check_count
 
 Sums = dict[str, tuple[float, int]]
 PAIRS = 2**21  # pairs of candidates that are compared at a time: 16 MB of float64
@@ -113,8 +113,7 @@ def list_metric_sums(
     ndcg_k: int | None = None,
 ) -> Sums:
     """As `list_metrics`, but of each metric its sum over lists and the number of lists that define it."""
-    if ndcg_k is not None and not is_whole(ndcg_k, 1):
-        raise ValueError(f"ndcg_k must be None or an int >= 1, got {ndcg_k!r}")
+    check_count("ndcg_k", ndcg_k, 1)
     sizes, columns = _on_cpu(list_sizes, scores, relevance, logps)
     found = MetricMeans()
     for lists, candidates in _parts(sizes.tolist()):

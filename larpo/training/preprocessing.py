@@ -19,6 +19,7 @@ from ..data.summary import DataSummary, summarise
 from ..data.summary.words import sentences
 from ..data.text_tokenizer import text_tokenizer
 from ..data.tokenization import TokenizationReport, tokenize_lists, tokens_of_lists
+from ..runs.checks import check_count
 from .losses import is_settled
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def describe(
     """
     from ..config import LarPOConfig
 
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise ValueError(f"limit must be None or an int >= 1, got {limit!r}")
+    check_count("limit", limit, 1)
     args = LarPOConfig(report_to="none") if args is None else args
     tokenizer = text_tokenizer(processing_class)
     read, in_all, reads = _read(data, limit, how)
