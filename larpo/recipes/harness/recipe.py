@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from ...runs.files import read_json, write_text
+from ..optional import need
 from . import report
 from .report import Row
 
@@ -158,7 +159,7 @@ def command(recipe: Recipe, argv: Sequence[str] | None) -> dict[str, Any]:
     print(f"\n{report.markdown(result['table'])}\n", *result["notes"], sep="\n")
     print(f"{result['seconds']} s, {result['cpu_seconds']} s of them on a CPU, with {asked.threads} thread(s)")
     if asked.out is not None:
-        figure = report.need("matplotlib.figure", "bench").Figure(figsize=(7, 3.6), layout="constrained")
+        figure = need("matplotlib.figure", "bench").Figure(figsize=(7, 3.6), layout="constrained")
         recipe.plot(figure, result["rows"])
         figure.savefig(asked.out / f"{name}.png", dpi=120)
         print(f"wrote {name}.json and {name}.png to {asked.out}")

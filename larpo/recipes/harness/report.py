@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 Row = dict[str, Any]  # the outcome of one arm from one seed: "arm", "seed", and what the recipe measures
-
-
-def need(module: str, extra: str) -> ModuleType:
-    """The module, or an ImportError that names the extra that brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise ImportError(f"this recipe needs {package}: pip install 'larpo_kernels[{extra}]'") from error
 
 
 def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..harness import report
+from ..optional import need
 from . import toy_lm
 
 # In gymnasium's order (left, down, right, up). Lengths differ on purpose: 1, 4, 3 and 2 words; 1, 5, 3 and 3 tokens.
@@ -28,7 +28,7 @@ MOVES = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}  # row
 
 def make(*, slippery: bool, max_steps: int = MOST_STEPS):
     """The environment; ImportError naming the extra where gymnasium is not installed."""
-    gymnasium = report.need("gymnasium", "recipes")
+    gymnasium = need("gymnasium", "recipes")
     return gymnasium.make("FrozenLake-v1", desc=list(MAP), is_slippery=slippery, max_episode_steps=max_steps)
 
 

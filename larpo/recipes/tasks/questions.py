@@ -15,7 +15,7 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..harness import report
+from ..optional import need
 
 FILE = "data/Bigbench/DisflQA/test.jsonl"
 FEWEST_WORDS, MOST_WORDS = 8, 40  # of a passage: shorter sentences join the one before, longer ones are cut
@@ -36,7 +36,7 @@ def build(rows: Sequence[dict], count: int, *, passages: int, options: int, seed
     rows: with the texts "passage", "question" and "answer". Raises ImportError, saying what to install, without bm25s;
     ValueError where fewer questions have their answer in their passage.
     """
-    bm25s = report.need("bm25s", "recipes")
+    bm25s = need("bm25s", "recipes")
     if passages < 1 or options < 2:
         raise ValueError(f"expected at least 1 passage and 2 options, got {passages} and {options}")
     corpus, place_of = [], {}  # sentences; which of them make up a passage
