@@ -80,8 +80,7 @@ def fused_listwise_loss(
     """
     transform = LogitTransform(ignore_index, logit_scale, softcap)
     call = LogitsCall(logits, labels, cu_seqlens, transform, backend, inplace_backward)
-    lists = ListwiseProblem(call.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    return lists.loss_of(call, length_normalized, return_stats)
+    return _loss_of(call, relevance, list_sizes, ref_logps, objective, beta, reduction, length_normalized, return_stats)
 
 
 def fused_linear_listwise_loss(
@@ -148,24 +147,20 @@ def fused_linear_listwise_loss(
     """
     transform, asked = LogitTransform(ignore_index, logit_scale, softcap), Request(schedule, memory_budget, tail_threshold)
     call = LinearHeadCall(hidden, weight, labels, bias, cu_seqlens, asked, transform, backend)
-    lists = ListwiseProblem(call.tokens, relevance, list_sizes, ref_logps, objective, beta, reduction)
-    return lists.loss_of(call, length_normalized, return_stats)
+    return _loss_of(call, relevance, list_sizes, ref_logps, objective, beta, reduction, length_normalized, return_stats)
 
 
-class ListwiseProblem:
-    """The list side of a fused loss, validated when made."""
-
-    def __init__(self, tokens: validation.Tokens, relevance, list_sizes, ref_logps, objective, beta, reduction):
-        validation.check_options(beta=beta, reduction=reduction)
-        n, cu_tokens = tokens.num_candidates, tokens.cu_tokens
-        objective = resolve(objective)
-        cu_lists, list_size = validation.lists(list_sizes, n, tokens.values.device)
-        relevance = checked_relevance(relevance, objective, cu_lists, tokens.values, n)
-        ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
-        self.arguments = (cu_tokens, cu_lists, list_size, relevance, ref_logps, objective)
-        self.options = {"beta": beta, "reduction": reduction}
-
-    def loss_of(self, call: LogitsCall | LinearHeadCall, length_normalized: bool, stats: bool) -> ListwiseLossOutput:
-        mean_mask = call.mean_mask(length_normalized)
-        step = ops.list_step(mean_mask, *self.arguments, **self.options, backend=call.backend)
-        return ListwiseLossOutput(*call.run(step, stats)[: 5 if stats else 3])
+def _loss_of(
+    call: LogitsCall | LinearHeadCall, relevance, list_sizes, ref_logps, objective, beta, reduction, length_normalized, stats
+) -> ListwiseLossOutput:
+    """The list side: validated, and run behind the call."""
+    validation.check_options(beta=beta, reduction=reduction)
+    tokens, objective = call.tokens, resolve(objective)
+    n = tokens.num_candidates
+    cu_lists, list_size = validation.lists(list_sizes, n, tokens.values.device)
+    relevance = checked_relevance(relevance, objective, cu_lists, tokens.values, n)
+    ref_logps = validation.ref_logps(ref_logps, n, tokens.values)
+    lists = (cu_lists, list_size, relevance, ref_logps, objective)
+    mean_mask = call.mean_mask(length_normalized)
+    step = ops.list_step(mean_mask, tokens.cu_tokens, *lists, beta=beta, reduction=reduction, backend=call.backend)
+    return ListwiseLossOutput(*call.run(step, stats)[: 5 if stats else 3])
