@@ -110,6 +110,15 @@ def lora(**options):
     return peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options})
 
 
+def as_trained(model, part="lora_B", scale=0.2):
+    """The model, with numbers in the part of its adapters that is 0 before they are trained."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if part in name:
+            p.data = torch.randn(p.shape, generator=generator) * scale
+    return model
+
+
 def with_ref_logps(data, model):
     with torch.no_grad():
         return data.map(lambda row: {"ref_logps": eager_logps(model, row).tolist()})

@@ -15,7 +15,7 @@ from larpo.modeling.adapter_start import compare, handed_over
 from larpo.modeling.loading import load_causal_lm
 from larpo.modeling.reference_policy import Way
 from tests.helpers import tiny
-from tests.helpers.trainers import eager_logps, lora, trainer
+from tests.helpers.trainers import as_trained, eager_logps, lora, trainer
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +196,7 @@ def test_other_adapters_are_trained_against_the_policy_handed_over(tmp_path, dat
 def adapter(tmp_path):
     """(folder of a trained adapter, a model with it that nothing trains)"""
     tiny.save(tmp_path / "base")
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora())
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data = torch.randn(p.shape, generator=generator) * 0.3
+    model = as_trained(peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora()), scale=0.3)
     model.save_pretrained(tmp_path / "sft")
     return str(tmp_path / "sft"), model.merge_and_unload().eval()
 

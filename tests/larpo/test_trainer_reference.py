@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from tests.helpers import tiny
 from tests.helpers.trainers import (
+    as_trained,
     assert_same_gradients,
     eager_logps,
     eager_loss,
@@ -165,11 +166,7 @@ def test_only_a_reference_that_follows_is_in_the_checkpoints(tmp_path, data):
 def test_with_lora_the_reference_is_the_model_without_it(tmp_path, data, targets):
     t = trainer(tmp_path, data, peft_config=lora(target_modules=targets), beta=0.3)
     assert t.ref_model is None
-    generator = torch.Generator().manual_seed(0)
-    for name, p in t.model.named_parameters():
-        if "lora_B" in name:
-            p.data = torch.randn(p.shape, generator=generator) * 0.2
-    plain = copy.deepcopy(t.model)
+    plain = copy.deepcopy(as_trained(t.model))
     plain.forward = type(plain).forward.__get__(plain)
     expected = eager_loss(plain, tiny.causal_lm(), data, beta=0.3)
     expected_gradients = gradients(plain, expected)
@@ -190,11 +187,7 @@ def test_lora_with_gradient_checkpointing_trains_the_adapter_only(tmp_path, data
 def test_a_model_with_an_adapter_keeps_it_in_the_reference(tmp_path, data):
     import peft
 
-    model = peft.get_peft_model(tiny.causal_lm(), lora())
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.2)
-    t = trainer(tmp_path, data, model)
+    t = trainer(tmp_path, data, as_trained(peft.get_peft_model(tiny.causal_lm(), lora())))
     loss, _ = step(t, list(t.train_dataset))
     assert loss.item() == pytest.approx(sum(math.log(len(row["scores"])) for row in data) / len(data), rel=1e-5)
     base = [m.base_model.model.model.embed_tokens.weight for m in (t.ref_model, t.model)]

@@ -8,19 +8,12 @@ import pytest
 from larpo.data.forms.shared_start import split_text
 from larpo.data.loading import as_lists, check_row, from_candidate_lists, load_lists
 from tests.helpers.jsonl import write_jsonl
+from tests.larpo.data.forms.examples import assistant, user
 
 ROWS = [
     {"prompt": "2 + 2 =", "completions": [" 4", " 5", ""], "scores": [1.0, 0.5, -2.0]},
     {"prompt": "", "completions": ["Hello"], "scores": [3.0]},
 ]
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -6,6 +6,7 @@ import torch
 
 from larpo.modeling import lm_heads
 from tests.helpers import tiny
+from tests.helpers.trainers import as_trained, lora
 
 ARCHITECTURES = {
     "llama": {},
@@ -100,11 +101,7 @@ def test_the_check_leaves_mode_and_gradients_alone():
 class TestAdapters:
     def adapted(self, **config):
         torch.manual_seed(0)
-        model = peft.get_peft_model(tiny.causal_lm(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **config))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        return model
+        return as_trained(peft.get_peft_model(tiny.causal_lm(), lora(**config)))
 
     def test_lora_on_the_head_counts_and_is_trained(self):
         model = self.adapted(target_modules=["q_proj", "lm_head"])
@@ -147,10 +144,7 @@ class TestAdapters:
         model = self.adapted(target_modules=["lm_head"])
         model.add_adapter("other", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]))
         model.base_model.set_adapter(["default", "other"])
-        lm = lm_heads.causal_lm(model)
-        for name, parameter in model.named_parameters():
-            if "lora_B.other" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+        lm = lm_heads.causal_lm(as_trained(model, "lora_B.other"))
         assert lm_heads.check(lm, inputs()) is None
 
     def test_a_variant_of_lora_on_the_head_goes_through_logits(self):
