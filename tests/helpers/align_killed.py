@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import torch
 
 import larpo.align.loop
 import larpo.align.plots
-import larpo.trainer
 from larpo.sampling import TransformersSampler
-from tests.helpers import align_runs
+from tests.helpers import align_runs, kills
 
 MODES = {
     "renames": dict(
@@ -30,35 +28,6 @@ MODES = {
     ),
     "training": dict(iterations=2, memory="all", training=dict(save_strategy="steps", save_steps=2, learning_rate=1e-2)),
 }
-
-
-def killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_after_the_next_new_file() -> None:
-    rename = os.replace
-
-    def replace(source, target):
-        new = not os.path.exists(target)
-        rename(source, target)
-        if new:
-            killed()
-
-    os.replace = replace
-
-
-def die_at_the_fourth_step() -> None:
-    """One that has a checkpoint at its second step behind it, and would reach the fourth."""
-    steps, step = [], larpo.trainer.LarPOTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        steps.append(1)
-        if len(steps) == 4:
-            killed()
-        return step(self, *args, **kwargs)
-
-    larpo.trainer.LarPOTrainer.training_step = training_step
 
 
 def count_calls(log: Path) -> None:
@@ -83,7 +52,9 @@ def main(folder: Path, mode: str) -> None:
                 if mode == "training":
                     larpo.align.plots.draw = lambda *arguments: {}  # which takes as long as an iteration
                 if name == "killed":
-                    die_after_the_next_new_file() if mode == "renames" else die_at_the_fourth_step()
+                    kills.after_the_next_new_file() if mode == "renames" else kills.at_step(
+                        4
+                    )  # behind a checkpoint at the second
                 align_runs.align(folder / name, **MODES[mode], model=str(folder / "model"))
                 os._exit(0)
             status = os.waitpid(pid, 0)[1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -20,50 +19,23 @@ import torch.distributed as dist
 import larpo.align.loop
 import larpo.align.plots
 import larpo.runs.ranks
-import larpo.trainer
 from tests.helpers import align_runs
+from tests.helpers.kills import after_the_next_new_file, at_step
 
 SETTINGS = dict(iterations=1, chunk_size=2, training=dict(save_strategy="steps", save_steps=1, per_device_train_batch_size=1))
-
-
-def killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def raises() -> None:
     raise MemoryError("no memory left")
 
 
-def after_the_new_file(name: str) -> None:
-    rename = os.replace
-
-    def replace(source, target):
-        rename(source, target)
-        if str(target).endswith(name):
-            killed()
-
-    os.replace = replace
-
-
-def at_step(number: int, end=killed) -> None:
-    steps, step = [], larpo.trainer.LarPOTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        steps.append(1)
-        if len(steps) == number:
-            end()
-        return step(self, *args, **kwargs)
-
-    larpo.trainer.LarPOTrainer.training_step = training_step
-
-
 LIVES = (  # what befalls rank 0, and rank 1
-    (None, lambda: after_the_new_file("sample-chunks/00001.parquet")),
-    (lambda: after_the_new_file("iteration-01/sampled.parquet"), None),
+    (None, lambda: after_the_next_new_file("sample-chunks/00001.parquet")),
+    (lambda: after_the_next_new_file("iteration-01/sampled.parquet"), None),
     (None, lambda: at_step(3)),
     (None, lambda: at_step(1, raises)),
     (lambda: at_step(1), lambda: at_step(1)),
-    (lambda: after_the_new_file("iteration-01/model"), None),
+    (lambda: after_the_next_new_file("iteration-01/model"), None),
     (None, None),
 )
 
