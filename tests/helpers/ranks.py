@@ -8,6 +8,7 @@ import json
 import os
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.helpers import HANGS, prepared
 
 
 def checks_of(module: str, num_ranks: int, tmp_path_factory, before=None) -> dict[str, str]:
-    """Runs every `check_*` function of tests/helpers/`module`.py on gloo ranks; {name: what went wrong, "" if nothing}.
+    """Runs every check of tests/helpers/`module`.py on gloo ranks; {name: what went wrong, "" if nothing}.
 
     Once per test run: workers of pytest-xdist share what the first of them found. before(folder) runs first, in this process;
     the ranks find the folder in the environment, as CHECKS_FOLDER.
@@ -53,12 +54,14 @@ def _run(module: str, num_ranks: int, folder: Path) -> dict[str, str]:
     return found
 
 
-def _module(name: str):
-    return importlib.import_module(f"tests.helpers.{name}")
+def _checks(module: str) -> dict[str, Callable[[int, int], None]]:
+    """Functions check_* of tests/helpers/`module`.py, and those of a table CHECKS of it, where there is one."""
+    found = vars(importlib.import_module(f"tests.helpers.{module}"))
+    return found.get("CHECKS", {}) | {name: function for name, function in found.items() if name.startswith("check_")}
 
 
 def check_names(module: str) -> list[str]:
-    return [name for name in vars(_module(module)) if name.startswith("check_")]
+    return list(_checks(module))
 
 
 def passes(found: dict[str, str], name: str) -> None:
@@ -80,10 +83,9 @@ def _rank(module: str, rank: int, num_ranks: int, folder: str) -> None:
         world_size=num_ranks,
         timeout=datetime.timedelta(seconds=HANGS),
     )
-    checks = _module(module)
-    for name in check_names(module):
+    for name, check in _checks(module).items():
         try:
-            getattr(checks, name)(rank, num_ranks)
+            check(rank, num_ranks)
         except BaseException:
             Path(folder, f"{name}.{rank}").write_text(traceback.format_exc(), encoding="utf-8")
             raise

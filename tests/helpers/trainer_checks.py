@@ -170,31 +170,57 @@ def assert_precomputed_like_one_process(ranks, **options):
     return found
 
 
-def check_ddp(rank, ranks):
-    for name in ("full", "other reference", "tied", "partly frozen"):
-        assert_like_one_process(name, ranks)
+def in_window_of_five(batch):
+    """As many batches of a rank as hold five lists on two ranks, the last ones short or empty."""
+    return dict(per_device_train_batch_size=batch, gradient_accumulation_steps=-(-5 // (2 * batch)))
 
 
-def check_ddp_in_micro_batches_of_which_ranks_have_different_numbers(rank, ranks):
-    assert_like_one_process("full", ranks, candidate_micro_batch_size=2)
+MICRO, ACCUMULATED = dict(candidate_micro_batch_size=2), dict(gradient_accumulation_steps=2)
+DDP = {  # what is compared: names in EXPECTED, and other settings of the ranks
+    "ddp": [("full", {}), ("other reference", {}), ("tied", {}), ("partly frozen", {})],
+    "ddp in micro-batches of which ranks have different numbers": [("full", MICRO)],
+    "ddp accumulating gradients": [("other reference", ACCUMULATED)],
+    "ddp of a stream gives each list to one rank": [("a stream", {}), ("a stream", ACCUMULATED)],
+    "ddp of batches by tokens of which one rank has more": [("batches by tokens", {})],
+    "ddp with an adapter": [("adapter", {}), ("adapter", dict(candidate_micro_batch_size=3))],
+    "ddp, listmle of means": [("listmle", {})],
+    "ddp with a reference that follows": [("reference follows", {})],
+    "ddp where lists do not fill the batches of a window": [
+        *(("five lists", in_window_of_five(batch)) for batch in (1, 2, 4)),
+        *(("five lists", in_window_of_five(batch) | MICRO) for batch in (2, 4)),
+    ],
+    "ddp where lists do not fill the last update of an epoch": [
+        ("seven lists", dict(per_device_train_batch_size=2, share_prefix=shared)) for shared in (False, True)
+    ],
+    "ddp leaves out a batch of which one rank has a bad list": [  # the last of an update, which exchanges, then the first
+        ("a batch is skipped", dict(per_device_train_batch_size=1) | micro) for micro in ({}, MICRO)
+    ],
+}
+FSDP2 = {
+    "fsdp2": [("full", {})],
+    "fsdp2 with another reference": [("other reference", {})],
+    "fsdp2 in micro-batches of which ranks have different numbers": [("full", MICRO)],
+    "fsdp2 accumulating gradients": [("other reference", ACCUMULATED)],
+    "fsdp2 with an adapter": [("adapter", {})],
+    "fsdp2 with an adapter beside another reference": [("adapter, other reference", {})],
+    "fsdp2 with tied embeddings": [("tied", {})],
+    "fsdp2 with a reference that follows": [("reference follows", {})],
+    "fsdp2 where lists do not fill the batches of a window": [
+        *(("five lists", in_window_of_five(batch)) for batch in (1, 2)),
+        ("five lists", in_window_of_five(2) | MICRO),
+    ],
+}
 
 
-def check_ddp_accumulating_gradients(rank, ranks):
-    assert_like_one_process("other reference", ranks, gradient_accumulation_steps=2)
+def alike(runs, **options):
+    def check(rank, ranks):
+        for name, own in runs:
+            assert_like_one_process(name, ranks, **own, **options)
+
+    return check
 
 
-def check_ddp_of_a_stream_gives_each_list_to_one_rank(rank, ranks):
-    assert_like_one_process("a stream", ranks)
-    assert_like_one_process("a stream", ranks, gradient_accumulation_steps=2)
-
-
-def check_ddp_of_batches_by_tokens_of_which_one_rank_has_more(rank, ranks):
-    assert_like_one_process("batches by tokens", ranks)
-
-
-def check_ddp_with_an_adapter(rank, ranks):
-    assert_like_one_process("adapter", ranks)
-    assert_like_one_process("adapter", ranks, candidate_micro_batch_size=3)
+CHECKS = {name: alike(runs) for name, runs in DDP.items()} | {name: alike(runs, fsdp=True) for name, runs in FSDP2.items()}
 
 
 def check_ddp_with_precomputed_reference_log_probs(rank, ranks):
@@ -206,37 +232,6 @@ def check_ddp_with_precomputed_reference_log_probs(rank, ranks):
         Path(os.environ["CHECKS_FOLDER"]) / "run", ranks, precompute_ref_log_probs=True, lists=2, per_device_train_batch_size=2
     )
     assert len(alone.train_dataset["ref_logps"]) == 2, "one process has no batch to score"
-
-
-def check_ddp_listmle_of_means(rank, ranks):
-    assert_like_one_process("listmle", ranks)
-
-
-def check_ddp_with_a_reference_that_follows(rank, ranks):
-    assert_like_one_process("reference follows", ranks)
-
-
-def in_window_of_five(batch):
-    """As many batches of a rank as hold five lists on two ranks, the last ones short or empty."""
-    return dict(per_device_train_batch_size=batch, gradient_accumulation_steps=-(-5 // (2 * batch)))
-
-
-def check_ddp_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
-    for batch in (1, 2, 4):
-        assert_like_one_process("five lists", ranks, **in_window_of_five(batch))
-    assert_like_one_process("five lists", ranks, **in_window_of_five(2), candidate_micro_batch_size=2)
-    assert_like_one_process("five lists", ranks, **in_window_of_five(4), candidate_micro_batch_size=2)
-
-
-def check_ddp_where_lists_do_not_fill_the_last_update_of_an_epoch(rank, ranks):
-    assert_like_one_process("seven lists", ranks, per_device_train_batch_size=2)
-    assert_like_one_process("seven lists", ranks, per_device_train_batch_size=2, share_prefix=True)
-
-
-def check_ddp_leaves_out_a_batch_of_which_one_rank_has_a_bad_list(rank, ranks):
-    """The last of an update, where gradients are exchanged, and then the first of another."""
-    for micro in (None, 2):
-        assert_like_one_process("a batch is skipped", ranks, per_device_train_batch_size=1, candidate_micro_batch_size=micro)
 
 
 def stops_on_every_rank(ranks, **options):
@@ -270,12 +265,6 @@ def check_fsdp2_writes_no_weights_that_are_not_finite(rank, ranks):
         NonFiniteError, match=r"1 of the model's parameters are not finite .*lm_head.weight.*nothing is written"
     ):
         t.save_model(os.environ["CHECKS_FOLDER"] + "/not-written")
-
-
-def check_fsdp2_where_lists_do_not_fill_the_batches_of_a_window(rank, ranks):
-    for batch in (1, 2):
-        assert_like_one_process("five lists", ranks, fsdp=True, **in_window_of_five(batch))
-    assert_like_one_process("five lists", ranks, fsdp=True, **in_window_of_five(2), candidate_micro_batch_size=2)
 
 
 def check_ddp_predictions_are_those_of_one_process_in_the_order_of_the_data(rank, ranks):
@@ -330,34 +319,6 @@ def score_alone(model, data):
     from larpo.scoring import score_lists
 
     return score_lists(load_causal_lm(str(model)), data, tiny.tokenizer(), batch_size=2, progress=False)["logps"][:]
-
-
-def check_fsdp2(rank, ranks):
-    assert_like_one_process("full", ranks, fsdp=True)
-
-
-def check_fsdp2_with_another_reference(rank, ranks):
-    assert_like_one_process("other reference", ranks, fsdp=True)
-
-
-def check_fsdp2_in_micro_batches_of_which_ranks_have_different_numbers(rank, ranks):
-    assert_like_one_process("full", ranks, fsdp=True, candidate_micro_batch_size=2)
-
-
-def check_fsdp2_accumulating_gradients(rank, ranks):
-    assert_like_one_process("other reference", ranks, fsdp=True, gradient_accumulation_steps=2)
-
-
-def check_fsdp2_with_an_adapter(rank, ranks):
-    assert_like_one_process("adapter", ranks, fsdp=True)
-
-
-def check_fsdp2_with_tied_embeddings(rank, ranks):
-    assert_like_one_process("tied", ranks, fsdp=True)
-
-
-def check_fsdp2_with_a_reference_that_follows(rank, ranks):
-    assert_like_one_process("reference follows", ranks, fsdp=True)
 
 
 def check_fsdp2_a_reference_that_moved_is_saved_whole_and_loaded(rank, ranks):
@@ -435,10 +396,6 @@ def check_fsdp2_in_bf16_keeps_log_likelihoods_in_float32(rank, ranks):
         assert (x != x.to(bf16)).any(), x
     torch.testing.assert_close(seen[0], seen[1])  # policy and reference are the same model still
     assert {p.dtype for p in t.model.parameters()} == {torch.float32}
-
-
-def check_fsdp2_with_an_adapter_beside_another_reference(rank, ranks):
-    assert_like_one_process("adapter, other reference", ranks, fsdp=True)
 
 
 def check_fsdp2_with_precomputed_reference_log_probs(rank, ranks):
