@@ -102,19 +102,28 @@ def measure(
     _check(entries, settings, progress)
     _time(entries, settings, progress, range(1))
     settings = replace(settings, memory=settings.memory and problem.describe()["gradient_bytes"] >= settings.memory_from)
-    if settings.memory:  # before the other rounds: if time runs out, a sample is missed less than a figure
+    kept = [entry for entry in entries if entry.provider.finish]  # from run to run: a child process would find no memory
+    holding = bool(kept) and problem.device.type == "cpu"
+    if settings.memory and not holding:  # before the other rounds: if time runs out, a sample is missed less than a figure
         _peaks(entries, problem, settings, progress)
     _time(entries, settings, progress, range(1, settings.rounds))
     if settings.sample_s and problem.device.type == "cuda":
         for entry in entries:
             entry.time_kernels()
+    if holding:
+        _finish(kept)
     if settings.memory and not settings.late:  # of a group whose fastest formulation is another one after more rounds
         _peaks(entries, problem, settings, progress)
-    for entry in entries:
-        entry.provider.finish(entry.problem)
+    if not holding:
+        _finish(kept)
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()  # the next problem has other shapes
     return {**problem.describe(), "rows": [entry.row for entry in entries]}
+
+
+def _finish(entries: list[Entry]) -> None:
+    for entry in entries:
+        entry.provider.finish(entry.problem)
 
 
 def auto_plan(problem: Problem) -> str | None:

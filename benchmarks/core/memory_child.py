@@ -6,18 +6,17 @@ the mark can't be reset, ru_maxrss since the start of the process stands in, an 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import resource
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from benchmarks.core.kinds import load
 from benchmarks.core.measure import all_providers, run_once
+from benchmarks.core.memory import give_back_freed
 
 
 def _status_bytes(field: str) -> int:
@@ -30,9 +29,8 @@ def _status_bytes(field: str) -> int:
 def _start() -> tuple[int, str]:
     """Baseline and the method that could be used."""
     gc.collect()
+    give_back_freed()
     if sys.platform == "linux":
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
             return _status_bytes("VmRSS"), "VmHWM after reset"

@@ -46,7 +46,7 @@ class Provider:
     rounds_tokens: bool = False  # returns log-probs of tokens in the dtype of the inputs
     merges: float = 0.0  # the relative error of gradients that its settings allow, beyond rounding
     prepare: Callable[[Problem], Problem] = lambda problem: problem  # once, before all measuring
-    finish: Callable[[Problem], None] = lambda problem: None  # once, after it
+    finish: Callable[[Problem], None] | None = None  # once, after it
 
     def missing(self, problem: Problem | None = None, device: str = "cpu") -> str | None:
         """Why it can't run here, or None."""
