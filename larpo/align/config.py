@@ -16,7 +16,7 @@ from ..runs.checks import check_choice, is_number, is_whole
 from ..runs.identity import changed, with_defaults
 from ..runs.secrets import given_again, masked
 from ..runs.settings import read_settings
-from ..runs.yaml_config import as_meant, nearest, only_choices
+from ..runs.yaml_config import as_meant, kinds_of, nearest, only_choices
 from ..sampling import temperature_at
 from ..serving.settings import SAME_COMPLETIONS, server_settings
 
@@ -189,8 +189,9 @@ class AlignConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
         hints = get_type_hints(AlignConfig)
         for name, hint in hints.items():
-            if (choices := only_choices(hint)) and getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), choices)
+            value = getattr(self, name)
+            if (choices := only_choices(hint)) and not (value is None and type(None) in kinds_of(hint)):
+                check_choice(name, value, choices)
         for name in ("training", "model_init_kwargs", "sampler_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must hold `name: value` settings, got {masked(getattr(self, name), name)!r}")

@@ -16,5 +16,6 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        model.train(modes[0][1])  # for modules that do more than to note it
         for module, training in modes:
             module.training = training

@@ -35,7 +35,7 @@ async def for_each(items: Sequence[T], work: Callable[[T], Awaitable[None]], at_
     async def worker() -> None:
         for item in rest:  # one iterator for all workers
             try:
-                await work(item)
+                await asyncio.create_task(work(item))  # with context variables of its own
             except Exception as error:
                 failed.append(error)
             if failed:

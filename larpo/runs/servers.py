@@ -16,7 +16,8 @@ def check_address(setting: str, url: str, example: str, *, may_have_query: bool)
     parts = urllib.parse.urlsplit(str(url))
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{setting} must be an address like {example}, got {masked(url)!r}")
-    if parts.username or parts.password or masked(url) != url or (parts.query and not may_have_query):
+    holds_secret = any(masked(part) != part for part in (parts.path, parts.query))  # a host may be named like one: api-key:8000
+    if parts.username or parts.password or holds_secret or (parts.query and not may_have_query):
         without = "key" if may_have_query else "query"
         raise ValueError(f"{setting} must hold no user, password or {without}: a key is read from api_key_env")
 

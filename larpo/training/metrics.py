@@ -253,6 +253,10 @@ def _on_cpu(list_sizes: int | Sequence[int] | Tensor, *columns: Tensor | None) -
     wide = torch.float64 if any(x.dtype == torch.float64 for x in parts) else torch.float32
     lengths = [len(x) for x in parts]
     copied = list(torch.cat([x.to(device, wide) for x in parts]).cpu().double().split(lengths))
-    borders, m = validation.lists(copied.pop().long() if on_device else list_sizes, lengths[0], torch.device("cpu"))
+    if on_device:
+        list_sizes = copied.pop().long()
+    elif not isinstance(list_sizes, int):
+        list_sizes = torch.as_tensor(np.asarray(list_sizes))  # integers of numpy too
+    borders, m = validation.lists(list_sizes, lengths[0], torch.device("cpu"))
     sizes = torch.full((lengths[0] // m,), m) if borders is None else borders.diff()
     return sizes.numpy(), [x.numpy() for x in copied]

@@ -178,7 +178,7 @@ def run(op: Differentiable, args: tuple, then: Differentiable | None = None, the
         return out if then is None else (*then.registered(out[0], *then_args[1:])[: then.outputs], *out[1:])
     inputs = args[: op.inputs]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Chain.apply(op, args, then, then_args, *inputs)[:-1]
+        return _Chain.apply(op, args[op.inputs :], then, then_args, *inputs)[:-1]
     out = op.eagerly(args)[: op.outputs]
     return out if then is None else (*then.eagerly(then.arguments(out[0], *then_args[1:]))[: then.outputs], *out[1:])
 
@@ -192,7 +192,8 @@ class _Chain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, op, args, then, then_args, *inputs):  # inputs: the first of args, for autograd to see
+    def forward(ctx, op, options, then, then_args, *inputs):
+        args = op.arguments(*inputs, *options)  # inputs as autograd hands them on: without wrappers that a transform left
         out = op.eagerly(args)
         tensors, ctx.rest = op.save(args, out)
         ctx.op, ctx.then, ctx.of_op = op, then, len(tensors)

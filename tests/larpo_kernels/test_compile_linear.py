@@ -116,7 +116,7 @@ def test_a_model_with_tied_weights_in_one_graph(device):
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", OPS[1:], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_no_recompilation_for_another_length_or_another_mask(device, op):
     """The first length compiles, the second makes it dynamic, no other compiles again; nor does what is ignored."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -159,8 +159,9 @@ def recorded():
 
     with Recorder() as recorder:
         for dtype, steps in ((torch.float32, STEPS), (torch.bfloat16, STEPS[1:-1])):
-            head = make_head(31, 8, (2, 3), dtype, bias=True)
+            head = make_head(31, 8, (2, 3), dtype, bias=dtype == torch.float32)
             for wanted, schedule in steps:
+                wanted = [name for name in wanted if getattr(head, name) is not None]
                 run(logps_of(head, schedule, stats=schedule == "recompute"), head, wanted)
         nothing = replace(head, labels=torch.full_like(head.labels, IGNORE))
         run(logps_of(nothing, "recompute"), nothing, ("hidden", "weight"))

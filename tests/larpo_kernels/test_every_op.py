@@ -31,18 +31,20 @@ OPS = {
     "sequence_logps, packed": Op(lk.sequence_logps, packed=True, options=MEANS),
     "fused_listwise_loss": Op(lk.fused_listwise_loss),
     "fused_listwise_loss, packed": Op(lk.fused_listwise_loss, packed=True, options=MEANS),
+    "linear_token_logps": Op(lk.linear_token_logps, HEAD),  # on a CPU a head so small is not walked
     "frozen_head": Op(lk.linear_token_logps, ("hidden",), options={"schedule": "frozen_head"}),
     "list_hold": Op(lk.linear_token_logps, HEAD, options={"schedule": "list_hold"}),
     "recompute": Op(lk.linear_token_logps, HEAD, options={"schedule": "recompute"}),
     "holding a part": Op(lk.linear_token_logps, HEAD, options={"memory_budget": "half"}),
     "linear_sequence_logps": Op(lk.linear_sequence_logps, HEAD, True, MEANS | {"schedule": "list_hold"}),
     "fused_linear_listwise_loss": Op(lk.fused_linear_listwise_loss, HEAD, options={"schedule": "recompute"}),
-    "fused_linear_listwise_loss, frozen_head": Op(lk.fused_linear_listwise_loss, ("hidden",), True),
+    "fused_linear_listwise_loss, packed": Op(lk.fused_linear_listwise_loss, ("hidden",), True, {"schedule": "frozen_head"}),
 }
 FEW = ["token_logps", "sequence_logps, packed", "fused_listwise_loss", "frozen_head", "list_hold", "recompute"]
 EVERY = few_interpreted(OPS, FEW)
 FROM_LOGITS = [name for name, op in OPS.items() if op.wanted == ("logits",)]
-OF_TOKENS = ["token_logps", "frozen_head", "list_hold", "recompute"]
+OF_TOKENS = ["token_logps", "linear_token_logps", "frozen_head", "list_hold", "recompute"]
+OF_LISTS = [name for name, op in OPS.items() if "listwise_loss" in op.function.__name__]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def make_call(op, device="cpu", dtype=torch.float32, *, sizes=(2, 1, 2), lengths
     options = {"labels": batch.labels, **(op.options or {}), **options}
     if op.packed:
         options["cu_seqlens"] = batch.cu_seqlens
-    if "listwise_loss" in op.function.__name__:
+    if "listwise_loss" in op.function.__name__:  # a loss for each list
         lists = dict(list_sizes=list(sizes), relevance=batch.relevance, ref_logps=batch.ref_logps, reduction="none")
         options |= lists | {"objective": "listmle"}
     if op.wanted == ("logits",):
@@ -117,8 +119,8 @@ def make_call(op, device="cpu", dtype=torch.float32, *, sizes=(2, 1, 2), lengths
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Two blocks of tokens, two tiles of the vocabulary."""
-    linear_heads.use_small_tiles(monkeypatch, tokens=9, by_use=True)
+    """Two blocks of tokens that count, two tiles of the vocabulary."""
+    linear_heads.use_small_tiles(monkeypatch, tokens=4, by_use=True)
 
 
 @pytest.fixture(params=EVERY)
@@ -135,8 +137,8 @@ def assert_same_bits(found, expected):
 
 
 def test_run_to_run_the_same_bits(call):
-    call = call.cast(torch.bfloat16)
-    assert_same_bits(call.gradients(), call.gradients())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_bits(call.cast(dtype).gradients(), call.cast(dtype).gradients())
 
 
 def test_the_callers_tensors_stay_intact(call):
@@ -160,6 +162,17 @@ def test_an_expanded_upstream_gradient_counts_once(call):
     x = call.leaves()
     call(**x).sum().backward()
     assert_same_bits([value.grad for value in x.values()], call.gradients()[1:])
+
+
+@pytest.mark.parametrize("name", OF_LISTS)
+def test_a_mean_spreads_what_comes_from_above_over_all_lists(name, device):
+    call = make_call(OPS[name], device, backend="torch")
+    each = call().numel()
+    expected = call.gradients(torch.full((each,), -3.5 / each, device=device))
+    found = call.changed(reduction="mean").gradients(torch.tensor(-3.5, device=device))
+    torch.testing.assert_close(found[0], expected[0].mean())
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-6, atol=1e-9)
+    assert expected[0][1] == 0 and len(call.given["list_sizes"]) == each == 3  # the second list has one candidate
 
 
 def test_graphs_keep_apart_and_run_twice(call):

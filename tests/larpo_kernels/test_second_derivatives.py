@@ -47,3 +47,13 @@ def test_a_transform_of_torch_func_is_refused_in_one_sentence(name, backend, dev
     function, x = operation(name, backend, device)
     with pytest.raises(NotImplementedError, match=r"inside a transform of torch\.func .*, use torch\.autograd$"):
         torch.func.grad(function)(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_a_transform_left_behind_is_its_own_again(name, backend, device):
+    function, x = operation(name, backend, device)
+    x, kept = x.clone().requires_grad_(), []
+    torch.func.grad(lambda one: (kept.append(one), one.sum())[1])(x)
+    (found,) = torch.autograd.grad(function(kept[0]), x)
+    (expected,) = torch.autograd.grad(function(x), x)
+    assert torch.equal(found, expected)

@@ -51,7 +51,9 @@ def cut(
 
 
 def _tail(model: PreTrainedModel, states: Tensor, layers: int) -> PreTrainedModel:
-    tail = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = {*model.model.layers[-layers:].parameters(), *model.model.norm.parameters()}
+    frozen = {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters() if one not in trained}
+    tail = copy.deepcopy(model, frozen).eval()  # of which only what is trained is a copy
     tail.config.num_hidden_layers, tail.config.tie_word_embeddings = layers, False
     inner = tail.model
     inner.embed_tokens = nn.Embedding.from_pretrained(states, freeze=True)

@@ -10,6 +10,9 @@ from larpo.runs.settings import flag_values
 NEEDED = dict(output_dir="run", model="m", prompts=["a"], reward="imdb_sentiment")
 
 
+CHOSEN = ("reference", "sampler", "on_reward_error", "memory", "negatives", "keep_models")  # by name, from a few
+
+
 def config(**changes):
     return AlignConfig(**{**NEEDED, **changes})
 
@@ -21,6 +24,7 @@ def config(**changes):
         (dict(k=2.0), "k must be a whole number"),
         (dict(trained_layers=0), "trained_layers must be a whole number"),
         (dict(memory="some"), "memory must be one of 'none', 'previous', 'all', got 'some'"),
+        *((dict([(name, None)]), f"{name} must be one of .*, got None") for name in CHOSEN),
         (dict(temperatures=[1.0, 0.8]), "temperature schedule must be a number, 3 numbers"),
         (dict(temperatures=0), "temperatures must be above 0"),
         (dict(eval_temperatures=[0.8]), "eval_temperatures must hold 1.0"),

@@ -208,6 +208,7 @@ def test_where_a_server_is_and_how_it_is_told_may_change_and_what_it_samples_fro
 
     before = json.loads(json.dumps(one().to_dict()))
     assert differences(before, one(base_url="http://b/v1", reload_command="y", max_in_flight=8)) == []
+    assert differences(before, one(base_url="http://api-key:8000/v1")) == []  # a host's name is no secret
     assert differences(before, one(model="other")) == ["sampler_options was {} and is {'model': 'other'}"]
 
 

@@ -1,6 +1,7 @@
 """How rewards are asked: in batches, of whole lists, several calls at a time, behind an address, and never twice."""
 
 import asyncio
+import contextvars
 import functools
 import logging
 import math
@@ -42,6 +43,16 @@ class Counting:
 
 
 # --- how it is asked
+
+
+def test_calls_of_a_coroutine_have_context_variables_of_their_own():
+    seen = contextvars.ContextVar("seen", default=0)
+
+    async def reward(prompts, completions, **columns):
+        seen.set(seen.get() + 1)
+        return [float(seen.get())]
+
+    assert score(Judge(reward=reward, max_in_flight=1), None, ["p", "p"], ["a", "b"]) == [1.0, 1.0]
 
 
 def test_a_coroutine_is_asked_for_each_completion_so_many_at_a_time():
@@ -402,6 +413,7 @@ def test_classifiers_of_vllm_and_of_text_embeddings_inference():
     [
         (dict(url="localhost/x"), "url of a reward must be an address like http"),
         (dict(url="http://me:word@a/x"), "must hold no user, password or key"),
+        (dict(url="http://a/token=abc1"), "must hold no user, password or key"),
         (dict(url="http://a/x?token=abc1"), "must hold no user, password or key"),
         (dict(url="http://a/x", api="vllm"), "must be one of 'json', 'vllm_classify', 'tei_predict', got 'vllm'"),
         (dict(url="http://a/x", api_key_env="NO_SUCH_KEY"), "'NO_SUCH_KEY', and there is no such environment variable"),

@@ -3,6 +3,7 @@
 from itertools import pairwise, permutations
 from math import log2
 
+import numpy as np
 import pytest
 import torch
 
@@ -204,6 +205,13 @@ def test_graph_and_low_precision_scores_are_fine():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         list_metrics(*arguments)
+
+
+def test_sizes_may_be_numpys():
+    scores, relevance = torch.tensor([0.3, 0.1, 0.2, 0.5]), torch.tensor([1.0, 0.0, 2.0, 3.0])
+    expected = list_metrics(scores, relevance, [2, 2])
+    for sizes in (np.array([2, 2]), [np.int64(2), 2], (2, 2), torch.tensor([2, 2])):
+        assert list_metrics(scores, relevance, sizes) == expected
 
 
 # --- means over steps
