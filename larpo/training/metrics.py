@@ -255,7 +255,7 @@ def _on_cpu(list_sizes: int | Sequence[int] | Tensor, *columns: Tensor | None) -
     copied = list(torch.cat([x.to(device, wide) for x in parts]).cpu().double().split(lengths))
     if on_device:
         list_sizes = copied.pop().long()
-    elif not isinstance(list_sizes, int):
+    elif not isinstance(list_sizes, int) and len(list_sizes):
         list_sizes = torch.as_tensor(np.asarray(list_sizes))  # integers of numpy too
     borders, m = validation.lists(list_sizes, lengths[0], torch.device("cpu"))
     sizes = torch.full((lengths[0] // m,), m) if borders is None else borders.diff()
