@@ -49,6 +49,21 @@ def test_a_list_costs_one_loss_whoever_trains_on_it(small):
     assert set(names) <= set(tables.cells(found, found["rows"][0]))
 
 
+def test_memory_is_measured_when_the_trainers_of_a_table_are_gone(small, monkeypatch):
+    """In a process of its own, which finds no room beside trainers that wait for their turn."""
+    left = []
+
+    def peaks(entries, *others):
+        waiting = [entry.problem.loop.trainer for entry in entries if entry.alive]
+        left.append([sum(p.numel() for p in one.model.parameters()) + len(one.optimizer.state) for one in waiting])
+
+    monkeypatch.setattr("benchmarks.core.measure._peaks", peaks)
+    step = kinds.build("L1-m3", "trainer", torch.float32, "cpu")
+    found = all_providers("trainer", step.mode, ["ours*"])
+    rows = measure(step, found, kinds.truth(step), Settings(rounds=2, memory_from=0))["rows"]
+    assert left == [[0] * len(found)] and all(len(row["seconds"]) == 2 for row in rows)
+
+
 def test_another_loss_is_flagged_and_not_timed(small):
     def doubled(providers):
         def forward(step):

@@ -25,13 +25,14 @@ class Op:
     options: dict | None = None
 
 
+ONE_TILE = "in one tile"
 OPS = {
     "token_logps": Op(lk.token_logps),
     "sequence_logps": Op(lk.sequence_logps),
     "sequence_logps, packed": Op(lk.sequence_logps, packed=True, options=MEANS),
     "fused_listwise_loss": Op(lk.fused_listwise_loss),
     "fused_listwise_loss, packed": Op(lk.fused_listwise_loss, packed=True, options=MEANS),
-    "linear_token_logps": Op(lk.linear_token_logps, HEAD),  # on a CPU a head so small is not walked
+    ONE_TILE: Op(lk.linear_token_logps, HEAD),  # a CPU forms such logits at once
     "frozen_head": Op(lk.linear_token_logps, ("hidden",), options={"schedule": "frozen_head"}),
     "list_hold": Op(lk.linear_token_logps, HEAD, options={"schedule": "list_hold"}),
     "recompute": Op(lk.linear_token_logps, HEAD, options={"schedule": "recompute"}),
@@ -43,7 +44,7 @@ OPS = {
 FEW = ["token_logps", "sequence_logps, packed", "fused_listwise_loss", "frozen_head", "list_hold", "recompute"]
 EVERY = few_interpreted(OPS, FEW)
 FROM_LOGITS = [name for name, op in OPS.items() if op.wanted == ("logits",)]
-OF_TOKENS = ["token_logps", "linear_token_logps", "frozen_head", "list_hold", "recompute"]
+OF_TOKENS = ["token_logps", ONE_TILE, "frozen_head", "list_hold", "recompute"]
 OF_LISTS = [name for name, op in OPS.items() if "listwise_loss" in op.function.__name__]
 
 
@@ -118,9 +119,10 @@ def make_call(op, device="cpu", dtype=torch.float32, *, sizes=(2, 1, 2), lengths
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+def small_tiles(request, monkeypatch):
     """Two blocks of tokens that count, two tiles of the vocabulary."""
-    linear_heads.use_small_tiles(monkeypatch, tokens=4, by_use=True)
+    if ONE_TILE not in request.node.callspec.params.values():
+        linear_heads.use_small_tiles(monkeypatch, tokens=4, by_use=True)
 
 
 @pytest.fixture(params=EVERY)
